@@ -1,0 +1,7 @@
+//! Image bytes, then reads, writes and status: an error or an answer, never a panic, a hang or a huge allocation.
+#![no_main]
+
+use blkcheck_sim::fuzzing::{self, ImageInput};
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|input: ImageInput| fuzzing::open_image(&input));

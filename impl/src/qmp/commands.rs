@@ -1,0 +1,275 @@
+//! The commands: arguments in, effect, result out.
+
+use serde_json::{Value, json};
+use std::rc::Rc;
+
+use crate::Layer;
+use crate::error::{ErrorClass, QmpError};
+use crate::graph::blockers::OpType;
+use crate::jobs::{Job, OnError, StreamArgs};
+use crate::qmp::args::Args;
+use crate::qmp::export::ExportArgs;
+use crate::qmp::schema::check_blockdev;
+
+/// Every command, in alphabetical order.
+const COMMANDS: [&str; 25] = [
+    "block-export-add",
+    "block-export-del",
+    "block-job-cancel",
+    "block-job-complete",
+    "block-job-dismiss",
+    "block-job-finalize",
+    "block-job-pause",
+    "block-job-resume",
+    "block-job-set-speed",
+    "block-stream",
+    "blockdev-add",
+    "blockdev-del",
+    "change-backing-file",
+    "job-cancel",
+    "job-complete",
+    "job-dismiss",
+    "job-finalize",
+    "job-pause",
+    "job-resume",
+    "query-block-exports",
+    "query-block-jobs",
+    "query-commands",
+    "query-jobs",
+    "query-named-block-nodes",
+    "x-debug-query-block-graph",
+];
+
+impl Layer {
+    /// Executes a QMP command. Waits for its turn among the operations of the main context.
+    ///
+    /// # Errors
+    /// Unknown commands, malformed arguments, and the command's own refusals.
+    pub async fn execute(&self, command: &str, arguments: &Value) -> Result<Value, QmpError> {
+        let Ok(at) = COMMANDS.binary_search(&command) else {
+            return Err(QmpError {
+                class: ErrorClass::CommandNotFound,
+                desc: format!("The command {command} has not been found"),
+            });
+        };
+        let main = self.main(COMMANDS[at]).await;
+        let result = self.dispatch(COMMANDS[at], arguments).await;
+        self.reap().await;
+        drop(main);
+        result
+    }
+
+    async fn dispatch(&self, command: &'static str, arguments: &Value) -> Result<Value, QmpError> {
+        let mut args = Args::new(arguments)?;
+        match command {
+            "blockdev-add" => {
+                check_blockdev(Args::new(arguments)?)?;
+                self.blockdev_add(arguments.as_object().cloned().unwrap_or_default())
+                    .await?;
+            }
+            "blockdev-del" => {
+                let name = args.str("node-name")?;
+                args.finish()?;
+                self.blockdev_del(name)?;
+            }
+            "block-stream" => self.block_stream(stream_args(args)?).await?,
+            "change-backing-file" => self.change_backing_file(args).await?,
+            "block-export-add" => self.export_add(ExportArgs::read(args)?).await?,
+            "block-export-del" => {
+                let id = args.str("id")?;
+                args.opt_enum("mode", &[("safe", ()), ("hard", ())])?;
+                args.finish()?;
+                self.export_del(id).await?;
+            }
+            _ if command.starts_with("block-job-") || command.starts_with("job-") => {
+                self.job_command(command, args).await?;
+            }
+            _ => return self.query(command, args),
+        }
+        Ok(json!({}))
+    }
+
+    fn query(&self, command: &str, mut args: Args<'_>) -> Result<Value, QmpError> {
+        if command == "query-named-block-nodes" {
+            args.opt_bool("flat")?;
+        }
+        args.finish()?;
+        Ok(match command {
+            "query-block-exports" => self.query_exports(),
+            "query-block-jobs" => self.jobs().iter().map(|job| job.block_info()).collect(),
+            "query-commands" => COMMANDS.iter().map(|name| json!({"name": name})).collect(),
+            "query-jobs" => self.jobs().iter().map(|job| job.info()).collect(),
+            "query-named-block-nodes" => self.query_nodes(),
+            "x-debug-query-block-graph" => self.query_graph(),
+            _ => unreachable!("{command} is in the table of commands"),
+        })
+    }
+
+    async fn job_command(&self, command: &str, mut args: Args<'_>) -> Result<(), QmpError> {
+        let (block, verb) = match command.strip_prefix("block-job-") {
+            Some(verb) => (true, verb),
+            None => (false, command.strip_prefix("job-").expect("a job command")),
+        };
+        let by_device = block && !matches!(verb, "finalize" | "dismiss");
+        let id = args.str(if by_device { "device" } else { "id" })?;
+        let speed = if verb == "set-speed" {
+            args.int("speed")?
+        } else {
+            0
+        };
+        let force = if verb == "cancel" && block {
+            args.opt_bool("force")?.unwrap_or(false)
+        } else {
+            true
+        };
+        args.finish()?;
+        let job = self.find_job(id, block)?;
+        match verb {
+            "cancel" if block => job.block_job_cancel(force).await,
+            "cancel" => job.cancel_by_verb().await,
+            "complete" => job.complete(),
+            "dismiss" => job.dismiss(),
+            "finalize" => job.finalize().await,
+            "pause" => job.user_pause(),
+            "resume" => job.user_resume(),
+            "set-speed" => job.set_speed(speed),
+            _ => unreachable!("{command} is in the table of commands"),
+        }
+    }
+
+    fn find_job(&self, id: &str, block: bool) -> Result<Rc<Job>, QmpError> {
+        self.job(id).ok_or_else(|| {
+            if block {
+                QmpError {
+                    class: ErrorClass::DeviceNotActive,
+                    desc: format!("Block job '{id}' not found"),
+                }
+            } else {
+                QmpError::generic("Job not found")
+            }
+        })
+    }
+
+    /// Rewrites the backing file name in a header; the graph stays.
+    async fn change_backing_file(&self, mut args: Args<'_>) -> Result<(), QmpError> {
+        let device = args.str("device")?;
+        let image_name = args.str("image-node-name")?;
+        let file = args.str("backing-file")?;
+        args.finish()?;
+        let root = self.lookup(device, device)?;
+        if !self.is_root_node(root) {
+            return Err(QmpError::generic("Need a root block node"));
+        }
+        let image = self.lookup("", image_name)?;
+        if self.find_base(image) == image {
+            return Err(QmpError::generic(
+                "not allowing backing file change on an image without a backing file",
+            ));
+        }
+        self.op_blocked(root, OpType::Change)?;
+        if !self.chain_contains(root, image) {
+            return Err(QmpError::generic(format!(
+                "'{device}' and image file are not in the same chain"
+            )));
+        }
+        let was_read_only = !self.node(image).is_writable();
+        if was_read_only {
+            self.set_read_only(image, false).await?;
+        }
+        let written = self.write_backing_file(image, file).await;
+        let restored = if was_read_only {
+            self.set_read_only(image, true).await
+        } else {
+            Ok(())
+        };
+        written.and(restored)
+    }
+
+    async fn write_backing_file(&self, image: crate::types::NodeId, file: &str) -> Result<(), QmpError> {
+        let node = self.node(image);
+        // QEMU records the image's own format here, which is wrong for a raw backing file (graph quirk 10).
+        let backing = self
+            .cow(image)
+            .map(|below| self.node(self.skip_filters(below)).facts.name);
+        let _read = self.graph_read().await;
+        let written = node
+            .driver()
+            .change_backing_file(&self.cx(&node), Some((file, backing)))
+            .await;
+        written.map_err(|errno| QmpError::errno(&format!("Could not change backing file to '{file}'"), errno))
+    }
+
+    /// Ends everything: exports, jobs (hard-cancelled), nodes. Afterwards the layer is empty.
+    ///
+    /// The caller starts no command meanwhile.
+    ///
+    /// # Panics
+    /// When a node is still referenced in the end: a leak, and a bug of ours.
+    pub async fn shutdown(&self) {
+        let main = self.main("shutdown").await;
+        self.close_exports().await;
+        self.reap().await;
+        drop(main);
+        while let Some(job) = self.jobs().first() {
+            self.cancel_and_wait(job).await;
+        }
+        let main = self.main("shutdown").await;
+        for node in self.nodes().iter().rev() {
+            if node.monitor_owned.replace(false) {
+                self.unhold(node.id);
+            }
+        }
+        self.reap().await;
+        let left: Vec<_> = self.nodes().iter().map(|node| node.name.clone()).collect();
+        assert!(left.is_empty(), "nodes are still referenced: {left:?}");
+        drop(main);
+    }
+
+    /// The job's task needs the main lock to finish, so the wait happens without it.
+    async fn cancel_and_wait(&self, job: &Rc<Job>) {
+        let main = self.main("shutdown").await;
+        if !job.status().is_completed() || job.status() == crate::jobs::JobStatus::Pending {
+            job.cancel().await;
+        }
+        self.reap().await;
+        drop(main);
+        let over = |job: &Job| {
+            matches!(
+                job.status(),
+                crate::jobs::JobStatus::Concluded | crate::jobs::JobStatus::Null
+            )
+        };
+        loop {
+            let listen = self.inner.idle.listen();
+            if over(job) {
+                break;
+            }
+            listen.await;
+        }
+        let main = self.main("shutdown").await;
+        if job.status() == crate::jobs::JobStatus::Concluded {
+            job.forget();
+        }
+        self.reap().await;
+        drop(main);
+    }
+}
+
+fn stream_args(mut args: Args<'_>) -> Result<StreamArgs, QmpError> {
+    let stream = StreamArgs {
+        job_id: args.opt_string("job-id")?,
+        device: args.str("device")?.to_owned(),
+        base: args.opt_string("base")?,
+        base_node: args.opt_string("base-node")?,
+        backing_file: args.opt_string("backing-file")?,
+        backing_mask_protocol: args.opt_bool("backing-mask-protocol")?.unwrap_or(false),
+        bottom: args.opt_string("bottom")?,
+        speed: args.opt_int("speed")?.unwrap_or(0),
+        on_error: args.opt_enum("on-error", &OnError::NAMES)?.unwrap_or_default(),
+        filter_node_name: args.opt_string("filter-node-name")?,
+        auto_finalize: args.opt_bool("auto-finalize")?.unwrap_or(true),
+        auto_dismiss: args.opt_bool("auto-dismiss")?.unwrap_or(true),
+    };
+    args.finish()?;
+    Ok(stream)
+}

@@ -1,0 +1,245 @@
+//! Changes of the graph: attach, detach, set a backing node, replace a node, insert and drop a filter, read-only.
+//!
+//! Rules: every change ends with a refresh of the masks it touches. A refused change leaves the graph half changed
+//! unless it says otherwise; callers work on a copy, or through [`Graph::attempt`]. Drain, locks and I/O are no part
+//! of the model: a change is one step.
+
+use std::rc::Rc;
+
+use crate::graph::{Edge, EdgeId, Graph, NodeId, Parent};
+use crate::perm::{Masks, Role};
+use crate::refusal::Refusal;
+
+impl Graph {
+    /// Does all of it, or nothing.
+    ///
+    /// # Errors
+    /// What `change` says; the graph is as before.
+    pub fn attempt<T>(
+        &mut self,
+        change: impl FnOnce(&mut Graph) -> Result<T, Refusal>,
+    ) -> Result<T, Refusal> {
+        let mut next = self.clone();
+        let result = change(&mut next)?;
+        *self = next;
+        Ok(result)
+    }
+
+    /// Adds a child edge, without a refresh.
+    fn attach_noperm(
+        &mut self,
+        parent: NodeId,
+        child: NodeId,
+        name: &'static str,
+        role: Role,
+    ) -> Result<EdgeId, Refusal> {
+        if self.reaches(child, parent) {
+            let (child, parent) = (self.name(child), self.name(parent));
+            return Err(Refusal::new(format!(
+                "Making '{child}' a {name} child of '{parent}' would create a cycle"
+            )));
+        }
+        let edge = Edge {
+            name,
+            role,
+            parent: Parent::Node(parent),
+            child,
+            masks: Masks::NONE,
+            frozen_by: None,
+        };
+        Ok(self.add_edge(edge))
+    }
+
+    /// Adds a child edge.
+    ///
+    /// # Errors
+    /// A cycle, or masks that do not agree.
+    pub fn attach_child(
+        &mut self,
+        parent: NodeId,
+        child: NodeId,
+        name: &'static str,
+        role: Role,
+    ) -> Result<EdgeId, Refusal> {
+        let edge = self.attach_noperm(parent, child, name, role)?;
+        self.refresh(&[parent])?;
+        Ok(edge)
+    }
+
+    /// Adds the edge of an export or a job.
+    ///
+    /// # Errors
+    /// Masks that do not agree with the other parents'.
+    pub fn attach_root(
+        &mut self,
+        parent: Parent,
+        child: NodeId,
+        name: &'static str,
+        masks: Masks,
+    ) -> Result<EdgeId, Refusal> {
+        let edge = self.add_edge(Edge {
+            name,
+            role: Role::empty(),
+            parent,
+            child,
+            masks,
+            frozen_by: None,
+        });
+        self.refresh(&[child])?;
+        Ok(edge)
+    }
+
+    /// Changes the masks of the edge of an export or a job.
+    ///
+    /// # Errors
+    /// Masks that do not agree with the other parents'.
+    pub fn set_root_masks(&mut self, edge: EdgeId, masks: Masks) -> Result<(), Refusal> {
+        self.edge_mut(edge).masks = masks;
+        self.refresh(&[self.edge(edge).child])
+    }
+
+    /// Removes an edge. The node below gets the masks that are left; if those were refused (which letting go of
+    /// something should never be), it keeps the old ones.
+    pub fn remove_edge_and_refresh(&mut self, edge: EdgeId) {
+        let child = self.remove_edge(edge).child;
+        // Stale masks are stricter than needed, never looser: nothing else to do about a refusal.
+        let _ = self.attempt(|graph| graph.refresh(&[child]));
+    }
+
+    /// Makes `backing` the backing node of `parent`. The node let go of is not refreshed: what is below it may keep
+    /// masks that are stricter than needed, never looser.
+    ///
+    /// # Errors
+    /// A frozen link, a driver without backing files, a cycle, masks.
+    pub fn set_backing(&mut self, parent: NodeId, backing: Option<NodeId>) -> Result<(), Refusal> {
+        let old = self.cow_link(parent);
+        if let Some(edge) = old
+            .map(|link| self.edge(link))
+            .filter(|edge| edge.frozen_by.is_some())
+        {
+            let (from, to) = (self.name(parent), self.name(edge.child));
+            return Err(Refusal::new(format!(
+                "Cannot change frozen '{}' link from '{from}' to '{to}'",
+                edge.name
+            )));
+        }
+        let node = self.node(parent);
+        if !node.driver.supports_backing() {
+            let (driver, name) = (node.driver.name(), &node.name);
+            return Err(Refusal::new(format!(
+                "Driver '{driver}' of node '{name}' does not support backing files"
+            )));
+        }
+        let detached = old.map(|link| self.remove_edge(link).child);
+        if let Some(backing) = backing {
+            self.attach_noperm(parent, backing, "backing", Role::COW)?;
+        }
+        self.refresh(&[parent])?;
+        if let Some(child) = detached.filter(|child| self.node(*child).inherits_from == Some(parent)) {
+            self.node_mut(child).inherits_from = None;
+        }
+        Ok(())
+    }
+
+    /// Moves every movable parent of `from` to `to`: jobs stay, and so do edges below `to`.
+    ///
+    /// # Errors
+    /// A frozen link, or masks.
+    pub fn replace_node(&mut self, from: NodeId, to: NodeId) -> Result<(), Refusal> {
+        self.move_parents(from, to)?;
+        self.refresh(&[from, to])
+    }
+
+    fn move_parents(&mut self, from: NodeId, to: NodeId) -> Result<(), Refusal> {
+        for id in self.node(from).parents.clone() {
+            let edge = self.edge(id);
+            if matches!(edge.parent, Parent::Job(_)) || self.edge_is_below(id, to) {
+                continue;
+            }
+            if edge.frozen_by.is_some() {
+                let text = format!("Cannot change '{}' link to '{}'", edge.name, self.name(from));
+                return Err(Refusal::new(text));
+            }
+            self.retarget(id, to);
+        }
+        Ok(())
+    }
+
+    /// Takes a copy-on-read filter out of its chain: its parents go to its child, and it loses that child.
+    ///
+    /// # Errors
+    /// Masks.
+    pub fn drop_filter(&mut self, filter: NodeId) -> Result<(), Refusal> {
+        self.unfreeze(filter);
+        let link = self.chain_link(filter).expect("a filter is dropped once");
+        let child = self.edge(link).child;
+        self.move_parents(filter, child)?;
+        self.remove_edge(link);
+        self.refresh(&[filter, child])
+    }
+
+    /// Opens a node, and the children that follow it, read-only or read-write.
+    ///
+    /// # Errors
+    /// A driver that cannot, a writer on what becomes read-only, a read-only child that does not follow.
+    pub fn set_read_only(&mut self, id: NodeId, read_only: bool) -> Result<(), Refusal> {
+        let queue = self.reopen_queue(id);
+        for id in &queue {
+            let node = self.node(*id);
+            if !node.driver.supports_reopen() {
+                let (driver, name) = (node.driver.name(), &node.name);
+                return Err(Refusal::new(format!(
+                    "Block format '{driver}' used by node '{name}' does not support reopening files"
+                )));
+            }
+        }
+        let going_read_only: Vec<NodeId> = queue
+            .iter()
+            .copied()
+            .filter(|id| read_only && self.node(*id).writable)
+            .collect();
+        for id in &queue {
+            self.node_mut(*id).writable = !read_only;
+        }
+        self.refresh_for_reopen(&queue, &going_read_only)
+    }
+
+    /// The node, and the children that were opened inline with it and follow its read-only option.
+    fn reopen_queue(&self, id: NodeId) -> Vec<NodeId> {
+        let mut queue = vec![id];
+        for (_, edge) in self.children(id) {
+            let child = self.node(edge.child);
+            let follows = child.inherits_from == Some(id) && !child.explicit_read_only;
+            if follows && !edge.role.contains(Role::COW) {
+                queue.extend(self.reopen_queue(edge.child));
+            }
+        }
+        queue
+    }
+
+    /// The file name of a node: its own, or that of the file it is the format of.
+    #[must_use]
+    pub fn filename(&self, id: NodeId) -> Option<Rc<str>> {
+        let node = self.node(id);
+        if node.filename.is_some() || node.windowed || node.driver.is_filter() {
+            return node.filename.clone();
+        }
+        self.primary_child(id)
+            .filter(|file| self.node(*file).driver.is_protocol())
+            .and_then(|file| self.filename(file))
+    }
+
+    /// The backing node is another one than the header says, or there is one and the header names none, or none
+    /// though it names one. Such a node is not what opening its file by name gives, so it has no name of its own.
+    #[must_use]
+    pub fn backing_overridden(&self, id: NodeId) -> bool {
+        self.cow_child(id).map(|backing| self.full_name(backing))
+            != self.node(id).recorded_backing.clone().map(Some)
+    }
+
+    /// The name by which opening gives this very node with all that is below it, if there is one.
+    #[must_use]
+    pub fn full_name(&self, id: NodeId) -> Option<Rc<str>> {
+        self.filename(id).filter(|_| !self.backing_overridden(id))
+    }
+}

@@ -1,0 +1,187 @@
+//! Arguments of a command against their schema.
+//!
+//! Rules: members are asked for in the order of the schema, so that the first error is the one a client sees; what
+//! nobody asked for is unexpected ([`Args::finish`]). Names in error texts carry the path (`file.filename`).
+
+use std::cell::RefCell;
+use std::rc::Rc;
+
+use serde_json::{Map, Value};
+
+use crate::refusal::Refusal;
+
+/// An object of arguments.
+#[derive(Debug)]
+pub struct Args<'a> {
+    object: Option<&'a Map<String, Value>>,
+    prefix: String,
+    seen: RefCell<Vec<&'static str>>,
+}
+
+impl<'a> Args<'a> {
+    /// The arguments of a command; null counts as none.
+    ///
+    /// # Errors
+    /// Not an object.
+    pub fn new(value: &'a Value) -> Result<Args<'a>, Refusal> {
+        match value {
+            Value::Null => Ok(Args {
+                object: None,
+                prefix: String::new(),
+                seen: RefCell::default(),
+            }),
+            Value::Object(object) => Ok(Args::nested(object, String::new())),
+            _ => Err(Refusal::new("QMP input member 'arguments' must be an object")),
+        }
+    }
+
+    /// A nested object; `prefix` is its path with a dot at the end.
+    #[must_use]
+    pub fn nested(object: &'a Map<String, Value>, prefix: String) -> Args<'a> {
+        Args {
+            object: Some(object),
+            prefix,
+            seen: RefCell::default(),
+        }
+    }
+
+    /// The member's name in error texts.
+    #[must_use]
+    pub fn full_name(&self, name: &str) -> String {
+        format!("{}{name}", self.prefix)
+    }
+
+    /// An optional member of any type.
+    pub fn optional(&self, name: &'static str) -> Option<&'a Value> {
+        self.seen.borrow_mut().push(name);
+        self.object.and_then(|object| object.get(name))
+    }
+
+    /// A mandatory member of any type.
+    ///
+    /// # Errors
+    /// It is missing.
+    pub fn required(&self, name: &'static str) -> Result<&'a Value, Refusal> {
+        self.optional(name)
+            .ok_or_else(|| Refusal::new(format!("Parameter '{}' is missing", self.full_name(name))))
+    }
+
+    fn wrong_type(&self, name: &str, expected: &str) -> Refusal {
+        let name = self.full_name(name);
+        Refusal::new(format!(
+            "Invalid parameter type for '{name}', expected: {expected}"
+        ))
+    }
+
+    /// An optional string.
+    ///
+    /// # Errors
+    /// Another type.
+    pub fn opt_str(&self, name: &'static str) -> Result<Option<&'a str>, Refusal> {
+        let Some(value) = self.optional(name) else {
+            return Ok(None);
+        };
+        value
+            .as_str()
+            .map(Some)
+            .ok_or_else(|| self.wrong_type(name, "string"))
+    }
+
+    /// An optional string to keep.
+    ///
+    /// # Errors
+    /// Another type.
+    pub fn opt_name(&self, name: &'static str) -> Result<Option<Rc<str>>, Refusal> {
+        Ok(self.opt_str(name)?.map(Rc::from))
+    }
+
+    /// A mandatory string.
+    ///
+    /// # Errors
+    /// Missing, or another type.
+    pub fn str(&self, name: &'static str) -> Result<&'a str, Refusal> {
+        self.required(name)?;
+        self.opt_str(name).map(|value| value.expect("just found"))
+    }
+
+    /// An optional boolean.
+    ///
+    /// # Errors
+    /// Another type.
+    pub fn opt_bool(&self, name: &'static str) -> Result<Option<bool>, Refusal> {
+        let Some(value) = self.optional(name) else {
+            return Ok(None);
+        };
+        value
+            .as_bool()
+            .map(Some)
+            .ok_or_else(|| self.wrong_type(name, "boolean"))
+    }
+
+    /// An optional signed number.
+    ///
+    /// # Errors
+    /// Another type.
+    pub fn opt_int(&self, name: &'static str) -> Result<Option<i64>, Refusal> {
+        let Some(value) = self.optional(name) else {
+            return Ok(None);
+        };
+        value
+            .as_i64()
+            .map(Some)
+            .ok_or_else(|| self.wrong_type(name, "integer"))
+    }
+
+    /// A mandatory signed number.
+    ///
+    /// # Errors
+    /// Missing, or another type.
+    pub fn int(&self, name: &'static str) -> Result<i64, Refusal> {
+        self.required(name)?;
+        self.opt_int(name).map(|value| value.expect("just found"))
+    }
+
+    /// An optional one of a few words.
+    ///
+    /// # Errors
+    /// Another type, another word.
+    pub fn opt_enum(&self, name: &'static str, words: &[&str]) -> Result<Option<&'a str>, Refusal> {
+        let Some(word) = self.opt_str(name)? else {
+            return Ok(None);
+        };
+        if words.contains(&word) {
+            return Ok(Some(word));
+        }
+        let name = self.full_name(name);
+        Err(Refusal::new(format!(
+            "Parameter '{name}' does not accept value '{word}'"
+        )))
+    }
+
+    /// A mandatory one of a few words.
+    ///
+    /// # Errors
+    /// Missing, another type, another word.
+    pub fn one_of(&self, name: &'static str, words: &[&str]) -> Result<&'a str, Refusal> {
+        self.required(name)?;
+        self.opt_enum(name, words).map(|word| word.expect("just found"))
+    }
+
+    /// Everything has been asked for.
+    ///
+    /// # Errors
+    /// A member that nobody asked for.
+    pub fn finish(self) -> Result<(), Refusal> {
+        let seen = self.seen.borrow();
+        match self
+            .object
+            .and_then(|object| object.keys().find(|key| !seen.contains(&key.as_str())))
+        {
+            Some(key) => Err(Refusal::new(format!(
+                "Parameter '{}' is unexpected",
+                self.full_name(key)
+            ))),
+            None => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,85 @@
+//! `block-export-add` and `block-export-del` for NBD exports.
+//!
+//! An NBD server is taken to be running. Deletion takes effect at once.
+
+use std::rc::Rc;
+
+use serde_json::Value;
+
+use crate::command::args::Args;
+use crate::command::{is_well_formed, lookup};
+use crate::graph::Parent;
+use crate::perm::{Masks, Perm};
+use crate::refusal::Refusal;
+use crate::world::{Export, World};
+
+pub(crate) fn add(world: &mut World, arguments: &Value) -> Result<(), Refusal> {
+    let args = Args::new(arguments)?;
+    args.one_of("type", &["nbd"])?;
+    let id = args.str("id")?;
+    args.opt_bool("fixed-iothread")?;
+    args.opt_str("iothread")?;
+    let node_name = args.str("node-name")?;
+    let writable = args.opt_bool("writable")?.unwrap_or(false);
+    args.opt_bool("writethrough")?;
+    args.opt_bool("allow-inactive")?;
+    let name = args.opt_str("name")?.unwrap_or(node_name);
+    args.opt_str("description")?;
+    args.optional("bitmaps");
+    args.opt_bool("allocation-depth")?;
+    args.finish()?;
+
+    if !is_well_formed(id) {
+        return Err(Refusal::new("Invalid block export id"));
+    }
+    if world.export(id).is_some() {
+        return Err(Refusal::new(format!("Block export id '{id}' is already in use")));
+    }
+    let node = lookup(world, "", node_name)?;
+    if writable && !world.graph.node(node).writable {
+        return Err(Refusal::new("Cannot export read-only node as writable"));
+    }
+    let mut perm = Perm::CONSISTENT_READ;
+    perm.set(Perm::WRITE, writable);
+    let id: Rc<str> = Rc::from(id);
+    let root = world.graph.attach_root(
+        Parent::Export(id.clone()),
+        node,
+        "root",
+        Masks::new(perm, Perm::all()),
+    )?;
+    if world.exports.iter().any(|export| &*export.name == name) {
+        return Err(Refusal::new(format!(
+            "NBD server already has export named '{name}'"
+        )));
+    }
+    // Clients are told the length once, so nobody may change it.
+    world
+        .graph
+        .set_root_masks(root, Masks::new(perm, Perm::all() - Perm::RESIZE))?;
+    world.exports.push(Export {
+        id,
+        name: Rc::from(name),
+        writable,
+        root,
+        clients: 0,
+    });
+    Ok(())
+}
+
+pub(crate) fn del(world: &mut World, arguments: &Value) -> Result<(), Refusal> {
+    let args = Args::new(arguments)?;
+    let id = args.str("id")?;
+    let mode = args.opt_enum("mode", &["safe", "hard"])?.unwrap_or("safe");
+    args.finish()?;
+
+    let Some(at) = world.exports.iter().position(|export| &*export.id == id) else {
+        return Err(Refusal::new(format!("Export '{id}' is not found")));
+    };
+    if mode == "safe" && world.exports[at].clients > 0 {
+        return Err(Refusal::new(format!("export '{id}' still in use")));
+    }
+    let export = world.exports.remove(at);
+    world.graph.remove_edge_and_refresh(export.root);
+    Ok(())
+}

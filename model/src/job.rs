@@ -1,0 +1,295 @@
+//! Jobs: the state machine, which verb is admitted when, and how pauses add up.
+//!
+//! Rules: every observed status change must be in [`JobStatus::may_become`]; verbs are refused by [`check_verb`] with
+//! QEMU's text. What a stream does to graph and headers is in [`crate::command::stream`].
+
+use std::rc::Rc;
+
+use crate::graph::{EdgeId, NodeId};
+use crate::refusal::Refusal;
+
+/// Status of a job; names as in QAPI `JobStatus`.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum JobStatus {
+    /// Before creation.
+    Undefined,
+    /// Exists.
+    Created,
+    /// Runs.
+    Running,
+    /// Parked while running.
+    Paused,
+    /// Source and target are in step.
+    Ready,
+    /// Parked while ready.
+    Standby,
+    /// Run is over; waits for its group.
+    Waiting,
+    /// Waits to be finalized.
+    Pending,
+    /// Failed or cancelled; cleans up.
+    Aborting,
+    /// Over; waits to be dismissed.
+    Concluded,
+    /// Gone.
+    Null,
+}
+
+use JobStatus::{
+    Aborting, Concluded, Created, Null, Paused, Pending, Ready, Running, Standby, Undefined, Waiting,
+};
+
+impl JobStatus {
+    /// All, in order.
+    pub const ALL: [JobStatus; 11] = [
+        Undefined, Created, Running, Paused, Ready, Standby, Waiting, Pending, Aborting, Concluded, Null,
+    ];
+
+    /// QAPI name.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Undefined => "undefined",
+            Created => "created",
+            Running => "running",
+            Paused => "paused",
+            Ready => "ready",
+            Standby => "standby",
+            Waiting => "waiting",
+            Pending => "pending",
+            Aborting => "aborting",
+            Concluded => "concluded",
+            Null => "null",
+        }
+    }
+
+    /// The status of this name.
+    #[must_use]
+    pub fn from_name(name: &str) -> Option<JobStatus> {
+        JobStatus::ALL.into_iter().find(|status| status.name() == name)
+    }
+
+    /// What a job of this status may become next.
+    #[must_use]
+    pub fn successors(self) -> &'static [JobStatus] {
+        match self {
+            Undefined => &[Created],
+            Created => &[Running, Aborting, Null],
+            Running => &[Paused, Ready, Waiting, Aborting],
+            Paused => &[Running],
+            Ready => &[Standby, Waiting, Aborting],
+            Standby => &[Ready],
+            Waiting => &[Pending, Aborting],
+            Pending => &[Aborting, Concluded],
+            Aborting => &[Aborting, Concluded],
+            Concluded => &[Null],
+            Null => &[],
+        }
+    }
+
+    /// `next` may follow directly.
+    #[must_use]
+    pub fn may_become(self, next: JobStatus) -> bool {
+        self.successors().contains(&next)
+    }
+
+    /// The run phase is over.
+    #[must_use]
+    pub fn is_completed(self) -> bool {
+        matches!(self, Waiting | Pending | Aborting | Concluded | Null)
+    }
+}
+
+/// What a user may ask of a job.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Verb {
+    /// Give up.
+    Cancel,
+    /// Stop for a while.
+    Pause,
+    /// Go on.
+    Resume,
+    /// Another rate limit.
+    SetSpeed,
+    /// Come to an end.
+    Complete,
+    /// Make the result take effect.
+    Finalize,
+    /// Forget it.
+    Dismiss,
+    /// Change an option.
+    Change,
+}
+
+impl Verb {
+    /// QAPI name.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Verb::Cancel => "cancel",
+            Verb::Pause => "pause",
+            Verb::Resume => "resume",
+            Verb::SetSpeed => "set-speed",
+            Verb::Complete => "complete",
+            Verb::Finalize => "finalize",
+            Verb::Dismiss => "dismiss",
+            Verb::Change => "change",
+        }
+    }
+
+    /// A job of this status takes the verb.
+    #[must_use]
+    pub fn admitted(self, status: JobStatus) -> bool {
+        let alive = matches!(status, Created | Running | Paused | Ready | Standby);
+        match self {
+            Verb::Cancel => alive || matches!(status, Waiting | Pending),
+            Verb::Pause | Verb::Resume | Verb::SetSpeed | Verb::Change => alive,
+            Verb::Complete => matches!(status, Ready | Standby),
+            Verb::Finalize => status == Pending,
+            Verb::Dismiss => status == Concluded,
+        }
+    }
+}
+
+/// Refuses a verb that a job of this status does not take.
+///
+/// # Errors
+/// The refusal.
+pub fn check_verb(id: &str, status: JobStatus, verb: Verb) -> Result<(), Refusal> {
+    if verb.admitted(status) {
+        return Ok(());
+    }
+    let (status, verb) = (status.name(), verb.name());
+    Err(Refusal::new(format!(
+        "Job '{id}' in state '{status}' cannot accept command verb '{verb}'"
+    )))
+}
+
+/// How a job's completion ended.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Outcome {
+    /// It did what it was for.
+    Success,
+    /// Its run phase failed (no prepare).
+    Failed,
+    /// It was cancelled (no prepare).
+    Cancelled,
+    /// Prepare failed because the header could not be written: the graph has changed, the header has not.
+    HeaderNotWritten,
+}
+
+/// What a stream was asked to do.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Stream {
+    /// `device`: the node that the filter was put above.
+    pub device: NodeId,
+    /// The copy-on-read filter; none once it is dropped.
+    pub filter: Option<NodeId>,
+    /// The last layer that is streamed.
+    pub base_overlay: NodeId,
+    /// The node directly above base, maybe a filter.
+    pub above_base: NodeId,
+    /// `backing-file`.
+    pub backing_file: Option<Rc<str>>,
+    /// `backing-mask-protocol`.
+    pub mask_protocol: bool,
+    /// The device was made writable for the job.
+    pub was_read_only: bool,
+}
+
+/// A job.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Job {
+    /// QAPI id.
+    pub id: Rc<str>,
+    /// Status as observed.
+    pub status: JobStatus,
+    /// One of the pauses is the user's (or an error's with action `stop`).
+    pub user_paused: bool,
+    /// Cancelled; a stream's cancellation is always hard.
+    pub cancelled: bool,
+    /// Rate limit, bytes per second; 0 = none.
+    pub speed: i64,
+    /// Becomes concluded by itself.
+    pub auto_finalize: bool,
+    /// Disappears by itself.
+    pub auto_dismiss: bool,
+    /// The job's own edges, newest first.
+    pub edges: Vec<EdgeId>,
+    /// The edge of the backend through which it does I/O; none once completed.
+    pub backend: Option<EdgeId>,
+    /// What it does.
+    pub stream: Stream,
+    /// How it ended.
+    pub outcome: Option<Outcome>,
+}
+
+impl Job {
+    /// How many pause requests there are, with `drained_edges` of its edges on drained nodes.
+    #[must_use]
+    pub fn pause_count(&self, drained_edges: usize) -> usize {
+        let not_started = matches!(self.status, Undefined | Created);
+        usize::from(not_started) + usize::from(self.user_paused) + drained_edges
+    }
+}
+
+/// A job that the world has forgotten, but of which a client still sees status changes.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Ghost {
+    /// QAPI id.
+    pub id: Rc<str>,
+    /// Last status seen.
+    pub status: JobStatus,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The table as the specification draws it: rows from, columns to, in the order of `JobStatus::ALL`.
+    #[test]
+    fn transitions() {
+        let table = [
+            ".x.........", // undefined
+            "..x.....x.x", // created
+            "...xx.x.x..", // running
+            "..x........", // paused
+            ".....xx.x..", // ready
+            "....x......", // standby
+            ".......xx..", // waiting
+            "........xx.", // pending
+            "........xx.", // aborting
+            "..........x", // concluded
+            "...........", // null
+        ];
+        for (from, row) in JobStatus::ALL.into_iter().zip(table) {
+            for (to, cell) in JobStatus::ALL.into_iter().zip(row.chars()) {
+                assert_eq!(from.may_become(to), cell == 'x', "{from:?} -> {to:?}");
+            }
+        }
+    }
+
+    /// The verb table: columns undefined … null.
+    #[test]
+    fn verbs() {
+        let table = [
+            (Verb::Cancel, ".xxxxxxx..."),
+            (Verb::Pause, ".xxxxx....."),
+            (Verb::Resume, ".xxxxx....."),
+            (Verb::SetSpeed, ".xxxxx....."),
+            (Verb::Complete, "....xx....."),
+            (Verb::Finalize, ".......x..."),
+            (Verb::Dismiss, ".........x."),
+            (Verb::Change, ".xxxxx....."),
+        ];
+        for (verb, row) in table {
+            for (status, cell) in JobStatus::ALL.into_iter().zip(row.chars()) {
+                assert_eq!(verb.admitted(status), cell == 'x', "{verb:?} in {status:?}");
+            }
+        }
+        assert_eq!(
+            check_verb("j", Paused, Verb::Complete).unwrap_err().desc,
+            "Job 'j' in state 'paused' cannot accept command verb 'complete'"
+        );
+    }
+}

@@ -1,0 +1,372 @@
+//! The world: graph, jobs, exports and image files, and what commands and job completions do to it.
+//!
+//! Rules: [`World::execute`] is called when a command takes the main lock and says what the command answers; it
+//! changes everything or nothing. Between commands the caller reports what it observes: every status change
+//! ([`World::job_status`]) and every job that goes through its completion ([`World::job_completed`]); an `Err` from
+//! those is a violation, as a sentence. Commands and completions are totally ordered, so the model has no time.
+//! Not here: guest data (see [`crate::layer`], [`crate::register`]), progress and rate limits.
+
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+use serde_json::Value;
+
+use crate::command::{self, Command};
+use crate::graph::{BackingHeader, EdgeId, Graph, NodeId, Parent};
+use crate::job::{Ghost, Job, JobStatus, Outcome};
+use crate::perm::{Driver, Masks, Role};
+use crate::refusal::Refusal;
+
+/// What kind of thing a file name names.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum FileKind {
+    /// A regular file.
+    Regular,
+    /// A block device.
+    Device,
+}
+
+/// The qcow2 header of a file.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Qcow2Facts {
+    /// Guest-visible size, bytes.
+    pub virtual_size: u64,
+    /// Cluster size, bytes.
+    pub cluster_size: u64,
+    /// 2 or 3.
+    pub version: u8,
+    /// The backing file on record.
+    pub backing: Option<BackingHeader>,
+}
+
+/// A file as the outside world knows it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct FileFacts {
+    /// Regular file or device.
+    pub kind: FileKind,
+    /// Length of the file itself, bytes.
+    pub length: u64,
+    /// Smallest request on it, bytes; 1 when buffered.
+    pub request_alignment: u64,
+    /// It starts with a qcow2 header.
+    pub qcow2: Option<Qcow2Facts>,
+}
+
+/// An export.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Export {
+    /// Its id.
+    pub id: Rc<str>,
+    /// NBD export name.
+    pub name: Rc<str>,
+    /// Guests may write.
+    pub writable: bool,
+    /// Its root edge; follows the graph.
+    pub root: EdgeId,
+    /// Clients connected now; a safe delete is refused while there are any.
+    pub clients: u32,
+}
+
+/// Everything. Cheap to clone.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct World {
+    /// Nodes and edges.
+    pub graph: Graph,
+    /// Jobs, newest first.
+    pub jobs: Vec<Job>,
+    /// Exports, oldest first.
+    pub exports: Vec<Export>,
+    /// Files by name.
+    pub files: BTreeMap<Rc<str>, Rc<FileFacts>>,
+    /// Jobs that are gone but for their last events.
+    ghosts: Vec<Ghost>,
+    /// How many node names have been made up; a refused command may have used some.
+    pub auto_names: u32,
+}
+
+/// One edge in words, for comparison with another block layer's report.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct EdgeFacts {
+    /// `node 'x'`, `export 'e'`, `backend of job 'j'`, `job 'j'`.
+    pub parent: String,
+    /// `file`, `backing`, `root`, …
+    pub name: &'static str,
+    /// Node name below.
+    pub child: String,
+    /// What the child is to the parent.
+    pub role: Role,
+    /// The masks.
+    pub masks: Masks,
+    /// The link is frozen.
+    pub frozen: bool,
+}
+
+impl World {
+    /// A world with these files, and nothing open.
+    #[must_use]
+    pub fn new(files: impl IntoIterator<Item = (Rc<str>, FileFacts)>) -> World {
+        let files = files
+            .into_iter()
+            .map(|(name, facts)| (name, Rc::new(facts)))
+            .collect();
+        World {
+            files,
+            ..World::default()
+        }
+    }
+
+    /// Runs a command.
+    ///
+    /// # Errors
+    /// The refusal; the world is as before, except that names made up for nodes stay used.
+    pub fn execute(&mut self, command: &Command<'_>) -> Result<Value, Refusal> {
+        let mut next = self.clone();
+        let result = command::apply(&mut next, command);
+        match &result {
+            Ok(_) => {
+                next.graph.reap();
+                debug_assert_eq!(next.graph.check(), Ok(()), "after {command:?}");
+                *self = next;
+            }
+            Err(refusal) => {
+                self.auto_names = next.auto_names;
+                self.ghosts
+                    .extend(refusal.early_failed_job.clone().map(|id| Ghost {
+                        id,
+                        status: JobStatus::Undefined,
+                    }));
+            }
+        }
+        result
+    }
+
+    /// What [`World::execute`] would answer.
+    ///
+    /// # Errors
+    /// The refusal.
+    pub fn check(&self, command: &Command<'_>) -> Result<Value, Refusal> {
+        self.clone().execute(command)
+    }
+
+    /// A status change of a job was observed.
+    ///
+    /// # Errors
+    /// The change is not in the state machine, or the job ought not to do that now.
+    pub fn job_status(&mut self, id: &str, to: JobStatus) -> Result<(), String> {
+        if let Some(at) = self.ghosts.iter().position(|ghost| &*ghost.id == id) {
+            let ghost = &mut self.ghosts[at];
+            if ghost.status == JobStatus::Null
+                || !ghost.status.may_become(to)
+                || (to != JobStatus::Created && to != JobStatus::Null)
+            {
+                return Err(format!(
+                    "job '{id}' is gone ({}), yet becomes {}",
+                    ghost.status.name(),
+                    to.name()
+                ));
+            }
+            ghost.status = to;
+            if to == JobStatus::Null {
+                self.ghosts.remove(at);
+            }
+            return Ok(());
+        }
+        let Some(job) = self.jobs.iter_mut().find(|job| &*job.id == id) else {
+            return Err(format!(
+                "job '{id}' becomes {}, but there is no such job",
+                to.name()
+            ));
+        };
+        if !job.status.may_become(to) {
+            return Err(format!(
+                "job '{id}' goes from {} to {}",
+                job.status.name(),
+                to.name()
+            ));
+        }
+        let allowed = match (to, job.outcome) {
+            (JobStatus::Concluded, None) => Err("its completion has not been reported"),
+            (JobStatus::Concluded, Some(Outcome::Success)) if job.status == JobStatus::Aborting => {
+                Err("it succeeded")
+            }
+            (JobStatus::Concluded, Some(outcome))
+                if outcome != Outcome::Success && job.status != JobStatus::Aborting =>
+            {
+                Err("it failed but never went through aborting")
+            }
+            (JobStatus::Null, _) if !job.auto_dismiss => Err("nobody dismissed it"),
+            _ => Ok(()),
+        };
+        allowed.map_err(|why| {
+            format!(
+                "job '{id}' goes from {} to {}: {why}",
+                job.status.name(),
+                to.name()
+            )
+        })?;
+        job.status = to;
+        if to == JobStatus::Null {
+            self.forget_job(id);
+        }
+        Ok(())
+    }
+
+    /// A job stopped at an error whose action is `stop`: it is paused as if by the user.
+    ///
+    /// # Errors
+    /// There is no such job.
+    pub fn job_stopped_on_error(&mut self, id: &str) -> Result<(), String> {
+        let job = self
+            .jobs
+            .iter_mut()
+            .find(|job| &*job.id == id)
+            .ok_or_else(|| format!("there is no job '{id}'"))?;
+        job.user_paused = true;
+        Ok(())
+    }
+
+    /// A job went through its completion: what that does to the graph and the headers. Returns the error text with
+    /// which the job must end, if any.
+    ///
+    /// # Errors
+    /// The outcome is impossible for this job.
+    pub fn job_completed(&mut self, id: &str, outcome: Outcome) -> Result<Option<String>, String> {
+        let at = self
+            .jobs
+            .iter()
+            .position(|job| &*job.id == id)
+            .ok_or_else(|| format!("there is no job '{id}'"))?;
+        let job = &self.jobs[at];
+        match (outcome, job.cancelled) {
+            _ if job.outcome.is_some() => return Err(format!("job '{id}' completes twice")),
+            (Outcome::Success | Outcome::HeaderNotWritten, true) => {
+                return Err(format!("job '{id}' was cancelled, yet takes effect"));
+            }
+            (Outcome::Cancelled, false) => return Err(format!("nobody cancelled job '{id}'")),
+            _ => {}
+        }
+        let error = command::stream::complete(self, at, outcome);
+        self.graph.reap();
+        debug_assert_eq!(self.graph.check(), Ok(()), "after job '{id}' completed");
+        Ok(error)
+    }
+
+    /// Removes a job with its edges.
+    pub(crate) fn forget_job(&mut self, id: &str) {
+        let at = self
+            .jobs
+            .iter()
+            .position(|job| &*job.id == id)
+            .expect("the job exists");
+        for edge in self.jobs.remove(at).edges {
+            self.graph.remove_edge_and_refresh(edge);
+        }
+        self.graph.reap();
+    }
+
+    /// Removes a job whose `null` a client is yet to see.
+    pub(crate) fn dismiss_job(&mut self, id: &Rc<str>) {
+        self.forget_job(id);
+        self.ghosts.push(Ghost {
+            id: id.clone(),
+            status: JobStatus::Concluded,
+        });
+    }
+
+    /// The job of this id.
+    #[must_use]
+    pub fn job(&self, id: &str) -> Option<&Job> {
+        self.jobs.iter().find(|job| &*job.id == id)
+    }
+
+    /// The export of this id.
+    #[must_use]
+    pub fn export(&self, id: &str) -> Option<&Export> {
+        self.exports.iter().find(|export| &*export.id == id)
+    }
+
+    /// The node that an export shows now.
+    #[must_use]
+    pub fn export_node(&self, id: &str) -> Option<NodeId> {
+        self.export(id).map(|export| self.graph.edge(export.root).child)
+    }
+
+    /// How many clients an export has now.
+    pub fn set_export_clients(&mut self, id: &str, clients: u32) {
+        if let Some(export) = self.exports.iter_mut().find(|export| &*export.id == id) {
+            export.clients = clients;
+        }
+    }
+
+    /// The pause count that a job must have while these nodes are drained.
+    #[must_use]
+    pub fn pause_count(&self, id: &str, drained: impl Fn(NodeId) -> bool) -> Option<usize> {
+        let job = self.job(id)?;
+        let edges = job
+            .edges
+            .iter()
+            .filter(|edge| drained(self.graph.edge(**edge).child))
+            .count();
+        Some(job.pause_count(edges))
+    }
+
+    /// The file whose plain bytes a node shows, if it does not interpret them.
+    fn content_file(&self, node: NodeId) -> Option<Rc<str>> {
+        let facts = self.graph.node(node);
+        match facts.driver {
+            Driver::File | Driver::HostDevice | Driver::NullCo => facts.filename.clone(),
+            Driver::Raw if facts.windowed => None,
+            Driver::Raw | Driver::CopyOnRead => self.content_file(self.graph.primary_child(node)?),
+            Driver::Qcow2 => None,
+        }
+    }
+
+    /// The file whose header a qcow2 node reads and writes.
+    #[must_use]
+    pub fn image_file(&self, node: NodeId) -> Option<Rc<str>> {
+        self.content_file(self.graph.primary_child(node)?)
+    }
+
+    /// What the header of a qcow2 node says.
+    #[must_use]
+    pub fn header(&self, node: NodeId) -> Option<&Qcow2Facts> {
+        self.files.get(&self.image_file(node)?)?.qcow2.as_ref()
+    }
+
+    /// Records another backing file in the header of a qcow2 node.
+    pub(crate) fn set_header(&mut self, node: NodeId, backing: Option<BackingHeader>) {
+        self.graph.node_mut(node).recorded_backing = backing.as_ref().map(|backing| backing.file.clone());
+        let file = self.image_file(node).expect("a qcow2 node has a file");
+        let facts = self.files.get_mut(&file).expect("an open file exists");
+        Rc::make_mut(facts)
+            .qcow2
+            .as_mut()
+            .expect("a qcow2 node has a qcow2 file")
+            .backing = backing;
+    }
+
+    /// Every edge in words, sorted.
+    #[must_use]
+    pub fn edge_facts(&self) -> Vec<EdgeFacts> {
+        let parent = |parent: &Parent| match parent {
+            Parent::Node(id) => format!("node '{}'", self.graph.name(*id)),
+            Parent::Export(id) => format!("export '{id}'"),
+            Parent::JobBackend(id) => format!("backend of job '{id}'"),
+            Parent::Job(id) => format!("job '{id}'"),
+        };
+        let mut facts: Vec<EdgeFacts> = self
+            .graph
+            .edges()
+            .map(|(_, edge)| EdgeFacts {
+                parent: parent(&edge.parent),
+                name: edge.name,
+                child: self.graph.name(edge.child).to_owned(),
+                role: edge.role,
+                masks: edge.masks,
+                frozen: edge.frozen_by.is_some(),
+            })
+            .collect();
+        facts.sort();
+        facts
+    }
+}

@@ -1,0 +1,42 @@
+//! `blkcheck replay`: one scenario file exactly as recorded.
+
+use serde_json::json;
+
+use super::args::ReplayArgs;
+use super::{CliError, Found, load, print_out};
+use crate::harness::{Harness, Setup};
+use crate::report;
+
+pub(super) fn replay(args: &ReplayArgs) -> Result<Found, CliError> {
+    let scenario = load(&args.file)?;
+    let mut harness = Harness::new(&Setup { on: args.on, ..Setup::default() })?;
+    let replayed = harness.replay(&scenario)?;
+    let violation = replayed.violation.as_ref();
+    if let Some(out) = &args.html {
+        let title = scenario.title.clone().unwrap_or_else(|| args.file.display().to_string());
+        let page = report::html::page(&title, &scenario, &replayed.records, violation);
+        std::fs::write(out, page).map_err(|source| CliError::File { path: out.display().to_string(), source })?;
+    }
+    if args.json {
+        print_out(
+            &json!({
+                "verdict": if violation.is_some() { "fail" } else { "pass" },
+                "oracle": violation.map(|v| v.oracle.as_str()),
+                "message": violation.map(|v| &v.message),
+                "step": violation.and_then(|v| v.step).map(|s| s.0),
+                "trace_hash": format!("{:016x}", replayed.trace_hash),
+            })
+            .to_string(),
+        );
+    } else {
+        if args.trace {
+            let lines = report::timeline::lines(&scenario, &replayed.records);
+            print_out(report::timeline::render(&lines, false, usize::MAX).trim_end());
+        }
+        match violation {
+            None => print_out(&format!("pass  trace {:016x}", replayed.trace_hash)),
+            Some(v) => print_out(&format!("FAIL  {}\n{}", v.oracle.as_str(), report::verdict(v).trim_end())),
+        }
+    }
+    Ok(if violation.is_some() { Found::Something } else { Found::Nothing })
+}

@@ -1,0 +1,181 @@
+//! `blkcheck run`: a campaign with a live progress line and a summary.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde_json::json;
+
+use super::args::{Faults, On, RunArgs, Scheduler};
+use super::{CliError, Found, print_out};
+use crate::campaign::{self, Options, Progress, Span, Summary};
+use crate::generate::Profile;
+use crate::harness::Setup;
+
+/// How long a campaign without arguments runs.
+const DEFAULT_TIME: Duration = Duration::from_secs(30);
+
+pub(super) fn default_campaign() -> Result<Found, CliError> {
+    run(&RunArgs {
+        seeds: None,
+        time: None,
+        threads: 0,
+        on: On::Memory,
+        scheduler: Scheduler::Random,
+        profile: Profile::Mixed,
+        faults: Faults::None,
+        out: "blkcheck-findings".into(),
+        json: false,
+    })
+}
+
+pub(super) fn run(args: &RunArgs) -> Result<Found, CliError> {
+    let span = match (&args.seeds, args.time) {
+        (Some(seeds), _) => Span::Seeds(seeds.clone()),
+        (None, time) => Span::For(time.unwrap_or(DEFAULT_TIME)),
+    };
+    let threads = match args.threads {
+        0 => std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
+        n => n.min(1024),
+    };
+    let setup = Setup { on: args.on, scheduler: args.scheduler, profile: args.profile, faults: args.faults };
+    let options = Options { span, threads, setup, out: args.out.clone() };
+    announce(&options);
+    let stop = Arc::new(AtomicBool::new(false));
+    let handler = Arc::clone(&stop);
+    // Only the first Ctrl-C asks nicely; whoever presses it again wants out now.
+    let _ = ctrlc::set_handler(move || {
+        if handler.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+    });
+    let progress = Arc::new(Progress::default());
+    let line = ProgressLine::start(&options, &progress);
+    let summary = campaign::run(&options, &stop, &progress);
+    line.finish();
+    let summary = summary?;
+    if args.json {
+        print_out(&as_json(&summary).to_string());
+    } else {
+        print_out(&as_text(&options, &summary));
+    }
+    Ok(if summary.failed() { Found::Something } else { Found::Nothing })
+}
+
+/// What is about to run, before it does: a run that hangs or is killed has told its seeds.
+fn announce(options: &Options) {
+    let span = match &options.span {
+        Span::Seeds(seeds) => format!("seeds {}..{}", seeds.start, seeds.end),
+        Span::For(time) => format!("seeds from 0 on for {time:?}"),
+    };
+    let setup = &options.setup;
+    eprintln!(
+        "blkcheck {}: {span}, {} threads, on {}, profile {}, scheduler {}, faults {}",
+        env!("CARGO_PKG_VERSION"),
+        options.threads,
+        setup.on_name(),
+        setup.profile.name(),
+        setup.scheduler_name(),
+        setup.faults_name(),
+    );
+}
+
+struct ProgressLine {
+    bar: ProgressBar,
+    done: Arc<AtomicBool>,
+    ticker: Option<std::thread::JoinHandle<()>>,
+}
+
+impl ProgressLine {
+    /// A line on stderr when that is a terminal; nothing otherwise.
+    fn start(options: &Options, progress: &Arc<Progress>) -> ProgressLine {
+        let total = match &options.span {
+            Span::Seeds(seeds) => Some(seeds.end - seeds.start),
+            Span::For(_) => None,
+        };
+        let bar = ProgressBar::with_draw_target(total, ProgressDrawTarget::stderr());
+        let template = "{elapsed_precise} {pos} seeds ({per_sec}) {msg}";
+        bar.set_style(ProgressStyle::with_template(template).expect("the template is well formed"));
+        let done = Arc::new(AtomicBool::new(false));
+        let ticker = (!bar.is_hidden()).then(|| {
+            let (bar, done, progress) = (bar.clone(), Arc::clone(&done), Arc::clone(progress));
+            std::thread::spawn(move || {
+                while !done.load(Ordering::Relaxed) {
+                    bar.set_position(progress.seeds.load(Ordering::Relaxed));
+                    let operations = progress.operations.load(Ordering::Relaxed);
+                    let findings = progress.findings.load(Ordering::Relaxed);
+                    bar.set_message(format!("{operations} operations, {findings} findings"));
+                    std::thread::park_timeout(Duration::from_millis(200));
+                }
+            })
+        });
+        ProgressLine { bar, done, ticker }
+    }
+
+    fn finish(self) {
+        self.done.store(true, Ordering::Relaxed);
+        if let Some(ticker) = self.ticker {
+            ticker.thread().unpark();
+            let _ = ticker.join();
+        }
+        self.bar.finish_and_clear();
+    }
+}
+
+fn as_json(summary: &Summary) -> serde_json::Value {
+    let findings: Vec<_> = summary
+        .findings
+        .iter()
+        .map(|f| {
+            json!({
+                "seed": f.seed,
+                "oracle": f.violation.oracle.as_str(),
+                "message": f.violation.message,
+                "step": f.violation.step.map(|s| s.0),
+                "file": f.file,
+                "shrunk_steps": f.shrunk_steps,
+            })
+        })
+        .collect();
+    json!({
+        "seeds": summary.seeds,
+        "operations": summary.operations,
+        "steps": summary.steps,
+        "seconds": summary.seconds,
+        "cpu_seconds": summary.cpu_seconds,
+        "trace_hash": format!("{:016x}", summary.trace_hash),
+        "coverage": summary.coverage,
+        "unmet": summary.unmet.iter().map(|m| m.name()).collect::<Vec<_>>(),
+        "findings": findings,
+        "more_findings": summary.more_findings,
+        "interrupted": summary.interrupted,
+    })
+}
+
+fn as_text(options: &Options, summary: &Summary) -> String {
+    use std::fmt::Write;
+    let mut out = String::new();
+    let rate = if summary.seconds > 0.0 { summary.seeds as f64 / summary.seconds } else { 0.0 };
+    let _ = writeln!(out, "seeds        {:>12}   {rate:.0}/s", summary.seeds);
+    let _ = writeln!(out, "operations   {:>12}", summary.operations);
+    let _ = writeln!(out, "steps        {:>12}", summary.steps);
+    let _ = writeln!(out, "time         {:>11.1}s   {:.1} CPU-seconds", summary.seconds, summary.cpu_seconds);
+    let _ = writeln!(out, "trace hash   {:016x}", summary.trace_hash);
+    let _ = writeln!(out, "coverage     {:>12}   situations and operation x state pairs met", summary.coverage.len());
+    if !summary.unmet.is_empty() {
+        let names: Vec<&str> = summary.unmet.iter().map(|m| m.name()).collect();
+        let verdict = if summary.unmet_is_failure { "FAILED: never occurred" } else { "not seen in so few seeds" };
+        let _ = writeln!(out, "situations   {verdict}: {}", names.join(", "));
+    }
+    let found = summary.findings.len() as u64 + summary.more_findings;
+    let _ = writeln!(out, "findings     {found:>12}");
+    if summary.interrupted {
+        let _ = writeln!(out, "interrupted");
+    }
+    for finding in summary.findings.iter().filter(|f| f.file.is_some()) {
+        out.push('\n');
+        out.push_str(&crate::report::finding(finding, options.setup.on_name()));
+    }
+    out.trim_end().to_owned()
+}

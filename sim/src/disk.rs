@@ -1,0 +1,554 @@
+//! The simulated disk: files in memory, requests that wait until somebody completes them, in any order.
+//!
+//! Rules: the data of a write is captured when it is submitted and reaches the file when it completes; a read sees the
+//! file as it is when it completes. Two requests in flight are in no order, whatever they touch: who needs an order
+//! waits. Requests must respect [`DiskOptions::alignment`], or it is a bug of the layer and panics.
+//! Buffers and request slots are reused from run to run.
+//! Not here: faults and power cuts; every write is as good as durable.
+
+use std::cell::RefCell;
+use std::future::Future;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll, Waker};
+
+use blkcheck_impl::env::Extent;
+use blkcheck_impl::error::Errno;
+
+/// Unit in which holes are tracked, bytes.
+const SECTOR: u64 = 512;
+/// Largest file: a runaway offset must not eat the machine's memory.
+pub const MAX_FILE: u64 = 4 << 30;
+/// Buffers above this are given back, bytes.
+const KEEP_BUFFER: usize = 1 << 20;
+
+/// A file's index.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Hash)]
+pub struct FileId(pub u32);
+
+/// What all files of a disk have in common.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct DiskOptions {
+    /// Offsets and lengths of requests are multiples of this, bytes.
+    pub alignment: u64,
+    /// Zero writes and discards work; otherwise they end with ENOTSUP at once.
+    pub unmap: bool,
+}
+
+impl Default for DiskOptions {
+    fn default() -> DiskOptions {
+        DiskOptions { alignment: 1, unmap: true }
+    }
+}
+
+/// What a request does; lengths in bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Op {
+    /// Read.
+    Read {
+        /// Start.
+        offset: u64,
+        /// Wanted length.
+        bytes: u64,
+    },
+    /// Write the captured data.
+    Write {
+        /// Start.
+        offset: u64,
+        /// Length of the captured data.
+        bytes: u64,
+    },
+    /// Make durable.
+    Flush,
+    /// Zero a range.
+    WriteZeroes {
+        /// Start.
+        offset: u64,
+        /// Length.
+        bytes: u64,
+        /// Make it a hole.
+        may_unmap: bool,
+    },
+    /// Make a range a hole.
+    Discard {
+        /// Start.
+        offset: u64,
+        /// Length.
+        bytes: u64,
+    },
+    /// Set the length.
+    Truncate {
+        /// New length.
+        length: u64,
+    },
+}
+
+#[derive(Debug, Default)]
+struct File {
+    name: String,
+    data: Vec<u8>,
+    /// One bit per sector: holds data, or at least space.
+    allocated: Vec<u64>,
+    /// Open handles, and how many of them may write.
+    open: u32,
+    writers: u32,
+    /// Two writers were open at once: its content is nobody's responsibility.
+    contested: bool,
+    exists: bool,
+}
+
+impl File {
+    fn sectors(&self) -> usize {
+        self.data.len().div_ceil(SECTOR as usize)
+    }
+
+    fn set_length(&mut self, length: usize) {
+        self.data.resize(length, 0);
+        let words = self.sectors().div_ceil(64);
+        // Bits past the end are clear, so that growing makes a hole.
+        self.allocated.resize(words, 0);
+        if self.sectors() % 64 != 0 {
+            let keep = (1 << (self.sectors() % 64)) - 1;
+            *self.allocated.last_mut().expect("one word at least") &= keep;
+        }
+    }
+
+    fn mark(&mut self, first: u64, end: u64, allocated: bool) {
+        for sector in first..end {
+            let (word, bit) = (to_usize(sector / 64), 1u64 << (sector % 64));
+            if allocated {
+                self.allocated[word] |= bit;
+            } else {
+                self.allocated[word] &= !bit;
+            }
+        }
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        let (start, end) = (to_usize(offset), to_usize(offset) + data.len());
+        if end > self.data.len() {
+            self.set_length(end);
+        }
+        self.data[start..end].copy_from_slice(data);
+        self.mark(offset / SECTOR, (end as u64).div_ceil(SECTOR), true);
+    }
+
+    /// Zeroes a range; `grow` as fallocate's zero-range does, a hole where `unmap`.
+    fn zero(&mut self, offset: u64, bytes: u64, grow: bool, unmap: bool) {
+        if grow && to_usize(offset + bytes) > self.data.len() {
+            self.set_length(to_usize(offset + bytes));
+        }
+        let end = (offset + bytes).min(self.data.len() as u64);
+        if offset >= end {
+            return;
+        }
+        self.data[to_usize(offset)..to_usize(end)].fill(0);
+        if unmap {
+            let last = if end == self.data.len() as u64 { end.div_ceil(SECTOR) } else { end / SECTOR };
+            self.mark(offset.div_ceil(SECTOR), last, false);
+        } else {
+            self.mark(offset / SECTOR, end.div_ceil(SECTOR), true);
+        }
+    }
+
+    fn extent(&self, offset: u64) -> Extent {
+        let bit = |sector: u64| self.allocated[to_usize(sector / 64)] >> (sector % 64) & 1 == 1;
+        let first = offset / SECTOR;
+        let data = bit(first);
+        let mut sector = first + 1;
+        let sectors = self.sectors() as u64;
+        while sector < sectors {
+            // Whole words of one kind are skipped at once.
+            let word = self.allocated[to_usize(sector / 64)] ^ if data { u64::MAX } else { 0 };
+            let rest = word >> (sector % 64);
+            if rest != 0 {
+                sector += u64::from(rest.trailing_zeros());
+                break;
+            }
+            sector = (sector / 64 + 1) * 64;
+        }
+        let end = (sector.min(sectors) * SECTOR).min(self.data.len() as u64);
+        Extent { data, bytes: end - offset }
+    }
+}
+
+#[derive(Debug)]
+enum Progress {
+    Free,
+    Pending(Waker),
+    Over(Result<u64, Errno>),
+}
+
+#[derive(Debug)]
+struct Request {
+    file: FileId,
+    op: Op,
+    buffer: Vec<u8>,
+    progress: Progress,
+    number: u64,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    options: DiskOptions,
+    files: Vec<File>,
+    requests: Vec<Request>,
+    free: Vec<u32>,
+    /// Oldest first.
+    pending: Vec<u32>,
+    submitted: u64,
+}
+
+/// The disk. Cheap to clone.
+#[derive(Clone, Debug, Default)]
+pub struct Disk {
+    inner: Rc<RefCell<Inner>>,
+}
+
+/// A pending request, for people.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PendingRequest {
+    /// Number of the request in this run.
+    pub number: u64,
+    /// Name of the file.
+    pub file: String,
+    /// What it does.
+    pub op: Op,
+}
+
+fn to_usize(v: u64) -> usize {
+    usize::try_from(v).expect("checked against MAX_FILE")
+}
+
+impl Disk {
+    /// Forgets files and requests, keeps their memory.
+    pub fn reset(&self, options: DiskOptions) {
+        let inner = &mut *self.inner.borrow_mut();
+        assert!(options.alignment.is_power_of_two(), "alignment {}", options.alignment);
+        inner.options = options;
+        for file in &mut inner.files {
+            file.exists = false;
+            file.name.clear();
+            (file.open, file.writers, file.contested) = (0, 0, false);
+            if file.data.capacity() > KEEP_BUFFER {
+                file.data = Vec::new();
+            }
+            file.data.clear();
+            file.allocated.clear();
+        }
+        inner.pending.clear();
+        inner.free.clear();
+        for (i, request) in inner.requests.iter_mut().enumerate() {
+            request.progress = Progress::Free;
+            inner.free.push(u32::try_from(i).expect("few requests"));
+        }
+        inner.submitted = 0;
+    }
+
+    /// Creates a file whose content `fill` writes into an empty buffer.
+    ///
+    /// # Panics
+    /// When the name is taken.
+    pub fn create(&self, name: &str, fill: impl FnOnce(&mut Vec<u8>)) -> FileId {
+        let inner = &mut *self.inner.borrow_mut();
+        assert!(inner.find(name).is_none(), "file '{name}' exists");
+        let at = inner.files.iter().position(|f| !f.exists).unwrap_or_else(|| {
+            inner.files.push(File::default());
+            inner.files.len() - 1
+        });
+        let file = &mut inner.files[at];
+        file.exists = true;
+        file.name.push_str(name);
+        fill(&mut file.data);
+        assert!(file.data.len() as u64 <= MAX_FILE, "file '{name}' is too large");
+        let length = file.data.len();
+        file.set_length(length);
+        file.mark(0, file.sectors() as u64, true);
+        FileId(u32::try_from(at).expect("few files"))
+    }
+
+    /// Makes everything outside these ranges (offset, bytes) a hole; it holds only zeroes.
+    pub fn keep_only(&self, file: FileId, ranges: impl Iterator<Item = (u64, u64)>) {
+        let mut inner = self.inner.borrow_mut();
+        let file = inner.file(file);
+        file.mark(0, file.sectors() as u64, false);
+        for (offset, bytes) in ranges {
+            let end = (offset + bytes).min(file.data.len() as u64);
+            file.mark(offset / SECTOR, end.div_ceil(SECTOR), true);
+        }
+    }
+
+    /// A file by name.
+    #[must_use]
+    pub fn find(&self, name: &str) -> Option<FileId> {
+        self.inner.borrow().find(name)
+    }
+
+    /// Looks at a file's bytes.
+    pub fn with_bytes<R>(&self, file: FileId, f: impl FnOnce(&[u8]) -> R) -> R {
+        f(&self.inner.borrow_mut().file(file).data)
+    }
+
+    /// Replaces one byte range of a file at once; for tests that damage images.
+    pub fn patch(&self, file: FileId, offset: u64, bytes: &[u8]) {
+        self.inner.borrow_mut().file(file).write(offset, bytes);
+    }
+
+    /// Notes a handle; `writable` ones are counted apart.
+    pub(crate) fn opened(&self, file: FileId, writable: bool) {
+        let mut inner = self.inner.borrow_mut();
+        inner.file(file).open += 1;
+        drop(inner);
+        if writable {
+            self.writer(file, true);
+        }
+    }
+
+    pub(crate) fn closed(&self, file: FileId, writable: bool) {
+        let mut inner = self.inner.borrow_mut();
+        // A reset forgets handles that are dropped after it.
+        let Some(entry) = inner.files.get_mut(file.0 as usize) else { return };
+        entry.open = entry.open.saturating_sub(1);
+        drop(inner);
+        if writable {
+            self.writer(file, false);
+        }
+    }
+
+    pub(crate) fn writer(&self, file: FileId, more: bool) {
+        let mut inner = self.inner.borrow_mut();
+        let file = inner.file(file);
+        file.writers = if more { file.writers + 1 } else { file.writers.saturating_sub(1) };
+        file.contested |= file.writers > 1;
+    }
+
+    /// Open handles over all files.
+    #[must_use]
+    pub fn open_handles(&self) -> u32 {
+        self.inner.borrow().files.iter().map(|f| f.open).sum()
+    }
+
+    /// Whether two writable handles of the file were open at once.
+    #[must_use]
+    pub fn contested(&self, file: FileId) -> bool {
+        self.inner.borrow_mut().file(file).contested
+    }
+
+    pub(crate) fn options(&self) -> DiskOptions {
+        self.inner.borrow().options
+    }
+
+    pub(crate) fn length(&self, file: FileId) -> u64 {
+        self.inner.borrow_mut().file(file).data.len() as u64
+    }
+
+    pub(crate) fn extent(&self, file: FileId, offset: u64) -> Result<Extent, Errno> {
+        let mut inner = self.inner.borrow_mut();
+        let file = inner.file(file);
+        if offset >= file.data.len() as u64 {
+            return Err(Errno::ENXIO);
+        }
+        Ok(file.extent(offset))
+    }
+
+    /// How many requests wait to be completed.
+    #[must_use]
+    pub fn pending(&self) -> usize {
+        self.inner.borrow().pending.len()
+    }
+
+    /// The number (in order of submission over the run) of the i-th oldest pending request.
+    #[must_use]
+    pub fn pending_number(&self, i: usize) -> u64 {
+        let inner = self.inner.borrow();
+        inner.requests[inner.pending[i] as usize].number
+    }
+
+    /// The pending requests, oldest first.
+    #[must_use]
+    pub fn describe_pending(&self) -> Vec<PendingRequest> {
+        let inner = self.inner.borrow();
+        let describe = |&slot: &u32| {
+            let request = &inner.requests[slot as usize];
+            let file = inner.files[request.file.0 as usize].name.clone();
+            PendingRequest { number: request.number, file, op: request.op }
+        };
+        inner.pending.iter().map(describe).collect()
+    }
+
+    /// Carries out the i-th oldest pending request and wakes who waits for it.
+    ///
+    /// # Panics
+    /// When there is none: a bug of the caller.
+    pub fn complete(&self, i: usize) {
+        let waker = self.inner.borrow_mut().complete(i);
+        waker.wake();
+    }
+
+    /// A read.
+    pub(crate) fn read<'a>(&self, file: FileId, offset: u64, buf: &'a mut [u8]) -> DiskIo<'a> {
+        let op = Op::Read { offset, bytes: buf.len() as u64 };
+        DiskIo { disk: self.clone(), file, op, data: Data::Into(buf), slot: None }
+    }
+
+    /// A write.
+    pub(crate) fn write<'a>(&self, file: FileId, offset: u64, buf: &'a [u8]) -> DiskIo<'a> {
+        let op = Op::Write { offset, bytes: buf.len() as u64 };
+        DiskIo { disk: self.clone(), file, op, data: Data::From(buf), slot: None }
+    }
+
+    /// Any other request.
+    pub(crate) fn request(&self, file: FileId, op: Op) -> DiskIo<'static> {
+        DiskIo { disk: self.clone(), file, op, data: Data::None, slot: None }
+    }
+}
+
+impl Inner {
+    fn find(&self, name: &str) -> Option<FileId> {
+        let at = self.files.iter().position(|f| f.exists && f.name == name)?;
+        Some(FileId(u32::try_from(at).expect("few files")))
+    }
+
+    fn file(&mut self, file: FileId) -> &mut File {
+        &mut self.files[file.0 as usize]
+    }
+
+    fn check(&self, op: Op) -> Result<(), Errno> {
+        let (offset, bytes) = match op {
+            Op::Read { offset, bytes } | Op::Write { offset, bytes } => (offset, bytes),
+            Op::WriteZeroes { offset, bytes, .. } | Op::Discard { offset, bytes } => {
+                if !self.options.unmap {
+                    return Err(Errno::ENOTSUP);
+                }
+                (offset, bytes)
+            }
+            Op::Flush => return Ok(()),
+            Op::Truncate { length } => return if length > MAX_FILE { Err(Errno::EFBIG) } else { Ok(()) },
+        };
+        let alignment = self.options.alignment;
+        assert!(
+            offset.is_multiple_of(alignment) && bytes.is_multiple_of(alignment),
+            "{op:?} is not aligned to {alignment}"
+        );
+        let reads = matches!(op, Op::Read { .. } | Op::Discard { .. });
+        if !reads && offset.checked_add(bytes).is_none_or(|end| end > MAX_FILE) {
+            return Err(Errno::EFBIG);
+        }
+        Ok(())
+    }
+
+    fn submit(&mut self, file: FileId, op: Op, data: &[u8], waker: Waker) -> u32 {
+        let slot = self.free.pop().unwrap_or_else(|| {
+            let (buffer, progress) = (Vec::new(), Progress::Free);
+            self.requests.push(Request { file, op, buffer, progress, number: 0 });
+            u32::try_from(self.requests.len() - 1).expect("few requests")
+        });
+        let request = &mut self.requests[slot as usize];
+        (request.file, request.op, request.number) = (file, op, self.submitted);
+        request.buffer.clear();
+        request.buffer.extend_from_slice(data);
+        request.progress = Progress::Pending(waker);
+        self.submitted += 1;
+        self.pending.push(slot);
+        slot
+    }
+
+    fn complete(&mut self, i: usize) -> Waker {
+        let slot = self.pending.remove(i);
+        let request = &mut self.requests[slot as usize];
+        let file = &mut self.files[request.file.0 as usize];
+        let mut done = 0;
+        match request.op {
+            Op::Read { offset, bytes } => {
+                let start = offset.min(file.data.len() as u64);
+                let end = (start + bytes).min(file.data.len() as u64);
+                request.buffer.extend_from_slice(&file.data[to_usize(start)..to_usize(end)]);
+                done = end - start;
+            }
+            Op::Write { offset, .. } => file.write(offset, &request.buffer),
+            Op::Flush => {}
+            Op::WriteZeroes { offset, bytes, may_unmap } => file.zero(offset, bytes, true, may_unmap),
+            Op::Discard { offset, bytes } => file.zero(offset, bytes, false, true),
+            Op::Truncate { length } => file.set_length(to_usize(length)),
+        }
+        match std::mem::replace(&mut request.progress, Progress::Over(Ok(done))) {
+            Progress::Pending(waker) => waker,
+            Progress::Free | Progress::Over(_) => unreachable!("pending requests are pending"),
+        }
+    }
+
+    fn release(&mut self, slot: u32) {
+        let request = &mut self.requests[slot as usize];
+        request.progress = Progress::Free;
+        if request.buffer.capacity() > KEEP_BUFFER {
+            request.buffer = Vec::new();
+        }
+        self.free.push(slot);
+    }
+}
+
+#[derive(Debug)]
+enum Data<'a> {
+    None,
+    Into(&'a mut [u8]),
+    From(&'a [u8]),
+}
+
+/// A request's future: submits on the first poll, ends with the number of bytes read (0 for other requests).
+#[derive(Debug)]
+pub struct DiskIo<'a> {
+    disk: Disk,
+    file: FileId,
+    op: Op,
+    data: Data<'a>,
+    slot: Option<u32>,
+}
+
+impl Future for DiskIo<'_> {
+    type Output = Result<u64, Errno>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<u64, Errno>> {
+        let this = self.get_mut();
+        let mut inner = this.disk.inner.borrow_mut();
+        let Some(slot) = this.slot else {
+            if let Err(errno) = inner.check(this.op) {
+                return Poll::Ready(Err(errno));
+            }
+            let data: &[u8] = if let Data::From(data) = this.data { data } else { &[] };
+            this.slot = Some(inner.submit(this.file, this.op, data, cx.waker().clone()));
+            return Poll::Pending;
+        };
+        let request = &mut inner.requests[slot as usize];
+        match &mut request.progress {
+            Progress::Pending(waker) => {
+                waker.clone_from(cx.waker());
+                Poll::Pending
+            }
+            Progress::Over(result) => {
+                let result = *result;
+                if let Data::Into(buf) = &mut this.data {
+                    buf[..request.buffer.len()].copy_from_slice(&request.buffer);
+                }
+                inner.release(slot);
+                this.slot = None;
+                Poll::Ready(result)
+            }
+            Progress::Free => unreachable!("a slot is held until its future ends"),
+        }
+    }
+}
+
+impl Drop for DiskIo<'_> {
+    fn drop(&mut self) {
+        // Only at the teardown of a run; the request never reaches the file.
+        if let Some(slot) = self.slot.take() {
+            let mut inner = self.disk.inner.borrow_mut();
+            inner.pending.retain(|&s| s != slot);
+            inner.release(slot);
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "disk_tests.rs"]
+mod tests;

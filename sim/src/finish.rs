@@ -1,0 +1,183 @@
+//! The end of a run: contents for the oracles, the independent look at the closed images, what leaked.
+
+use std::collections::BTreeSet;
+
+use blkcheck_impl::jobs::JobStatus;
+use serde_json::Value;
+
+use crate::image::check::{Severity, check};
+use crate::image::read::{Files, content};
+use crate::oracle::{FinalContent, Oracle, OracleName, View, Violation};
+use crate::scenario::{Action, Format, Scenario};
+use crate::target::{ClosedFile, Leftovers, NodeContent};
+
+/// QAPI names of job statuses.
+pub(crate) const STATUSES: [(JobStatus, &str); 11] = [
+    (JobStatus::Undefined, "undefined"),
+    (JobStatus::Created, "created"),
+    (JobStatus::Running, "running"),
+    (JobStatus::Paused, "paused"),
+    (JobStatus::Ready, "ready"),
+    (JobStatus::Standby, "standby"),
+    (JobStatus::Waiting, "waiting"),
+    (JobStatus::Pending, "pending"),
+    (JobStatus::Aborting, "aborting"),
+    (JobStatus::Concluded, "concluded"),
+    (JobStatus::Null, "null"),
+];
+
+/// The QAPI name.
+pub(crate) fn status_name(status: JobStatus) -> &'static str {
+    STATUSES.iter().find(|(s, _)| *s == status).map_or("?", |(_, name)| name)
+}
+
+pub(crate) fn quiescent(
+    nodes: &[NodeContent],
+    view: &View<'_>,
+    oracles: &mut [Box<dyn Oracle>],
+) -> Result<(), Violation> {
+    let contents: Vec<FinalContent<'_>> = nodes
+        .iter()
+        .map(|n| FinalContent { name: &n.name, bytes: &n.bytes, allocated: &n.allocated })
+        .collect();
+    oracles.iter_mut().try_for_each(|oracle| oracle.quiescent(view, &contents))
+}
+
+pub(crate) fn leftovers(left: &Leftovers) -> Result<(), Violation> {
+    if *left == Leftovers::default() {
+        return Ok(());
+    }
+    let tasks = left.tasks.iter().map(|t| format!("task: {t}"));
+    let storage = left.storage.iter().map(|s| format!("storage: {s}"));
+    let evidence: Vec<String> = tasks.chain(storage).chain(left.graph.iter().cloned()).collect();
+    let message = format!("{} things are left after shutdown", evidence.len());
+    Err(Violation { oracle: OracleName::Leaks, message, step: None, evidence })
+}
+
+struct Closed<'a>(&'a [ClosedFile]);
+
+impl Files for Closed<'_> {
+    fn file(&self, name: &str) -> Option<(&[u8], Format)> {
+        self.0.iter().find(|f| f.name == name).map(|f| (&f.bytes[..], f.format))
+    }
+}
+
+/// Checks every image, reads it through its chain and shows it to the oracles. Images that the scenario itself gave
+/// away for writing as plain bytes, or opened twice for writing, are nobody's responsibility.
+pub(crate) fn closed(
+    files: &[ClosedFile],
+    view: &View<'_>,
+    oracles: &mut [Box<dyn Oracle>],
+) -> Result<(), Violation> {
+    let exposed = exposed(view.scenario);
+    let sound = |f: &&ClosedFile| !f.contested && !exposed.contains(f.name.as_str());
+    for file in files.iter().filter(sound).filter(|f| f.format == Format::Qcow2) {
+        let problems = check(&file.bytes);
+        if let Some(worst) = problems.iter().max_by_key(|p| p.severity) {
+            let kind = if worst.severity == Severity::Corruption { "corrupt" } else { "leaky" };
+            let message = format!("image '{}' is {kind} after a clean close: {}", file.name, worst.text);
+            let evidence = problems.iter().map(|p| format!("{:?}: {}", p.severity, p.text)).collect();
+            return Err(Violation { oracle: OracleName::Image, message, step: None, evidence });
+        }
+    }
+    let all = Closed(files);
+    // An image whose backing name leads nowhere has no content of its own to compare.
+    let contents: Vec<_> = files
+        .iter()
+        .filter(sound)
+        .filter_map(|file| content(&all, &file.name).ok().map(|content| (file.name.as_str(), content)))
+        .collect();
+    let contents: Vec<FinalContent<'_>> = contents
+        .iter()
+        .map(|(name, c)| FinalContent { name, bytes: &c.bytes, allocated: &c.allocated })
+        .collect();
+    oracles.iter_mut().try_for_each(|oracle| oracle.closed(view, &contents))
+}
+
+/// Files of qcow2 images whose protocol node something else than a qcow2 node uses: its bytes are then open to guests.
+fn exposed(scenario: &Scenario) -> BTreeSet<&str> {
+    let mut exposed = BTreeSet::new();
+    // (node-name of a protocol node, its file)
+    let mut protocols: Vec<(&str, &str)> = Vec::new();
+    for step in &scenario.steps {
+        let Action::Command { execute, arguments } = &step.action else { continue };
+        if execute == "blockdev-add" {
+            protocol_nodes(arguments, None, &mut protocols, &mut exposed);
+        }
+    }
+    for step in &scenario.steps {
+        let Action::Command { execute, arguments } = &step.action else { continue };
+        for (name, file) in &protocols {
+            let used = match execute.as_str() {
+                "blockdev-add" => references(arguments, name),
+                "block-export-add" => arguments.get("node-name").and_then(Value::as_str) == Some(name),
+                _ => false,
+            };
+            if used {
+                exposed.insert(*file);
+            }
+        }
+    }
+    exposed
+}
+
+fn protocol_nodes<'a>(
+    options: &'a serde_json::Map<String, Value>,
+    parent: Option<&str>,
+    protocols: &mut Vec<(&'a str, &'a str)>,
+    exposed: &mut BTreeSet<&'a str>,
+) {
+    let text = |key: &str| options.get(key).and_then(Value::as_str);
+    if let Some(file) = text("filename") {
+        if let Some(name) = text("node-name") {
+            protocols.push((name, file));
+        }
+        if parent.is_some_and(|driver| driver != "qcow2") {
+            exposed.insert(file);
+        }
+    }
+    for value in options.values() {
+        if let Value::Object(inner) = value {
+            protocol_nodes(inner, text("driver"), protocols, exposed);
+        }
+    }
+}
+
+/// Whether a node other than qcow2 is put on `name`, at any depth.
+fn references(options: &serde_json::Map<String, Value>, name: &str) -> bool {
+    let qcow2 = options.get("driver").and_then(Value::as_str) == Some("qcow2");
+    options.iter().any(|(key, value)| match value {
+        Value::String(s) => s == name && key != "node-name" && !(qcow2 && key == "file"),
+        Value::Object(inner) => references(inner, name),
+        _ => false,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn exposed_in(steps: &str) -> Vec<String> {
+        let text = format!(r#"{{"version":1,"grain":64,"images":[],"steps":[{steps}]}}"#);
+        let scenario: Scenario = serde_json::from_str(&text).expect("a scenario");
+        exposed(&scenario).into_iter().map(str::to_owned).collect()
+    }
+
+    #[test]
+    fn only_images_that_are_used_as_bytes_are_exempt() {
+        let add = |arguments: &str| {
+            format!(r#"{{"actor":"m","execute":"blockdev-add","arguments":{arguments}}}"#)
+        };
+        let file = r#"{"driver":"file","node-name":"p","filename":"a"}"#;
+        let format = r#"{"driver":"qcow2","node-name":"q","file":"p"}"#;
+        assert_eq!(exposed_in(&format!("{},{}", add(file), add(format))), [""; 0]);
+        let raw = r#"{"driver":"raw","node-name":"r","file":"p"}"#;
+        assert_eq!(exposed_in(&format!("{},{}", add(file), add(raw))), ["a"]);
+        let inline = r#"{"driver":"raw","node-name":"r","file":{"driver":"file","filename":"b"}}"#;
+        assert_eq!(exposed_in(&add(inline)), ["b"]);
+        let inline = r#"{"driver":"qcow2","node-name":"r","file":{"driver":"file","filename":"b"}}"#;
+        assert_eq!(exposed_in(&add(inline)), [""; 0]);
+        let export = r#"{"actor":"m","execute":"block-export-add","arguments":{"type":"nbd","id":"e","node-name":"p"}}"#;
+        assert_eq!(exposed_in(&format!("{},{export}", add(file))), ["a"]);
+    }
+}

@@ -1,0 +1,116 @@
+//! The generator: one seed, one scenario. Swarm testing: every seed draws its own subset and weights of features,
+//! chain shapes and sizes, so that rare combinations get whole runs to themselves.
+//!
+//! Rules: draws only from the workload stream; stays within the target's capabilities; always yields a scenario that
+//! `validate` accepts. Nothing here looks at outcomes: a generated command may well be refused, and refusals are
+//! checked like results. A profile narrows the swarm, it never adds a feature of its own.
+//! Not covered: faults and power loss (they are choices, not workload).
+
+mod chain;
+mod guests;
+mod jobs;
+mod monitor;
+mod swarm;
+
+pub use swarm::{Profile, Swarm};
+
+use crate::rng::{Rng, Stream};
+use crate::scenario::{Action, Disk, Scenario, Step, VERSION};
+
+/// What a target can do, as far as the generator cares.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reach {
+    /// Explicit drained sections.
+    pub drain: bool,
+    /// Storage with an alignment above 1.
+    pub alignment: bool,
+    /// Grain below 512 bytes.
+    pub fine_grain: bool,
+    /// Images whose files may grow (not on fixed-size devices).
+    pub raw_tails: bool,
+}
+
+impl Reach {
+    /// Everything (the simulator).
+    #[must_use]
+    pub fn all() -> Reach {
+        Reach { drain: true, alignment: true, fine_grain: true, raw_tails: true }
+    }
+}
+
+/// The scenario of a seed.
+#[must_use]
+pub fn generate(seed: u64, profile: Profile, reach: Reach) -> Scenario {
+    let scenario = generate_from(&mut Rng::stream(seed, Stream::Workload), profile, reach);
+    Scenario { seed: Some(seed), ..scenario }
+}
+
+/// The scenario that these draws make; for fuzzers, whose bytes are the draws.
+#[must_use]
+pub fn generate_from(rng: &mut Rng, profile: Profile, reach: Reach) -> Scenario {
+    let swarm = Swarm::draw(rng, profile, reach);
+    let chain = chain::Chain::draw(rng, &swarm);
+    let mut steps = Vec::with_capacity(96);
+    chain.setup(rng, &swarm, &mut steps);
+    interleave(rng, &swarm, &chain, &mut steps);
+    Scenario {
+        version: VERSION,
+        title: None,
+        seed: None,
+        grain: swarm.grain,
+        disk: Disk { alignment: swarm.alignment, job_parallelism: swarm.job_parallelism, unmap: swarm.unmap },
+        images: chain.images,
+        steps,
+        choices: Vec::new(),
+        expect: None,
+    }
+}
+
+/// The name of the actor whose steps are barriers: they run alone, in file order.
+pub const SETUP: &str = "setup";
+
+fn command(actor: &str, execute: &str, arguments: serde_json::Value) -> Step {
+    let serde_json::Value::Object(arguments) = arguments else { unreachable!("arguments are an object") };
+    Step { actor: actor.to_owned(), action: Action::Command { execute: execute.to_owned(), arguments }, wait: true }
+}
+
+/// Guests, drained sections and the monitor take turns in file order; the schedule shuffles them further.
+fn interleave(rng: &mut Rng, swarm: &Swarm, chain: &chain::Chain, steps: &mut Vec<Step>) {
+    let mut guests = guests::Guests::new(rng, swarm, chain);
+    let mut monitor = monitor::Monitor::new(rng, swarm, chain);
+    let total = swarm.guest_ops + swarm.monitor_ops + 2 * swarm.drains;
+    let (mut guest_left, mut monitor_left, mut drain_left) = (swarm.guest_ops, swarm.monitor_ops, swarm.drains);
+    let mut open_drains: Vec<(u32, String)> = Vec::new();
+    for _ in 0..total {
+        let sections = 2 * drain_left + u32::try_from(open_drains.len()).expect("few");
+        let left = guest_left + monitor_left + sections;
+        if left == 0 {
+            break;
+        }
+        let turn = rng.below(left);
+        if turn < guest_left {
+            guest_left -= 1;
+            steps.push(guests.next(rng, swarm, chain));
+        } else if turn < guest_left + monitor_left {
+            monitor_left -= 1;
+            monitor.next(rng, swarm, chain, steps);
+        } else if !open_drains.is_empty() && (drain_left == 0 || rng.chance(1, 2)) {
+            let at = rng.below(u32::try_from(open_drains.len()).expect("few")) as usize;
+            let (actor, node) = open_drains.remove(at);
+            steps.push(drain_step(actor, Action::DrainEnd { node }));
+        } else if drain_left > 0 {
+            drain_left -= 1;
+            let actor = swarm.drains - drain_left;
+            let node = monitor.any_node(rng, chain);
+            steps.push(drain_step(actor, Action::DrainBegin { node: node.clone() }));
+            open_drains.push((actor, node));
+        }
+    }
+    for (actor, node) in open_drains {
+        steps.push(drain_step(actor, Action::DrainEnd { node }));
+    }
+}
+
+fn drain_step(actor: u32, action: Action) -> Step {
+    Step { actor: format!("drain{actor}"), action, wait: true }
+}

@@ -1,0 +1,267 @@
+//! Everything one worker needs to run scenarios: target, runner, oracles, chooser; made once, reused for every seed.
+
+use std::collections::BTreeMap;
+
+use crate::choice::{Chooser, Pct, Random, Recorded, Recording};
+use crate::cli::{CliError, Faults, On, Scheduler};
+use crate::generate::{Profile, Reach, generate};
+use crate::history::Record;
+use crate::marks::Marks;
+use crate::oracle::{self, Oracle, OracleName, Violation};
+use crate::run::{RunResult, Runner};
+use crate::scenario::Scenario;
+use crate::shrink::{Execute, Trial};
+use crate::target::{SimTarget, Target};
+
+/// Records compared when a seed runs twice.
+const TRACE_KEPT: usize = 1 << 16;
+
+/// What a worker runs and how.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Setup {
+    /// Target.
+    pub on: On,
+    /// How choices are made.
+    pub scheduler: Scheduler,
+    /// Which scenarios.
+    pub profile: Profile,
+    /// Which faults.
+    pub faults: Faults,
+}
+
+impl Default for Setup {
+    fn default() -> Setup {
+        Setup { on: On::Memory, scheduler: Scheduler::Random, profile: Profile::Mixed, faults: Faults::None }
+    }
+}
+
+impl Setup {
+    /// Whether runs are deterministic and every event is seen.
+    #[must_use]
+    pub fn is_simulated(&self) -> bool {
+        self.on == On::Memory
+    }
+
+    /// The target's name on the command line.
+    #[must_use]
+    pub fn on_name(&self) -> &'static str {
+        match self.on {
+            On::Memory => "memory",
+            On::File => "file",
+            On::Loop => "loop",
+        }
+    }
+
+    /// The scheduler's name on the command line.
+    #[must_use]
+    pub fn scheduler_name(&self) -> String {
+        match self.scheduler {
+            Scheduler::Random => "random".to_owned(),
+            Scheduler::Pct(depth) => format!("pct:{depth}"),
+        }
+    }
+
+    /// The faults' name on the command line.
+    #[must_use]
+    pub fn faults_name(&self) -> &'static str {
+        match self.faults {
+            Faults::None => "none",
+            Faults::Errors => "errors",
+        }
+    }
+
+    fn reach(&self) -> Reach {
+        match self.on {
+            On::Memory => Reach::all(),
+            On::File => Reach { drain: true, alignment: false, fine_grain: true, raw_tails: true },
+            On::Loop => Reach { drain: true, alignment: false, fine_grain: true, raw_tails: false },
+        }
+    }
+
+    fn chooser(&self, seed: u64) -> Box<dyn Chooser> {
+        match self.scheduler {
+            Scheduler::Random => Box::new(Random::new(seed)),
+            Scheduler::Pct(depth) => Box::new(Pct::new(depth, seed)),
+        }
+    }
+}
+
+/// What a seed gave.
+#[derive(Clone, Debug)]
+pub struct SeedRun {
+    /// Folded from every record.
+    pub trace_hash: u64,
+    /// Operations carried out.
+    pub operations: u64,
+    /// Scheduling steps.
+    pub steps: u64,
+    /// What failed.
+    pub violation: Option<Violation>,
+}
+
+/// What a replay gave.
+#[derive(Clone, Debug)]
+pub struct Replayed {
+    /// Folded from every record.
+    pub trace_hash: u64,
+    /// What failed.
+    pub violation: Option<Violation>,
+    /// Everything that happened.
+    pub records: Vec<Record>,
+    /// The scenario with the runner's own steps at its end.
+    pub scenario: Scenario,
+}
+
+/// A worker's equipment.
+#[derive(Debug)]
+pub struct Harness {
+    setup: Setup,
+    target: Box<dyn Target>,
+    runner: Runner,
+    oracles: Vec<Box<dyn Oracle>>,
+    marks: Marks,
+    choices: Vec<u32>,
+}
+
+impl Harness {
+    /// Equipment for this setup.
+    ///
+    /// # Errors
+    /// When the environment cannot run the target.
+    pub fn new(setup: &Setup) -> Result<Harness, CliError> {
+        let target: Box<dyn Target> = match setup.on {
+            On::Memory => Box::new(SimTarget::new()),
+            On::File => Box::new(crate::target::real::RealTarget::files().map_err(environment)?),
+            On::Loop => Box::new(crate::target::real::RealTarget::loop_devices().map_err(environment)?),
+        };
+        Ok(Harness {
+            setup: *setup,
+            target,
+            runner: Runner::new(),
+            oracles: oracle::all(),
+            marks: Marks::default(),
+            choices: Vec::new(),
+        })
+    }
+
+    /// Runs the scenario of a seed; `twice` also checks that a second run is the same.
+    ///
+    /// # Errors
+    /// When the environment fails.
+    pub fn seed(&mut self, seed: u64, twice: bool) -> Result<SeedRun, CliError> {
+        let scenario = generate(seed, self.setup.profile, self.setup.reach());
+        let mut chooser = self.setup.chooser(seed);
+        let deterministic = self.target.capabilities().deterministic;
+        let result = self.once(&scenario, &mut *chooser)?;
+        let mut violation = result.violation.clone();
+        if twice && violation.is_none() && deterministic {
+            let mut again = self.setup.chooser(seed);
+            let second = self.once(&scenario, &mut *again)?;
+            if second.trace_hash != result.trace_hash {
+                violation = Some(self.difference(seed, &scenario)?);
+            }
+        }
+        Ok(SeedRun {
+            trace_hash: result.trace_hash,
+            operations: result.operations,
+            steps: result.steps,
+            violation,
+        })
+    }
+
+    /// The scenario of a seed with the choices that its run makes.
+    ///
+    /// # Errors
+    /// When the environment fails.
+    pub fn recorded(&mut self, seed: u64) -> Result<Scenario, CliError> {
+        let mut scenario = generate(seed, self.setup.profile, self.setup.reach());
+        let mut chooser = self.setup.chooser(seed);
+        let mut choices = Vec::new();
+        self.once(&scenario, &mut Recording::new(&mut *chooser, &mut choices))?;
+        trim(&mut choices);
+        scenario.choices = choices;
+        Ok(scenario)
+    }
+
+    /// Runs a scenario with its recorded choices and keeps everything that happened.
+    ///
+    /// # Errors
+    /// When the environment fails.
+    pub fn replay(&mut self, scenario: &Scenario) -> Result<Replayed, CliError> {
+        self.runner.keep_records(true);
+        let result = self.once(scenario, &mut Recorded::new(&scenario.choices));
+        self.runner.keep_records(false);
+        let result = result?;
+        Ok(Replayed {
+            trace_hash: result.trace_hash,
+            violation: result.violation,
+            records: self.runner.records().to_vec(),
+            scenario: self.runner.scenario().clone(),
+        })
+    }
+
+    /// Runs a scenario under any chooser.
+    ///
+    /// # Errors
+    /// When the environment fails.
+    pub fn once(&mut self, scenario: &Scenario, chooser: &mut dyn Chooser) -> Result<RunResult, CliError> {
+        self.marks.begin(scenario);
+        let mut oracles = std::mem::take(&mut self.oracles);
+        oracles.push(Box::new(std::mem::take(&mut self.marks)));
+        let result = self.runner.run(scenario, chooser, &mut *self.target, &mut oracles);
+        self.oracles = oracles;
+        result.map_err(CliError::Environment)
+    }
+
+    /// Where two runs of one seed part.
+    fn difference(&mut self, seed: u64, scenario: &Scenario) -> Result<Violation, CliError> {
+        self.runner.keep_trace(TRACE_KEPT);
+        let mut traces = Vec::new();
+        for _ in 0..2 {
+            let mut chooser = self.setup.chooser(seed);
+            self.once(scenario, &mut *chooser)?;
+            traces.push(self.runner.trace().clone());
+        }
+        self.runner.keep_trace(0);
+        let first = crate::trace::first_difference(&traces[0], &traces[1]);
+        Ok(Violation {
+            oracle: OracleName::Determinism,
+            message: "the same choices gave another trace".to_owned(),
+            step: None,
+            evidence: vec![first.map_or_else(|| "not in a third and fourth run".to_owned(), |d| d.to_string())],
+        })
+    }
+
+    /// How often each situation and each operation occurred so far.
+    #[must_use]
+    pub fn coverage(&self) -> BTreeMap<String, u64> {
+        self.marks.coverage()
+    }
+
+    /// Counts by mark.
+    #[must_use]
+    pub fn mark_counts(&self) -> Vec<u64> {
+        self.marks.counts().to_vec()
+    }
+}
+
+impl Execute for Harness {
+    fn execute(&mut self, scenario: &Scenario, chooser: &mut dyn Chooser) -> Trial {
+        let mut choices = std::mem::take(&mut self.choices);
+        let result = self.once(scenario, &mut Recording::new(chooser, &mut choices));
+        let mut made = choices.clone();
+        self.choices = choices;
+        trim(&mut made);
+        // An environment that fails while shrinking shows nothing about the subject.
+        Trial { violation: result.ok().and_then(|r| r.violation), choices: made }
+    }
+}
+
+fn trim(choices: &mut Vec<u32>) {
+    let used = choices.iter().rposition(|&c| c != 0).map_or(0, |last| last + 1);
+    choices.truncate(used);
+}
+
+fn environment(error: impl std::fmt::Display) -> CliError {
+    CliError::Environment(error.to_string())
+}

@@ -1,0 +1,22 @@
+//! The simulator: scenarios, the choice stream, the deterministic executor, targets, oracles, shrinker, reports and
+//! the `blkcheck` command.
+//!
+//! One seed decides everything: a run is a pure function of (scenario, choices).
+
+pub mod choice;
+pub mod disk;
+pub mod env;
+pub mod exec;
+mod finish;
+pub mod generate;
+pub mod history;
+pub mod image;
+pub mod oracle;
+pub mod panics;
+pub mod rng;
+pub mod run;
+pub mod scenario;
+pub mod shrink;
+pub mod stamp;
+pub mod target;
+pub mod trace;

@@ -1,0 +1,689 @@
+//! What guests read: every grain of every disk is a linearizable register, and jobs and filters are invisible.
+//!
+//! A *disk* is what an image shows through the chain below it; exports and nodes on the same image (through filters and
+//! plain `raw`) share it. Its initial content comes from the scenario's images, its history from guest requests; a
+//! stream or copy-on-read has no part in it, so a read of stale, lost or foreign data is unexplained.
+//! [`Registers`] of the model judges each grain. Reads by guests are reported as `data`, ranges of block status that say
+//! ZERO as `status`, contents of nodes and closed images as `transparency`.
+//!
+//! Writes to a lower layer under an overlay in use: where the overlay has no data of its own it may show the old content
+//! (copied up before) or the new, so any value that the lower layer has had is accepted there, until a guest write
+//! to the overlay has ended.
+//! A grain of more than 512 bytes may be torn between writes that overlap; its sectors are then judged one by one, by
+//! membership only.
+//! Unchecked: windows (`raw` with offset or size), `null-co`, the plain bytes of a qcow2 file, disks whose image is open
+//! twice or was written below its format (contents then have no meaning), durability.
+
+use blkcheck_model::layer::Format as LayerFormat;
+use blkcheck_model::register::{Effect, OpId, Registers, Value};
+use blkcheck_model::{Driver, NodeId, World};
+
+use super::{FinalContent, OracleName, View, Violation, violation};
+use crate::follow::Follower;
+use crate::history::{Outcome, StatusRun, StepId};
+use crate::image::build;
+use crate::scenario::{Action, Format, GuestOp, Image, Range, Scenario};
+use crate::stamp::{self, Content, Source};
+
+const SECTOR: u64 = 512;
+
+/// A guest request, for evidence and for lower layers.
+#[derive(Clone, Copy, Debug)]
+struct Logged {
+    step: StepId,
+    start: u64,
+    /// `u64::MAX`: not ended, or failed.
+    end: u64,
+    first: usize,
+    last: usize,
+    value: Value,
+    what: &'static str,
+}
+
+impl Logged {
+    fn covers(&self, grain: usize) -> bool {
+        (self.first..self.last).contains(&grain)
+    }
+}
+
+/// One image with what is below it.
+#[derive(Debug)]
+struct Disk {
+    /// Length as nodes have it, bytes.
+    length: u64,
+    registers: Registers,
+    initial: Vec<Value>,
+    /// Byte positions inside a grain where content may end: of this image and of those below.
+    cuts: Vec<u64>,
+    /// Images below, nearest first.
+    chain: Vec<usize>,
+    /// Per grain: a guest wrote to a lower layer where this one had nothing.
+    loose: Vec<bool>,
+    any_loose: bool,
+    /// Per grain: surely decided by this image.
+    own: Vec<bool>,
+    log: Vec<Logged>,
+    /// Nothing can be said.
+    unknown: bool,
+}
+
+/// A guest request under way.
+#[derive(Clone, Copy, Debug)]
+struct Open {
+    disk: usize,
+    op: OpId,
+    /// Place in the disk's log, for writes.
+    logged: Option<usize>,
+    first: usize,
+    last: usize,
+    start: u64,
+}
+
+/// What a grain was seen to hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Seen {
+    Value(Value),
+    /// Cannot be judged.
+    Skip,
+    Wrong(Content),
+}
+
+/// See the module.
+#[derive(Debug, Default)]
+pub(crate) struct Data {
+    grain: u64,
+    disks: Vec<Option<Disk>>,
+    open: Vec<Option<Open>>,
+    /// Exports that were there once: a request may be issued while one goes.
+    exports: Vec<(String, usize)>,
+    values: Vec<Value>,
+    skip: Vec<usize>,
+    buffer: Vec<u8>,
+}
+
+fn index(v: u64) -> usize {
+    usize::try_from(v).expect("small disks")
+}
+
+/// A stamp as a value of the model; never 0.
+fn value_of(source: Source) -> Value {
+    match source {
+        Source::Fill { image, fill } => 1 << 40 | u64::from(image) << 16 | u64::from(fill),
+        Source::Step(step) => 2 << 40 | u64::from(step.0),
+    }
+}
+
+fn value_text(scenario: &Scenario, value: Value) -> String {
+    match value >> 40 {
+        0 => "zeroes".to_owned(),
+        1 => {
+            let (image, fill) = (index(value >> 16 & 0xff_ffff), value & 0xffff);
+            let name = scenario.images.get(image).map_or("?", |i| &i.file);
+            format!("fill {fill} of image {name}")
+        }
+        _ => format!("the stamp of step {}", value & 0xff_ffff_ffff),
+    }
+}
+
+impl Data {
+    pub(crate) fn reset(&mut self, scenario: &Scenario) {
+        self.grain = u64::from(scenario.grain);
+        self.disks.clear();
+        self.disks.resize_with(scenario.images.len(), || None);
+        self.open.clear();
+        self.exports.clear();
+    }
+
+    /// The disk that a node shows, by image.
+    fn disk_of(scenario: &Scenario, world: &World, node: NodeId) -> Option<usize> {
+        let facts = world.graph.node(node);
+        let leaf = |format| {
+            let file = world.image_file(node)?;
+            scenario.images.iter().position(|i| *i.file == *file && i.format == format)
+        };
+        match facts.driver {
+            Driver::CopyOnRead => Self::disk_of(scenario, world, world.graph.filter_child(node)?),
+            Driver::Raw if facts.windowed => None,
+            Driver::Raw => Self::disk_of(scenario, world, world.graph.primary_child(node)?),
+            Driver::Qcow2 => leaf(Format::Qcow2),
+            Driver::File | Driver::HostDevice => leaf(Format::Raw),
+            Driver::NullCo => None,
+        }
+    }
+
+    /// Images below the one that `node` shows, nearest first; `None` where one of them cannot be judged.
+    fn chain_of(scenario: &Scenario, world: &World, mut node: NodeId) -> Option<Vec<usize>> {
+        let mut chain = Vec::new();
+        loop {
+            let facts = world.graph.node(node);
+            node = match facts.driver {
+                Driver::CopyOnRead => world.graph.filter_child(node)?,
+                Driver::Raw => world.graph.primary_child(node)?,
+                Driver::Qcow2 => match world.graph.cow_child(node) {
+                    None => return Some(chain),
+                    Some(below) => {
+                        chain.push(Self::disk_of(scenario, world, below)?);
+                        below
+                    }
+                },
+                Driver::File | Driver::HostDevice | Driver::NullCo => return Some(chain),
+            };
+        }
+    }
+
+    /// The graph of the model changed: disks appear, chains get shorter.
+    pub(crate) fn sync(&mut self, scenario: &Scenario, world: &World) {
+        // Lower nodes are older, so a disk is there before its overlays.
+        for (id, node) in world.graph.nodes() {
+            if !matches!(node.driver, Driver::Qcow2 | Driver::File | Driver::HostDevice) {
+                continue;
+            }
+            let Some(disk) = Self::disk_of(scenario, world, id) else { continue };
+            let chain = Self::chain_of(scenario, world, id);
+            let twice = node.driver == Driver::Qcow2
+                && world.graph.nodes().any(|(other, n)| {
+                    other > id && n.driver == Driver::Qcow2 && Self::disk_of(scenario, world, other) == Some(disk)
+                });
+            match (&mut self.disks[disk], chain) {
+                (None, Some(chain)) => {
+                    let opened = self.opened(scenario, disk, chain);
+                    self.disks[disk] = Some(opened);
+                }
+                (None, None) => {
+                    let mut opened = self.opened(scenario, disk, Vec::new());
+                    opened.unknown = true;
+                    self.disks[disk] = Some(opened);
+                }
+                // A stream leaves layers out; anything else shows another content.
+                (Some(d), Some(chain)) => {
+                    let mut old = d.chain.iter();
+                    d.unknown |= !chain.iter().all(|c| old.any(|o| o == c));
+                    d.chain = chain;
+                }
+                (Some(d), None) => d.unknown = true,
+            }
+            if let (true, Some(d)) = (twice, &mut self.disks[disk]) {
+                d.unknown = true;
+            }
+        }
+        for export in &world.exports {
+            if let Some(disk) = Self::disk_of(scenario, world, world.graph.edge(export.root).child)
+                && !self.exports.iter().any(|(name, d)| *name == *export.name && *d == disk)
+            {
+                self.exports.push((export.name.to_string(), disk));
+            }
+        }
+    }
+
+    fn opened(&mut self, scenario: &Scenario, disk: usize, chain: Vec<usize>) -> Disk {
+        let image = &scenario.images[disk];
+        let length = image.size.next_multiple_of(SECTOR);
+        let grains = index(length.div_ceil(self.grain));
+        let mut own = allocation(image, self.grain, grains);
+        own.resize(grains, image.format == Format::Raw);
+        let mut loose = vec![false; grains];
+        self.buffer.clear();
+        self.buffer.resize(index(length), 0);
+        let number = u16::try_from(disk).expect("few images");
+        build::content(image, number, scenario.grain, 0, &mut self.buffer);
+        let mut cuts: Vec<u64> = chain.iter().map(|c| scenario.images[*c].size).chain([image.size]).collect();
+        cuts.retain(|c| c % self.grain != 0);
+        let below = chain.first().and_then(|b| self.disks[*b].as_ref());
+        let mut unknown = below.is_some_and(|b| b.unknown);
+        let mut initial = Vec::with_capacity(grains);
+        for (g, bytes) in self.buffer.chunks(index(self.grain)).enumerate() {
+            let at = g as u64 * self.grain;
+            let value = if own[g] {
+                match seen(bytes, at, &cuts, self.grain) {
+                    Seen::Value(v) => v,
+                    Seen::Skip | Seen::Wrong(_) => {
+                        unknown |= !cuts.iter().any(|c| (at..at + self.grain).contains(c));
+                        0
+                    }
+                }
+            } else {
+                match below.filter(|b| at < b.length) {
+                    None => 0,
+                    Some(b) => {
+                        loose[g] = b.loose[g] || b.log.iter().any(|l| l.covers(g));
+                        b.initial[g]
+                    }
+                }
+            };
+            initial.push(value);
+        }
+        let any_loose = loose.contains(&true);
+        let registers = Registers::new(initial.iter().copied());
+        Disk { length, registers, initial, cuts, chain, loose, any_loose, own, log: Vec::new(), unknown }
+    }
+
+    /// A guest request is issued.
+    pub(crate) fn issued(&mut self, view: &View<'_>, follower: &Follower, step: StepId, export: &str, op: &GuestOp) {
+        let node = follower.export_node(export);
+        let disk = match node {
+            Some(node) => {
+                let disk = Self::disk_of(view.scenario, &follower.world, node);
+                if disk.is_none() {
+                    self.written_below(view.scenario, &follower.world, node, op);
+                }
+                disk
+            }
+            None => self.exports.iter().rev().find(|(name, _)| name == export).map(|(_, d)| *d),
+        };
+        let (effect, value, what, range) = match *op {
+            GuestOp::Read(range) | GuestOp::BlockStatus(range) => (Effect::Read, 0, "read", range),
+            GuestOp::Write(range) | GuestOp::WriteFua(range) => {
+                let value = value_of(Source::Step(step));
+                (Effect::Write(value), value, "write", range)
+            }
+            GuestOp::WriteZeroes(range) | GuestOp::WriteZeroesUnmap(range) => {
+                (Effect::Write(0), 0, "write-zeroes", range)
+            }
+            GuestOp::Discard(range) => (Effect::Discard, 0, "discard", range),
+            GuestOp::Flush => return,
+        };
+        // What an export does not let through has no effect.
+        if effect != Effect::Read && node.is_some() && !follower.export_writable(export) {
+            return;
+        }
+        let Some(disk) = disk else { return };
+        let Some(d) = self.disks[disk].as_mut().filter(|d| !d.unknown) else { return };
+        let Range { offset, length } = range;
+        if offset.checked_add(length).is_none_or(|end| end > d.length) {
+            return;
+        }
+        let (first, last) = (index(offset / self.grain), index((offset + length).div_ceil(self.grain)));
+        let op = d.registers.begin(effect, first..last);
+        let start = view.now;
+        let logged = (effect != Effect::Read).then(|| {
+            d.log.push(Logged { step, start, end: u64::MAX, first, last, value, what });
+            d.log.len() - 1
+        });
+        let i = step.0 as usize;
+        if self.open.len() <= i {
+            self.open.resize(i + 1, None);
+        }
+        self.open[i] = Some(Open { disk, op, logged, first, last, start });
+        if logged.is_some() {
+            self.loosen(disk, first, last);
+        }
+    }
+
+    /// Somebody writes the bytes below a format: its content has no meaning any more.
+    fn written_below(&mut self, scenario: &Scenario, world: &World, node: NodeId, op: &GuestOp) {
+        if matches!(op, GuestOp::Read(_) | GuestOp::BlockStatus(_) | GuestOp::Flush) {
+            return;
+        }
+        let file = world.image_file(node);
+        for (i, image) in scenario.images.iter().enumerate() {
+            let touched = file.as_deref() == Some(&*image.file);
+            for d in self.disks.iter_mut().enumerate().filter_map(|(j, d)| d.as_mut().map(|d| (j, d))) {
+                d.1.unknown |= touched && (d.0 == i || d.1.chain.contains(&i));
+            }
+        }
+    }
+
+    /// Overlays of `disk` may show what is written to it now.
+    fn loosen(&mut self, disk: usize, first: usize, last: usize) {
+        for d in self.disks.iter_mut().flatten().filter(|d| d.chain.contains(&disk)) {
+            for g in first..last.min(d.own.len()) {
+                if !d.own[g] {
+                    d.loose[g] = true;
+                    d.any_loose = true;
+                }
+            }
+        }
+    }
+
+    /// A guest request is over.
+    pub(crate) fn ended(&mut self, view: &View<'_>, step: StepId, outcome: &Outcome) -> Result<(), Violation> {
+        let Some(open) = self.open.get_mut(step.0 as usize).and_then(Option::take) else { return Ok(()) };
+        let grain = self.grain;
+        let Some(disk) = &mut self.disks[open.disk] else { return Ok(()) };
+        if let Some(logged) = open.logged {
+            let ok = matches!(outcome, Outcome::Done(Ok(())));
+            disk.registers.end(open.op, ok);
+            if ok {
+                disk.log[logged].end = view.now;
+                if disk.log[logged].what != "discard" {
+                    disk.own[open.first..open.last].fill(true);
+                }
+            }
+            return Ok(());
+        }
+        self.values.clear();
+        self.skip.clear();
+        let (mut wrong, offset) = (None, open.first as u64 * grain);
+        match outcome {
+            Outcome::Read(Ok(bytes)) => {
+                let disk = &*disk;
+                wrong = collect(bytes, offset, disk, grain, (&mut self.values, &mut self.skip), &open, view);
+            }
+            Outcome::Status(Ok(runs)) => zeroes(runs, &open, grain, (&mut self.values, &mut self.skip)),
+            _ => {}
+        }
+        // A failed read says nothing; nor does a grain that was not returned.
+        for g in open.first + self.values.len()..open.last {
+            self.values.push(0);
+            self.skip.push(g);
+        }
+        let is_status = matches!(outcome, Outcome::Status(_));
+        let verdict = self.judge(view.scenario, open, view.now);
+        let (verdict, saw) = match (wrong, verdict) {
+            (Some((g, content)), _) => (Some(g), Err(content)),
+            (None, Err(v)) => (Some(v.grain), Ok(v)),
+            (None, Ok(())) => return Ok(()),
+        };
+        let g = verdict.expect("just set");
+        let disk = self.disks[open.disk].as_ref().expect("judged");
+        let who = super::liveness::step_text(view.scenario, step);
+        let at = g as u64 * grain;
+        let (oracle, message) = match saw {
+            Err(content) => (OracleName::Data, format!("{who}: grain {at:#x} holds {}", content_text(view.scenario, content))),
+            Ok(v) if is_status => (
+                OracleName::Status,
+                format!("{who}: block status says ZERO at {at:#x}, which holds {}", texts(view.scenario, &v.allowed)),
+            ),
+            Ok(v) => (OracleName::Data, format!("{who}: grain {at:#x} {}", explain(view.scenario, disk, &v, open.start))),
+        };
+        Err(violation(oracle, Some(step), message, history(view.scenario, disk, g)))
+    }
+
+    /// Puts the collected values to the registers; grains to skip, and loose ones with a value of a lower layer, take
+    /// whatever explains them.
+    fn judge(
+        &mut self,
+        scenario: &Scenario,
+        open: Open,
+        now: u64,
+    ) -> Result<(), blkcheck_model::register::Violation> {
+        let Data { disks, values, skip, .. } = self;
+        let (before, rest) = disks.split_at_mut(open.disk);
+        let (disk, after) = rest.split_first_mut().expect("in range");
+        let disk = disk.as_mut().expect("open requests have a disk");
+        let flexible = !skip.is_empty() || disk.any_loose && disk.loose[open.first..open.last].contains(&true);
+        if !flexible {
+            return disk.registers.end_read(open.op, values);
+        }
+        let lower = |g: usize, value: Value| {
+            disk.loose[g]
+                && disk.chain.iter().any(|c| {
+                    let d = if *c < open.disk { &before[*c] } else { &after[*c - open.disk - 1] };
+                    d.as_ref().is_some_and(|d| {
+                        d.initial.get(g) == Some(&value)
+                            || d.log.iter().any(|l| l.covers(g) && l.value == value && l.start <= now)
+                    })
+                }
+                    || is_streamed_away(scenario, value)
+                )
+        };
+        loop {
+            let mut trial = disk.registers.clone();
+            match trial.end_read(open.op, values) {
+                Ok(()) => {
+                    disk.registers = trial;
+                    return Ok(());
+                }
+                Err(v) => {
+                    let g = v.grain;
+                    let i = g - open.first;
+                    let initially = v.allowed.contains(&disk.initial[g]);
+                    let free = skip.contains(&g) || initially && lower(g, values[i]);
+                    let pick = if initially { Some(disk.initial[g]) } else { v.allowed.first().copied() };
+                    match pick {
+                        Some(pick) if free && pick != values[i] => values[i] = pick,
+                        // Too many possibilities: the model accepts everything here.
+                        None if free => return Ok(()),
+                        _ => return Err(v),
+                    }
+                }
+            }
+        }
+    }
+
+    /// All of a node or a closed image was read, with nothing under way.
+    fn whole(&mut self, view: &View<'_>, disk: usize, content: &FinalContent<'_>) -> Result<(), Violation> {
+        let grain = self.grain;
+        let Some(d) = self.disks[disk].as_mut().filter(|d| !d.unknown) else { return Ok(()) };
+        let (first, last) = (0, d.initial.len());
+        // A raw image's file may not be a whole number of sectors long.
+        let shortest = d.length.min(view.scenario.images[disk].size);
+        let length = content.bytes.len() as u64;
+        if length < shortest || length > d.length {
+            let message = format!("{} is {length} bytes long, expected {}", content.name, d.length);
+            return Err(violation(OracleName::Transparency, None, message, Vec::new()));
+        }
+        let op = d.registers.begin(Effect::Read, first..last);
+        let open = Open { disk, op, logged: None, first, last, start: view.now };
+        self.values.clear();
+        self.skip.clear();
+        let wrong = collect(content.bytes, 0, d, grain, (&mut self.values, &mut self.skip), &open, view);
+        for g in self.values.len()..last {
+            self.values.push(0);
+            self.skip.push(g);
+        }
+        let verdict = self.judge(view.scenario, open, view.now);
+        let d = self.disks[disk].as_ref().expect("judged");
+        let (g, what) = match (wrong, verdict) {
+            (Some((g, content)), _) => (g, format!("holds {}", content_text(view.scenario, content))),
+            (None, Err(v)) => (v.grain, explain(view.scenario, d, &v, view.now)),
+            (None, Ok(())) => return Ok(()),
+        };
+        let message = format!("at the end, {} at {:#x} {what}", content.name, g as u64 * grain);
+        Err(violation(OracleName::Transparency, None, message, history(view.scenario, d, g)))
+    }
+
+    pub(crate) fn quiescent(
+        &mut self,
+        view: &View<'_>,
+        follower: &Follower,
+        contents: &[FinalContent<'_>],
+    ) -> Result<(), Violation> {
+        for content in contents {
+            let Some(node) = follower.world.graph.find(content.name) else { continue };
+            if let Some(disk) = Self::disk_of(view.scenario, &follower.world, node) {
+                self.whole(view, disk, content)?;
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn closed(
+        &mut self,
+        view: &View<'_>,
+        follower: &Follower,
+        contents: &[FinalContent<'_>],
+    ) -> Result<(), Violation> {
+        for content in contents {
+            let Some(disk) = view.scenario.images.iter().position(|i| i.file == content.name) else { continue };
+            // The independent reader goes by the headers; a chain that was put together otherwise reads otherwise.
+            let recorded = recorded_chain(view.scenario, &follower.world, disk);
+            if self.disks[disk].as_ref().is_some_and(|d| Some(&d.chain) == recorded.as_ref()) {
+                self.whole(view, disk, content)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A stamp of an image or step that a chain may have lost by a stream: its disk is not below any more, but its content
+/// may have been copied. Which of its values cannot be told, so every guest stamp passes on a loose grain.
+fn is_streamed_away(_scenario: &Scenario, value: Value) -> bool {
+    value >> 40 == 2
+}
+
+/// Images below by their headers; `None` when a name leads out of the scenario or the chain is a circle.
+fn recorded_chain(scenario: &Scenario, world: &World, disk: usize) -> Option<Vec<usize>> {
+    let mut chain = Vec::new();
+    let mut at = disk;
+    while scenario.images[at].format == Format::Qcow2 {
+        let facts = world.files.get(scenario.images[at].file.as_str())?.qcow2.as_ref()?;
+        let Some(backing) = &facts.backing else { break };
+        let below = scenario.images.iter().position(|i| *i.file == *backing.file)?;
+        let format = if scenario.images[below].format == Format::Raw { LayerFormat::Raw } else { LayerFormat::Qcow2(3) };
+        let recorded_raw = !matches!(backing.format.as_deref(), Some("qcow2"));
+        if recorded_raw != (format == LayerFormat::Raw) || chain.len() > scenario.images.len() {
+            return None;
+        }
+        chain.push(below);
+        at = below;
+    }
+    Some(chain)
+}
+
+/// Which grains an image decides from the start.
+pub(crate) fn allocation(image: &Image, grain: u64, grains: usize) -> Vec<bool> {
+    let mut own = vec![image.format == Format::Raw; grains];
+    if image.format == Format::Qcow2 {
+        let cluster = u64::from(image.cluster_size);
+        for (c, _) in build::forms(image) {
+            let end = index(((c + 1) * cluster).div_ceil(grain)).min(grains);
+            own[index(c * cluster / grain).min(end)..end].fill(true);
+        }
+    }
+    own
+}
+
+/// Turns bytes into values. The first grain that nothing can explain is returned.
+fn collect(
+    bytes: &[u8],
+    offset: u64,
+    disk: &Disk,
+    grain: u64,
+    (values, skip): (&mut Vec<Value>, &mut Vec<usize>),
+    open: &Open,
+    view: &View<'_>,
+) -> Option<(usize, Content)> {
+    let mut wrong = None;
+    for (i, piece) in bytes.chunks(index(grain)).enumerate() {
+        let g = open.first + i;
+        let at = offset + i as u64 * grain;
+        let value = match seen(piece, at, &disk.cuts, grain) {
+            Seen::Value(value) => value,
+            Seen::Wrong(content) => {
+                if wrong.is_none() && !(content == Content::Torn && torn_between_writes(disk, piece, at, g, view.now)) {
+                    wrong = Some((g, content));
+                }
+                skip.push(g);
+                0
+            }
+            Seen::Skip => {
+                skip.push(g);
+                0
+            }
+        };
+        values.push(value);
+    }
+    wrong
+}
+
+/// What one grain holds, knowing that content may end within it.
+fn seen(piece: &[u8], at: u64, cuts: &[u64], grain: u64) -> Seen {
+    match stamp::read(piece, at) {
+        Content::Zero => Seen::Value(0),
+        Content::Stamp(source) => Seen::Value(value_of(source)),
+        content => {
+            for cut in cuts.iter().filter(|c| (at..at + grain).contains(c)) {
+                let (head, tail) = piece.split_at(index(cut - at).min(piece.len()));
+                if tail.iter().any(|b| *b != 0) {
+                    continue;
+                }
+                // Too short for a whole stamp: nobody can tell.
+                if head.len() < 16 {
+                    return Seen::Skip;
+                }
+                if let Content::Stamp(source) = stamp::read(head, at) {
+                    return Seen::Value(value_of(source));
+                }
+            }
+            Seen::Wrong(content)
+        }
+    }
+}
+
+/// Whether each sector of a large grain is one of its values, and writes to it did overlap.
+fn torn_between_writes(disk: &Disk, piece: &[u8], at: u64, grain: usize, now: u64) -> bool {
+    if piece.len() as u64 <= SECTOR {
+        return false;
+    }
+    piece.chunks(index(SECTOR)).all(|sector| match stamp::read(sector, at) {
+        Content::Zero => {
+            disk.initial[grain] == 0 || disk.log.iter().any(|l| l.covers(grain) && l.value == 0) || disk.loose[grain]
+        }
+        Content::Stamp(source) => {
+            let value = value_of(source);
+            value == disk.initial[grain]
+                || disk.loose[grain]
+                || disk.log.iter().any(|l| l.covers(grain) && l.value == value && l.start <= now)
+        }
+        Content::Misplaced(..) | Content::Torn => false,
+    }) && disk.log.iter().any(|l| l.covers(grain))
+}
+
+/// A block-status answer as values: 0 where it says ZERO, skipped elsewhere.
+fn zeroes(runs: &[StatusRun], open: &Open, grain: u64, (values, skip): (&mut Vec<Value>, &mut Vec<usize>)) {
+    const ZERO: u8 = 2;
+    let mut at = open.first as u64 * grain;
+    for g in open.first..open.last {
+        values.push(0);
+        skip.push(g);
+    }
+    for run in runs {
+        if run.flags & ZERO != 0 {
+            let (from, to) = (index(at / grain), index((at + run.bytes).div_ceil(grain)));
+            skip.retain(|g| !(from..to).contains(g));
+        }
+        at += run.bytes;
+    }
+}
+
+fn content_text(scenario: &Scenario, content: Content) -> String {
+    match content {
+        Content::Zero => "zeroes".to_owned(),
+        Content::Stamp(source) => value_text(scenario, value_of(source)),
+        Content::Misplaced(source, at) => {
+            format!("{}, which belongs to {at:#x}", value_text(scenario, value_of(source)))
+        }
+        Content::Torn => "neither zeroes nor one whole stamp".to_owned(),
+    }
+}
+
+fn texts(scenario: &Scenario, values: &[Value]) -> String {
+    let texts: Vec<String> = values.iter().map(|v| value_text(scenario, *v)).collect();
+    texts.join(" or ")
+}
+
+fn explain(scenario: &Scenario, disk: &Disk, v: &blkcheck_model::register::Violation, start: u64) -> String {
+    let saw = value_text(scenario, v.saw);
+    let writer = disk.log.iter().find(|l| l.covers(v.grain) && l.value == v.saw && l.value != 0);
+    let since = disk.log.iter().rev().find(|l| {
+        l.covers(v.grain) && l.end < start && l.value != v.saw && writer.is_none_or(|w| w.end < l.start)
+    });
+    let why = match (since, v.saw >> 40 == 2 && writer.is_none()) {
+        (Some(l), _) => format!(" (overwritten by step {}, which ended before this read began)", l.step.0),
+        (None, true) => " (never written here)".to_owned(),
+        (None, false) => String::new(),
+    };
+    format!("holds {saw}{why}, expected {}", texts(scenario, &v.allowed))
+}
+
+/// Who wrote a grain, when.
+fn history(scenario: &Scenario, disk: &Disk, grain: usize) -> Vec<String> {
+    let mut lines = vec![format!("initially: {}", value_text(scenario, disk.initial[grain]))];
+    for l in disk.log.iter().filter(|l| l.covers(grain)) {
+        let end = if l.end == u64::MAX { "not ended or failed".to_owned() } else { format!("ended at {}", l.end) };
+        lines.push(format!("step {}: {} of this grain, begun at {}, {end}", l.step.0, l.what, l.start));
+    }
+    if disk.loose[grain] {
+        lines.push("a layer below was written here as well".to_owned());
+    }
+    lines
+}
+
+/// The guest request of a step.
+pub(crate) fn guest(scenario: &Scenario, step: StepId) -> Option<(&str, &GuestOp)> {
+    match &scenario.steps.get(step.0 as usize)?.action {
+        Action::Guest { export, op } => Some((export, op)),
+        _ => None,
+    }
+}

@@ -1,0 +1,340 @@
+//! Jobs obey their state machine and say so in order (jobs.md 1.3, 1.11).
+//!
+//! From the events: each status change is in the table and starts where the last one ended; `JOB_STATUS_CHANGE` follows
+//! each change at once and names it; `BLOCK_JOB_READY` and `_PENDING` come only in their states; a started job tells
+//! exactly one of `_COMPLETED` and `_CANCELLED`, between leaving the run phase and `concluded`; a job that was never
+//! started tells neither. Offsets in its events never decrease and never pass the length. The pause count moves by
+//! one edge at a time, a job parks only while it is above zero, and a parked job handles no chunk.
+//! Unchecked: which verbs are admitted when (`refusals`, by the model), the wall-clock rate, `waiting` without
+//! `pending` (needs grouped jobs, which no job here can be in).
+
+use std::rc::Rc;
+
+use blkcheck_impl::event::Event;
+use blkcheck_impl::jobs::JobStatus::{self, Aborting, Concluded, Created, Null, Paused, Pending, Ready, Running, Standby};
+use blkcheck_impl::jobs::JobStatus::{Undefined, Waiting};
+use blkcheck_impl::types::JobId;
+use serde_json::Value;
+
+use super::{FinalContent, Oracle, OracleName, View, Violation, violation};
+use crate::history::Record;
+use crate::scenario::Scenario;
+
+/// QAPI name of a status.
+pub(crate) fn status_name(status: JobStatus) -> &'static str {
+    match status {
+        Undefined => "undefined",
+        Created => "created",
+        Running => "running",
+        Paused => "paused",
+        Ready => "ready",
+        Standby => "standby",
+        Waiting => "waiting",
+        Pending => "pending",
+        Aborting => "aborting",
+        Concluded => "concluded",
+        Null => "null",
+    }
+}
+
+/// The table of jobs.md 1.3.
+fn allowed(from: JobStatus, to: JobStatus) -> bool {
+    match from {
+        Undefined => to == Created,
+        Created => matches!(to, Running | Aborting | Null),
+        Running => matches!(to, Paused | Ready | Waiting | Aborting),
+        Paused => to == Running,
+        Ready => matches!(to, Standby | Waiting | Aborting),
+        Standby => to == Ready,
+        Waiting => matches!(to, Pending | Aborting),
+        Pending => matches!(to, Aborting | Concluded),
+        Aborting => matches!(to, Aborting | Concluded),
+        Concluded => to == Null,
+        Null => false,
+    }
+}
+
+/// One job's life so far.
+#[derive(Clone, Debug)]
+struct Job {
+    job: JobId,
+    id: Rc<str>,
+    status: JobStatus,
+    /// A status change that `JOB_STATUS_CHANGE` has not told yet.
+    untold: bool,
+    started: bool,
+    /// Told `BLOCK_JOB_COMPLETED` or `_CANCELLED`.
+    ended: bool,
+    pause_count: u32,
+    offset: u64,
+}
+
+/// See the module.
+#[derive(Debug, Default)]
+pub struct Jobs {
+    jobs: Vec<Job>,
+}
+
+impl Jobs {
+    fn event(&mut self, event: &Event) -> Result<(), Violation> {
+        match event {
+            Event::JobStatus { job, id, from, to } => self.status(*job, id, *from, *to),
+            Event::JobPauseCount { job, count } => self.pause_count(*job, *count),
+            Event::JobChunk { job, offset, bytes, .. } => match self.jobs.iter().find(|j| j.job == *job) {
+                Some(j) if j.status == Running => Ok(()),
+                Some(j) => Err(wrong(format!(
+                    "job '{}' handles {offset:#x}+{bytes:#x} while it is {}",
+                    j.id,
+                    status_name(j.status)
+                ))),
+                None => Err(wrong(format!("the unknown job {job:?} handles a chunk"))),
+            },
+            Event::Qmp { name, data } => self.qmp(name, data),
+            // Whatever else happens: a status change is told before anything of the main context ends.
+            Event::MainEnd { .. } => match self.jobs.iter().find(|j| j.untold) {
+                Some(j) => Err(wrong(format!(
+                    "job '{}' is {} but no JOB_STATUS_CHANGE says so",
+                    j.id,
+                    status_name(j.status)
+                ))),
+                None => Ok(()),
+            },
+            _ => Ok(()),
+        }
+    }
+
+    fn status(&mut self, job: JobId, id: &Rc<str>, from: JobStatus, to: JobStatus) -> Result<(), Violation> {
+        let i = match self.jobs.iter().position(|j| j.job == job) {
+            Some(i) => i,
+            None => {
+                if let Some(other) = self.jobs.iter().find(|j| j.id == *id && j.status != Null) {
+                    return Err(wrong(format!("a second job '{id}' is created while {:?} has that id", other.job)));
+                }
+                let id = Rc::clone(id);
+                let (untold, started, ended) = (false, false, false);
+                self.jobs.push(Job { job, id, status: Undefined, untold, started, ended, pause_count: 1, offset: 0 });
+                self.jobs.len() - 1
+            }
+        };
+        let j = &mut self.jobs[i];
+        let arrow = |to| format!("job '{id}' goes from {} to {}", status_name(from), status_name(to));
+        if j.status != from {
+            return Err(wrong(format!("{}, but it was {}", arrow(to), status_name(j.status))));
+        }
+        if !allowed(from, to) {
+            return Err(wrong(format!("{}, which is not in the state machine", arrow(to))));
+        }
+        if j.untold {
+            return Err(wrong(format!("{} before JOB_STATUS_CHANGE told {}", arrow(to), status_name(from))));
+        }
+        if matches!(to, Paused | Standby) && j.pause_count == 0 {
+            return Err(wrong(format!("{} although nobody asked it to pause", arrow(to))));
+        }
+        if to == Concluded && j.started && !j.ended {
+            return Err(wrong(format!("{} without BLOCK_JOB_COMPLETED or BLOCK_JOB_CANCELLED", arrow(to))));
+        }
+        j.untold = from != to;
+        j.started |= to == Running;
+        j.status = to;
+        Ok(())
+    }
+
+    fn pause_count(&mut self, job: JobId, count: u32) -> Result<(), Violation> {
+        let Some(j) = self.jobs.iter_mut().find(|j| j.job == job) else { return Ok(()) };
+        let before = std::mem::replace(&mut j.pause_count, count);
+        if before.abs_diff(count) <= 1 {
+            return Ok(());
+        }
+        Err(wrong(format!("the pause count of job '{}' jumps from {before} to {count}", j.id)))
+    }
+
+    fn qmp(&mut self, name: &str, data: &Value) -> Result<(), Violation> {
+        let text = |key: &str| data.get(key).and_then(Value::as_str);
+        let id = match name {
+            "JOB_STATUS_CHANGE" | "BLOCK_JOB_PENDING" => text("id"),
+            "BLOCK_JOB_READY" | "BLOCK_JOB_COMPLETED" | "BLOCK_JOB_CANCELLED" | "BLOCK_JOB_ERROR" => text("device"),
+            _ => return Ok(()),
+        };
+        let j = id.and_then(|id| self.jobs.iter_mut().rev().find(|j| &*j.id == id));
+        let Some(j) = j else {
+            return Err(wrong(format!("{name} names no job: {data}")));
+        };
+        let is = status_name(j.status);
+        let said = |what: &str| Err(wrong(format!("{name} of job '{}' {what}", j.id)));
+        if name == "JOB_STATUS_CHANGE" {
+            let status = text("status").unwrap_or("nothing");
+            if !j.untold {
+                return said(&format!("says {status} although nothing changed"));
+            }
+            j.untold = false;
+            return if status == is { Ok(()) } else { said(&format!("says {status}, but it is {is}")) };
+        }
+        if j.untold {
+            return said(&format!("comes before JOB_STATUS_CHANGE {is}"));
+        }
+        match name {
+            "BLOCK_JOB_READY" if j.status != Ready => return said(&format!("comes while it is {is}")),
+            "BLOCK_JOB_PENDING" if j.status != Pending => return said(&format!("comes while it is {is}")),
+            "BLOCK_JOB_ERROR" if !matches!(j.status, Running | Ready) => {
+                return said(&format!("comes while it is {is}"));
+            }
+            "BLOCK_JOB_COMPLETED" | "BLOCK_JOB_CANCELLED" => {
+                if !j.started {
+                    return said("comes although it never ran");
+                }
+                if std::mem::replace(&mut j.ended, true) {
+                    return said("comes after its end was already told");
+                }
+                if !matches!(j.status, Pending | Aborting) {
+                    return said(&format!("comes while it is {is}"));
+                }
+                let failed = data.get("error").is_some();
+                if name == "BLOCK_JOB_COMPLETED" && failed != (j.status == Aborting) {
+                    return said(&format!("has {} error while it is {is}", if failed { "an" } else { "no" }));
+                }
+                if name == "BLOCK_JOB_CANCELLED" && j.status == Pending {
+                    return said("comes without aborting first");
+                }
+            }
+            _ => {}
+        }
+        if let (Some(offset), Some(len)) =
+            (data.get("offset").and_then(Value::as_u64), data.get("len").and_then(Value::as_u64))
+        {
+            if offset < j.offset {
+                return said(&format!("has offset {offset} after {}", j.offset));
+            }
+            if offset > len {
+                return said(&format!("has offset {offset} beyond its length {len}"));
+            }
+            j.offset = offset;
+        }
+        Ok(())
+    }
+}
+
+fn wrong(message: String) -> Violation {
+    violation(OracleName::Jobs, None, message, Vec::new())
+}
+
+impl Oracle for Jobs {
+    fn name(&self) -> OracleName {
+        OracleName::Jobs
+    }
+
+    fn reset(&mut self, _scenario: &Scenario) {
+        self.jobs.clear();
+    }
+
+    fn record(&mut self, _view: &View<'_>, record: &Record) -> Result<(), Violation> {
+        match record {
+            Record::Layer(event) => self.event(event),
+            Record::Issued(_) | Record::Ended(..) => Ok(()),
+        }
+    }
+
+    fn closed(&mut self, _view: &View<'_>, _contents: &[FinalContent<'_>]) -> Result<(), Violation> {
+        match self.jobs.iter().find(|j| j.status != Null) {
+            None => Ok(()),
+            Some(j) => Err(wrong(format!("job '{}' is {} after the layer was shut down", j.id, status_name(j.status)))),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::super::tests::{feed, scenario};
+    use super::*;
+
+    fn qmp(name: &'static str, data: Value) -> Event {
+        Event::Qmp { name, data: Rc::new(data) }
+    }
+
+    /// A status walk with its events; `+name` sends that QMP event.
+    fn walk(script: &str) -> Result<(), Violation> {
+        let all = [Undefined, Created, Running, Paused, Ready, Standby, Waiting, Pending, Aborting, Concluded, Null];
+        let mut oracle = Jobs::default();
+        oracle.reset(&scenario());
+        let mut at = Undefined;
+        let mut records = Vec::new();
+        for word in script.split(' ') {
+            let data = json!({"device": "j", "id": "j", "type": "stream", "len": 100, "offset": 10});
+            match word {
+                "+completed" => records.push(qmp("BLOCK_JOB_COMPLETED", data)),
+                "+failed" => {
+                    let mut data = data;
+                    data["error"] = json!("Input/output error");
+                    records.push(qmp("BLOCK_JOB_COMPLETED", data));
+                }
+                "+cancelled" => records.push(qmp("BLOCK_JOB_CANCELLED", data)),
+                "+pending" => records.push(qmp("BLOCK_JOB_PENDING", data)),
+                "chunk" => records.push(Event::JobChunk { job: JobId(0), offset: 0, bytes: 64, copied: true }),
+                "pause" => records.push(Event::JobPauseCount { job: JobId(0), count: 1 }),
+                "resume" => records.push(Event::JobPauseCount { job: JobId(0), count: 0 }),
+                name => {
+                    let (name, told) = name.strip_suffix('!').map_or((name, true), |n| (n, false));
+                    let to = *all.iter().find(|s| status_name(**s) == name).expect("status");
+                    records.push(Event::JobStatus { job: JobId(0), id: "j".into(), from: at, to });
+                    at = to;
+                    if told {
+                        records.push(qmp("JOB_STATUS_CHANGE", json!({"id": "j", "status": name})));
+                    }
+                }
+            }
+        }
+        feed(&mut oracle, records.into_iter().map(Record::Layer))
+    }
+
+    #[test]
+    fn the_scripts_of_the_specification_pass() {
+        for script in [
+            "created resume running chunk waiting pending +completed concluded null",
+            "created running paused running waiting pending +completed concluded null",
+            "created resume running pause paused resume running aborting +cancelled concluded null",
+            "created resume running waiting pending +pending +completed concluded null",
+            "created resume running waiting pending +pending aborting +cancelled concluded null",
+            "created resume running waiting pending aborting +failed concluded null",
+            "created resume running aborting +failed concluded null",
+            "created null",
+            "created aborting concluded null",
+        ] {
+            assert_eq!(walk(script), Ok(()), "{script}");
+        }
+    }
+
+    #[test]
+    fn each_deviation_is_reported() {
+        for (script, text) in [
+            ("created resume running pending", "not in the state machine"),
+            ("created resume running pause paused aborting", "not in the state machine"),
+            ("created resume running paused", "nobody asked it to pause"),
+            ("created resume running pause paused chunk", "handles 0x0+0x40 while it is paused"),
+            ("created resume running waiting pending concluded", "without BLOCK_JOB_COMPLETED"),
+            ("created resume running waiting pending +completed +completed", "already told"),
+            ("created resume running waiting pending +cancelled", "without aborting first"),
+            ("created resume running aborting +completed", "has no error while it is aborting"),
+            ("created resume running +completed", "comes while it is running"),
+            ("created aborting +cancelled", "never ran"),
+            ("created resume running! waiting", "before JOB_STATUS_CHANGE told running"),
+            ("created resume running +pending", "comes while it is running"),
+        ] {
+            let v = walk(script).expect_err(script);
+            assert!(v.message.contains(text), "{script}: {}", v.message);
+        }
+    }
+
+    #[test]
+    fn progress_never_goes_back() {
+        let mut oracle = Jobs::default();
+        oracle.reset(&scenario());
+        let status = |from, to| Record::Layer(Event::JobStatus { job: JobId(0), id: "j".into(), from, to });
+        let told = |s: &str| Record::Layer(qmp("JOB_STATUS_CHANGE", json!({"id": "j", "status": s})));
+        let ready = |offset| Record::Layer(qmp("BLOCK_JOB_ERROR", json!({"device": "j", "offset": offset, "len": 50})));
+        let run = [status(Undefined, Created), told("created"), status(Created, Running), told("running"), ready(20)];
+        feed(&mut oracle, run).expect("fine");
+        assert!(feed(&mut oracle, [ready(10)]).expect_err("back").message.contains("offset 10 after 20"));
+        assert!(feed(&mut oracle, [ready(60)]).expect_err("beyond").message.contains("beyond its length"));
+    }
+}

@@ -1,0 +1,117 @@
+//! The oracles that compare with the model: one model follows the run, several judges look at it, each under its own
+//! name in verdicts: `refusals`, `graph`, `permissions` and `frozen` (settled comparison), `jobs` (what the model says a
+//! job cannot do), `data`, `status`, `transparency`, `bottom`.
+
+use blkcheck_impl::event::Event;
+use blkcheck_impl::graph::inspect::GraphView;
+
+use super::data::{Data, guest};
+use super::graph::{self, Comparison};
+use super::mirror::Mirror;
+use super::{FinalContent, Oracle, OracleName, View, Violation, refusals, violation};
+use crate::follow::Follower;
+use crate::history::{Outcome, Record};
+use crate::scenario::Scenario;
+
+/// See the module.
+#[derive(Debug, Default)]
+pub struct Modelled {
+    follower: Follower,
+    mirror: Mirror,
+    comparison: Comparison,
+    data: Data,
+    /// The graph changed since it was last compared.
+    changed: bool,
+    /// The layer's books when the command under way began.
+    before: Option<GraphView>,
+}
+
+impl Modelled {
+    fn settled(&mut self, view: &View<'_>) -> Result<(), Violation> {
+        self.comparison.compare(&self.follower.world, &self.mirror)?;
+        if std::mem::take(&mut self.changed)
+            && let Some(layer) = view.layer
+        {
+            self.comparison.books(&self.follower.world, &layer.inspect())?;
+        }
+        Ok(())
+    }
+
+    /// A refused command left everything as it was.
+    fn refused(&mut self, view: &View<'_>, step: crate::history::StepId) -> Result<(), Violation> {
+        let (Some(before), Some(layer)) = (self.before.take(), view.layer) else { return Ok(()) };
+        let Some(difference) = refusals::difference(&before, &layer.inspect()) else { return Ok(()) };
+        let message = format!("{} is refused, yet changes something", super::liveness::step_text(view.scenario, step));
+        Err(violation(OracleName::Refusals, Some(step), message, vec![difference]))
+    }
+}
+
+impl Oracle for Modelled {
+    fn name(&self) -> OracleName {
+        OracleName::Graph
+    }
+
+    fn reset(&mut self, scenario: &Scenario) {
+        self.follower.reset(scenario);
+        self.mirror.reset();
+        self.data.reset(scenario);
+        self.changed = false;
+        self.before = None;
+    }
+
+    fn record(&mut self, view: &View<'_>, record: &Record) -> Result<(), Violation> {
+        let graph_event = match record {
+            Record::Layer(event) => {
+                self.changed |= matches!(
+                    event,
+                    Event::NodeAdded { .. } | Event::NodeRemoved { .. } | Event::EdgeSet { .. } | Event::EdgePerms { .. }
+                );
+                graph::follow(&mut self.mirror, event)
+            }
+            Record::Issued(_) | Record::Ended(..) => Ok(()),
+        };
+        graph_event?;
+        let followed = self.follower.record(view.scenario, record);
+        if let Some(wrong) = followed.wrong {
+            return Err(violation(OracleName::Jobs, None, wrong, Vec::new()));
+        }
+        if followed.executed.is_some() {
+            // Only a command that will be refused is looked at twice.
+            let refused = matches!(self.follower.prediction(), Some(Err(_)));
+            self.before = view.layer.filter(|_| refused).map(blkcheck_impl::Layer::inspect);
+        }
+        if followed.changed && (followed.executed.is_some() || followed.completed.is_some() || followed.settled) {
+            self.data.sync(view.scenario, &self.follower.world);
+        }
+        match record {
+            Record::Issued(step) => {
+                if let Some((export, op)) = guest(view.scenario, *step) {
+                    self.data.issued(view, &self.follower, *step, export, op);
+                }
+            }
+            Record::Ended(step, Outcome::Command(got)) if followed.answered.is_some() => {
+                refusals::judge(view.scenario, *step, self.follower.prediction(), got)?;
+                if got.is_err() {
+                    self.refused(view, *step)?;
+                }
+            }
+            Record::Ended(step, outcome) => self.data.ended(view, *step, outcome)?,
+            Record::Layer(_) => {}
+        }
+        if followed.settled { self.settled(view) } else { Ok(()) }
+    }
+
+    fn quiescent(&mut self, view: &View<'_>, contents: &[FinalContent<'_>]) -> Result<(), Violation> {
+        if !self.follower.is_off() {
+            self.settled(view)?;
+        }
+        if let Some(layer) = view.layer {
+            graph::counters(&layer.inspect())?;
+        }
+        self.data.quiescent(view, &self.follower, contents)
+    }
+
+    fn closed(&mut self, view: &View<'_>, contents: &[FinalContent<'_>]) -> Result<(), Violation> {
+        self.data.closed(view, &self.follower, contents)
+    }
+}

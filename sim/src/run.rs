@@ -1,0 +1,537 @@
+//! The runner: one scenario, one chooser, one target, any number of oracles.
+//!
+//! Rules: a run is a function of (scenario, choices). What can happen next is listed in this order: ready tasks oldest
+//! first, storage requests oldest first, actors in the order of their next steps in the file, the clock. So choice 0
+//! all along is a fully sequential run. When nothing can happen and the scenario itself is to blame (a paused job, an
+//! open drained section), the runner clears it away with steps of its own, which are appended to the scenario that
+//! oracles see; actors then go on. When that does not help, something hangs.
+//! After the last step: every node is read, the layer is shut down, every image is read and checked independently.
+//! Everything is reused from run to run.
+
+use std::rc::Rc;
+
+use blkcheck_impl::event::Event;
+use blkcheck_impl::jobs::JobStatus;
+use serde_json::{Map, Value};
+
+use crate::choice::{ChoiceKind, Chooser, Key, pick};
+use crate::finish;
+use crate::history::{Outcome, Record, StepId};
+use crate::oracle::{Oracle, OracleName, View, Violation};
+use crate::scenario::{Action, Scenario, Step};
+use crate::target::{Alternatives, Move, Target, Trouble};
+use crate::trace::{Fold, Trace};
+
+/// Scheduler steps after which a run counts as a livelock.
+const STEP_LIMIT: u64 = 1_000_000;
+/// Scheduler steps without any storage completion or passing of time, while one was possible, after which the oldest
+/// is forced: no chooser may starve the disk for ever.
+const PATIENCE: u32 = 20_000;
+/// How often a job is pushed on from the same status before that counts as hanging.
+const PUSHES: u8 = 2;
+
+/// What a run gave.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct RunResult {
+    /// Folded from every record.
+    pub trace_hash: u64,
+    /// Operations issued, the runner's own included.
+    pub operations: u64,
+    /// Scheduler steps.
+    pub steps: u64,
+    /// What is wrong, if anything.
+    pub violation: Option<Violation>,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Actor {
+    /// Index of its next step; `u32::MAX` at the end.
+    next: u32,
+    waiting: Option<StepId>,
+    in_flight: u32,
+}
+
+#[derive(Debug)]
+struct JobState {
+    id: Rc<str>,
+    status: JobStatus,
+    visited: u16,
+    pushes: u8,
+}
+
+/// A reusable runner.
+#[derive(Debug, Default)]
+pub struct Runner {
+    /// What oracles see: the scenario plus the runner's own steps.
+    scenario: Scenario,
+    actors: Vec<Actor>,
+    /// Per step: its actor, and the actor's following step.
+    actor_of: Vec<u32>,
+    following: Vec<u32>,
+    issuable: Vec<(u32, u32)>,
+    keys: Vec<Key>,
+    jobs: Vec<JobState>,
+    /// Drained sections that are open: (begun by step).
+    sections: Vec<StepId>,
+    unfinished: u32,
+    incoming: Vec<Record>,
+    batch: Vec<Record>,
+    records: Vec<Record>,
+    keep_records: bool,
+    trace: Trace,
+    hash: Fold,
+    now: u64,
+    steps: u64,
+    operations: u64,
+}
+
+/// Why the main loop ended early.
+enum Stop {
+    Violation(Violation),
+    Unusable(String),
+}
+
+impl From<Violation> for Stop {
+    fn from(violation: Violation) -> Stop {
+        Stop::Violation(violation)
+    }
+}
+
+impl Runner {
+    /// Keeps nothing but the hash.
+    #[must_use]
+    pub fn new() -> Runner {
+        Runner::default()
+    }
+
+    /// Whether [`Runner::records`] are kept.
+    pub fn keep_records(&mut self, keep: bool) {
+        self.keep_records = keep;
+    }
+
+    /// Keeps the last `capacity` records with their hashes in [`Runner::trace`]; 0: none.
+    pub fn keep_trace(&mut self, capacity: usize) {
+        self.trace = Trace::with_capacity(capacity);
+    }
+
+    /// The records of the last run, if kept.
+    #[must_use]
+    pub fn records(&self) -> &[Record] {
+        &self.records
+    }
+
+    /// The end of the last run's trace, if kept.
+    #[must_use]
+    pub fn trace(&self) -> &Trace {
+        &self.trace
+    }
+
+    /// The scenario of the last run with the runner's own steps at its end: what step ids refer to.
+    #[must_use]
+    pub fn scenario(&self) -> &Scenario {
+        &self.scenario
+    }
+
+    /// Runs a scenario once.
+    ///
+    /// # Errors
+    /// When the environment is unusable; whatever the subject does is a result.
+    pub fn run(
+        &mut self,
+        scenario: &Scenario,
+        chooser: &mut dyn Chooser,
+        target: &mut dyn Target,
+        oracles: &mut [Box<dyn Oracle>],
+    ) -> Result<RunResult, String> {
+        self.reset(scenario);
+        chooser.begin(64 + 16 * u32::try_from(scenario.steps.len()).expect("validated"));
+        for oracle in &mut *oracles {
+            oracle.reset(scenario);
+        }
+        let outcome = target.prepare(scenario).map_err(|t| Runner::trouble(t, target, None)).and_then(|()| {
+            self.actors_act(chooser, target, oracles)?;
+            self.finish(target, oracles)
+        });
+        let violation = match outcome {
+            Ok(()) => None,
+            Err(Stop::Violation(violation)) => Some(violation),
+            Err(Stop::Unusable(text)) => return Err(text),
+        };
+        Ok(RunResult {
+            trace_hash: self.hash.value(),
+            operations: self.operations,
+            steps: self.steps,
+            violation,
+        })
+    }
+
+    fn reset(&mut self, scenario: &Scenario) {
+        self.scenario.clone_from(scenario);
+        self.actors.clear();
+        self.actor_of.clear();
+        self.following.clear();
+        let mut names: Vec<(&str, u32)> = Vec::new();
+        for (at, step) in (0u32..).zip(&scenario.steps) {
+            let actor = match names.iter().position(|(name, _)| *name == step.actor) {
+                Some(actor) => {
+                    self.following[names[actor].1 as usize] = at;
+                    names[actor].1 = at;
+                    actor
+                }
+                None => {
+                    names.push((&step.actor, at));
+                    self.actors.push(Actor { next: at, ..Actor::default() });
+                    names.len() - 1
+                }
+            };
+            self.actor_of.push(u32::try_from(actor).expect("few actors"));
+            self.following.push(u32::MAX);
+        }
+        self.jobs.clear();
+        self.sections.clear();
+        self.incoming.clear();
+        self.records.clear();
+        self.trace.clear();
+        self.unfinished = 0;
+        self.hash = Fold::default();
+        (self.now, self.steps, self.operations) = (0, 0, 0);
+    }
+
+    /// A trouble as the verdict that it is.
+    fn trouble(trouble: Trouble, target: &dyn Target, step: Option<StepId>) -> Stop {
+        let (oracle, message) = match trouble {
+            Trouble::Unusable(text) => return Stop::Unusable(text),
+            Trouble::Panicked(report) => (OracleName::Panic, format!("{} ({})", report.message, report.location)),
+            Trouble::Stuck(what) => (OracleName::Liveness, format!("{what} did not finish")),
+        };
+        Stop::Violation(Violation { oracle, message, step, evidence: target.describe() })
+    }
+
+    fn actors_act(
+        &mut self,
+        chooser: &mut dyn Chooser,
+        target: &mut dyn Target,
+        oracles: &mut [Box<dyn Oracle>],
+    ) -> Result<(), Stop> {
+        let mut waited = 0;
+        loop {
+            self.find_issuable();
+            let can = target.alternatives();
+            let actors = u32::try_from(self.issuable.len()).expect("few actors");
+            let total = can.ready + can.storage + actors + u32::from(can.timer);
+            if total == 0 {
+                if can.external {
+                    self.happen(Move::External, target, oracles)?;
+                } else if !self.clear_away(target, oracles)? {
+                    return self.at_rest(target, oracles);
+                }
+                continue;
+            }
+            if self.steps >= STEP_LIMIT {
+                return Err(self.hangs("still busy after the step limit", target, oracles));
+            }
+            self.steps += 1;
+            let starving = can.storage > 0 || can.timer;
+            waited = if starving { waited + 1 } else { 0 };
+            let chosen = if waited > PATIENCE {
+                if can.storage > 0 { can.ready } else { total - 1 }
+            } else if total > 1 && chooser.wants_keys() {
+                self.keyed(chooser, target, can)
+            } else {
+                pick(chooser, ChoiceKind::Next, total)
+            };
+            let next = if chosen < can.ready {
+                Move::Ready(chosen)
+            } else if chosen < can.ready + can.storage {
+                waited = 0;
+                Move::Storage(chosen - can.ready)
+            } else if chosen < can.ready + can.storage + actors {
+                let (step, _) = self.issuable[(chosen - can.ready - can.storage) as usize];
+                self.issue(StepId(step), target);
+                self.digest(target, oracles)?;
+                continue;
+            } else {
+                waited = 0;
+                Move::Timer
+            };
+            self.happen(next, target, oracles)?;
+        }
+    }
+
+    fn keyed(&mut self, chooser: &mut dyn Chooser, target: &dyn Target, can: Alternatives) -> u32 {
+        self.keys.clear();
+        target.keys(&mut self.keys);
+        self.keys.extend(self.issuable.iter().map(|&(_, actor)| Key(2 << 40 | u64::from(actor))));
+        if can.timer {
+            self.keys.push(Key(3 << 40));
+        }
+        chooser.choose_among(ChoiceKind::Next, &self.keys)
+    }
+
+    fn happen(&mut self, next: Move, target: &mut dyn Target, oracles: &mut [Box<dyn Oracle>]) -> Result<(), Stop> {
+        let moved = target.advance(next);
+        // What happened up to a panic is told first: an oracle may know better.
+        self.digest(target, oracles)?;
+        moved.map_err(|trouble| Runner::trouble(trouble, target, None))
+    }
+
+    /// The actors that can take a step, by that step's place in the file.
+    fn find_issuable(&mut self) {
+        self.issuable.clear();
+        for (actor, state) in (0..).zip(&self.actors) {
+            if state.waiting.is_none() && state.next != u32::MAX {
+                self.issuable.push((state.next, actor));
+            }
+        }
+        self.issuable.sort_unstable();
+    }
+
+    fn issue(&mut self, step: StepId, target: &mut dyn Target) {
+        let at = step.0 as usize;
+        self.operations += 1;
+        self.unfinished += 1;
+        self.incoming.push(Record::Issued(step));
+        let entry = &self.scenario.steps[at];
+        if let Some(actor) = self.actor_of.get(at) {
+            let state = &mut self.actors[*actor as usize];
+            state.next = self.following[at];
+            if entry.wait {
+                state.waiting = Some(step);
+            } else {
+                state.in_flight += 1;
+            }
+        }
+        match &entry.action {
+            Action::Settle { .. } => {
+                let state = &self.actors[self.actor_of[at] as usize];
+                // A settle that is itself in flight does not wait for itself.
+                if state.in_flight == 0 || !entry.wait {
+                    self.incoming.push(Record::Ended(step, Outcome::Passed));
+                }
+            }
+            Action::WaitJob { job } => {
+                if self.job_reached(&job.id, &job.status) {
+                    self.incoming.push(Record::Ended(step, Outcome::Passed));
+                }
+            }
+            Action::Command { .. }
+            | Action::Guest { .. }
+            | Action::DrainBegin { .. }
+            | Action::DrainEnd { .. } => target.issue(&self.scenario, step),
+        }
+    }
+
+    /// Whether a job has been in this status, or is gone.
+    fn job_reached(&self, id: &str, status: &str) -> bool {
+        match self.jobs.iter().rfind(|j| &*j.id == id) {
+            None => true,
+            Some(job) => {
+                job.status == JobStatus::Null
+                    || finish::STATUSES.iter().any(|&(s, n)| n == status && job.visited >> (s as u16) & 1 == 1)
+            }
+        }
+    }
+
+    /// Takes in what happened: hash, own books, oracles.
+    fn digest(&mut self, target: &mut dyn Target, oracles: &mut [Box<dyn Oracle>]) -> Result<(), Violation> {
+        loop {
+            target.take_records(&mut self.incoming);
+            if self.incoming.is_empty() {
+                return Ok(());
+            }
+            let mut batch = std::mem::replace(&mut self.incoming, std::mem::take(&mut self.batch));
+            let mut verdict = Ok(());
+            for record in batch.drain(..) {
+                verdict = verdict.and_then(|()| self.one(&record, target, oracles));
+                if self.keep_records {
+                    self.records.push(record);
+                }
+            }
+            self.batch = batch;
+            verdict?;
+        }
+    }
+
+    #[inline]
+    fn one(&mut self, record: &Record, target: &dyn Target, oracles: &mut [Box<dyn Oracle>]) -> Result<(), Violation> {
+        self.hash.record(record);
+        self.trace.push(self.now, self.hash, self.steps, record);
+        self.note(record);
+        let view = View { scenario: &self.scenario, now: self.now, layer: target.layer() };
+        self.now += 1;
+        for oracle in oracles {
+            oracle.record(&view, record)?;
+        }
+        Ok(())
+    }
+
+    fn note(&mut self, record: &Record) {
+        match record {
+            Record::Issued(_) => {}
+            Record::Ended(step, outcome) => self.ended(*step, outcome),
+            Record::Layer(Event::JobStatus { id, to, .. }) => self.job_status(id, *to),
+            Record::Layer(_) => {}
+        }
+    }
+
+    fn ended(&mut self, step: StepId, outcome: &Outcome) {
+        self.unfinished -= 1;
+        let entry = &self.scenario.steps[step.0 as usize];
+        match &entry.action {
+            Action::DrainBegin { .. } if *outcome == Outcome::Passed => self.sections.push(step),
+            Action::DrainEnd { node } if *outcome == Outcome::Passed => {
+                let same = |begun: &StepId| {
+                    let begun = &self.scenario.steps[begun.0 as usize];
+                    begun.actor == entry.actor && matches!(&begun.action, Action::DrainBegin { node: n } if n == node)
+                };
+                let at = self.sections.iter().rposition(same).expect("the target ends open sections only");
+                self.sections.remove(at);
+            }
+            _ => {}
+        }
+        let Some(&actor) = self.actor_of.get(step.0 as usize) else { return };
+        let state = &mut self.actors[actor as usize];
+        if state.waiting == Some(step) {
+            state.waiting = None;
+        } else {
+            state.in_flight -= 1;
+        }
+        if let (Some(waiting), 0) = (state.waiting, state.in_flight) {
+            if matches!(self.scenario.steps[waiting.0 as usize].action, Action::Settle { .. }) {
+                self.incoming.push(Record::Ended(waiting, Outcome::Passed));
+            }
+        }
+    }
+
+    fn job_status(&mut self, id: &Rc<str>, to: JobStatus) {
+        match self.jobs.iter_mut().rfind(|j| j.id == *id && j.status != JobStatus::Null) {
+            Some(job) => {
+                job.status = to;
+                job.visited |= 1 << (to as u16);
+                job.pushes = 0;
+            }
+            None => {
+                let (id, visited) = (Rc::clone(id), 1 << (to as u16));
+                self.jobs.push(JobState { id, status: to, visited, pushes: 0 });
+            }
+        }
+        for (at, actor) in self.actor_of.iter().enumerate() {
+            // Also steps that do not hold up their actor; those are rare, and ended ones are not waiting any more.
+            let state = &self.actors[*actor as usize];
+            if state.waiting.is_none_or(|w| w.0 as usize != at) {
+                continue;
+            }
+            if let Action::WaitJob { job } = &self.scenario.steps[at].action {
+                if self.job_reached(&job.id, &job.status) {
+                    self.incoming.push(Record::Ended(StepId(u32::try_from(at).expect("few steps")), Outcome::Passed));
+                }
+            }
+        }
+    }
+
+    /// Nothing can happen: removes what the scenario left standing. False when there is nothing (more) to remove.
+    fn clear_away(&mut self, target: &mut dyn Target, oracles: &mut [Box<dyn Oracle>]) -> Result<bool, Stop> {
+        if let Some(&begun) = self.sections.last() {
+            let Step { actor, action, .. } = &self.scenario.steps[begun.0 as usize];
+            let Action::DrainBegin { node } = action else { unreachable!("a section is begun by drained-begin") };
+            let (actor, action) = (actor.clone(), Action::DrainEnd { node: node.clone() });
+            self.extra(actor, action, target, oracles)?;
+            return Ok(true);
+        }
+        // A runner's command that does not return is a hang of the subject; more of them would only queue up.
+        let last = self.scenario.steps.len();
+        if last > self.actor_of.len() && self.unfinished > 0 && self.waits_for_extra() {
+            return Ok(false);
+        }
+        for at in 0..self.jobs.len() {
+            let job = &mut self.jobs[at];
+            let Some(command) = push(job.status, job.pushes) else { continue };
+            job.pushes += 1;
+            let mut arguments = Map::new();
+            arguments.insert("id".into(), Value::String(job.id.to_string()));
+            let action = Action::Command { execute: command.into(), arguments };
+            self.extra("runner".into(), action, target, oracles)?;
+            return Ok(true);
+        }
+        Ok(false)
+    }
+
+    fn waits_for_extra(&self) -> bool {
+        let in_file: u32 = self.actors.iter().map(|a| a.in_flight + u32::from(a.waiting.is_some())).sum();
+        self.unfinished > in_file
+    }
+
+    fn extra(
+        &mut self,
+        actor: String,
+        action: Action,
+        target: &mut dyn Target,
+        oracles: &mut [Box<dyn Oracle>],
+    ) -> Result<(), Stop> {
+        let step = StepId(u32::try_from(self.scenario.steps.len()).expect("few steps"));
+        self.scenario.steps.push(Step { actor, action, wait: true });
+        self.issue(step, target);
+        Ok(self.digest(target, oracles)?)
+    }
+
+    /// Nothing can happen and nothing is left to clear away: is everything done?
+    fn at_rest(&mut self, target: &mut dyn Target, oracles: &mut [Box<dyn Oracle>]) -> Result<(), Stop> {
+        let jobs_over = self.jobs.iter().all(|j| j.status == JobStatus::Null);
+        if self.unfinished == 0 && jobs_over && self.issuable.is_empty() {
+            return Ok(());
+        }
+        Err(self.hangs("nothing can happen any more", target, oracles))
+    }
+
+    fn hangs(&mut self, why: &str, target: &mut dyn Target, oracles: &mut [Box<dyn Oracle>]) -> Stop {
+        let view = View { scenario: &self.scenario, now: self.now, layer: target.layer() };
+        for oracle in oracles {
+            if let Err(violation) = oracle.stuck(&view) {
+                return Stop::Violation(violation);
+            }
+        }
+        let jobs = self.jobs.iter().filter(|j| j.status != JobStatus::Null);
+        let mut evidence: Vec<String> =
+            jobs.map(|j| format!("job '{}' is {}", j.id, finish::status_name(j.status))).collect();
+        let waiting = self.actors.iter().filter_map(|a| a.waiting);
+        evidence.extend(waiting.map(|s| format!("step {} ({}) is not done", s.0, self.scenario.steps[s.0 as usize].actor)));
+        evidence.extend(target.describe());
+        let step = self.actors.iter().find_map(|a| a.waiting);
+        Stop::Violation(Violation { oracle: OracleName::Liveness, message: why.into(), step, evidence })
+    }
+
+    fn finish(&mut self, target: &mut dyn Target, oracles: &mut [Box<dyn Oracle>]) -> Result<(), Stop> {
+        let nodes = target.contents();
+        self.digest(target, oracles)?;
+        let nodes = nodes.map_err(|trouble| Runner::trouble(trouble, target, None))?;
+        let view = View { scenario: &self.scenario, now: self.now, layer: target.layer() };
+        finish::quiescent(&nodes, &view, oracles)?;
+        let left = target.close();
+        self.digest(target, oracles)?;
+        let left = left.map_err(|trouble| Runner::trouble(trouble, target, None))?;
+        finish::leftovers(&left)?;
+        let files = target.closed_files();
+        let view = View { scenario: &self.scenario, now: self.now, layer: target.layer() };
+        finish::closed(&files, &view, oracles)?;
+        Ok(())
+    }
+}
+
+/// The command that moves a standing job on, a gentle one first.
+fn push(status: JobStatus, pushes: u8) -> Option<&'static str> {
+    match (status, pushes) {
+        (JobStatus::Pending, 0) => Some("job-finalize"),
+        (JobStatus::Concluded, 0) => Some("job-dismiss"),
+        (JobStatus::Ready, 0) => Some("job-complete"),
+        (JobStatus::Paused | JobStatus::Standby, 0) => Some("job-resume"),
+        (
+            JobStatus::Created | JobStatus::Paused | JobStatus::Standby | JobStatus::Ready | JobStatus::Pending,
+            ..PUSHES,
+        ) => Some("job-cancel"),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+#[path = "run_tests.rs"]
+mod tests;
