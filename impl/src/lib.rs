@@ -17,7 +17,7 @@ pub mod jobs;
 mod layer;
 pub mod memory;
 pub mod qmp;
-#[cfg(all(feature = "real", target_os = "linux"))]
+#[cfg(all(feature = "real", target_os = "linux", not(loom)))]
 pub mod real;
 pub mod sync;
 pub mod types;

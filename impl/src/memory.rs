@@ -404,7 +404,7 @@ impl MemoryFile {
     }
 
     fn check(&self, offset: u64, bytes: u64, write: bool) -> Result<(), Errno> {
-        if (offset | bytes) % self.alignment != 0 {
+        if !(offset | bytes).is_multiple_of(self.alignment) {
             return Err(Errno::EINVAL);
         }
         if write && !self.writable.get() {

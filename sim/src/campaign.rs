@@ -15,7 +15,7 @@ use crate::cli::CliError;
 use crate::clock::Stopwatch;
 use crate::generate::Profile;
 use crate::harness::{Harness, SeedRun, Setup};
-use crate::marks::Mark;
+use crate::marks::{Counts, Mark};
 use crate::oracle::{OracleName, Violation};
 use crate::shrink::{Limits, shrink};
 
@@ -183,8 +183,7 @@ fn work(
             tally.add(seed, run);
         }
     }
-    tally.coverage = harness.coverage();
-    tally.marks = harness.mark_counts();
+    tally.counts = harness.counts();
     Ok(tally)
 }
 
@@ -195,8 +194,7 @@ struct Tally {
     operations: u64,
     steps: u64,
     trace_hash: u64,
-    coverage: BTreeMap<String, u64>,
-    marks: Vec<u64>,
+    counts: Counts,
     findings: BTreeMap<u64, Violation>,
     more_findings: u64,
 }
@@ -221,13 +219,7 @@ impl Tally {
         self.operations += other.operations;
         self.steps += other.steps;
         self.trace_hash = self.trace_hash.wrapping_add(other.trace_hash);
-        for (name, count) in other.coverage {
-            *self.coverage.entry(name).or_default() += count;
-        }
-        self.marks.resize(self.marks.len().max(other.marks.len()), 0);
-        for (mine, count) in self.marks.iter_mut().zip(other.marks) {
-            *mine += count;
-        }
+        self.counts.merge(&other.counts);
         self.findings.extend(other.findings);
         self.more_findings += other.more_findings;
     }
@@ -239,8 +231,8 @@ impl Tally {
             operations: self.operations,
             steps: self.steps,
             trace_hash: self.trace_hash,
-            coverage: self.coverage,
-            unmet: if mixed { crate::marks::unmet(&self.marks) } else { Vec::new() },
+            coverage: coverage(&self.counts),
+            unmet: if mixed { crate::marks::unmet(&self.counts) } else { Vec::new() },
             unmet_is_failure: mixed && self.seeds >= MARKS_DUE,
             findings: self
                 .findings
@@ -251,6 +243,13 @@ impl Tally {
             ..Summary::default()
         }
     }
+}
+
+/// Situations by name, and `operation/state` pairs.
+fn coverage(counts: &Counts) -> BTreeMap<String, u64> {
+    let marks = Mark::ALL.iter().map(|&m| (m.as_str().to_owned(), counts.of(m))).filter(|(_, n)| *n > 0);
+    let pairs = counts.pairs().map(|(operation, state, n)| (format!("{operation}/{state}"), n));
+    marks.chain(pairs).collect()
 }
 
 /// Shrinks and saves the first finding of each oracle, then further ones up to a limit.

@@ -63,12 +63,13 @@ impl Files for Closed<'_> {
 }
 
 /// Checks every image, reads it through its chain and shows it to the oracles. Images that the scenario itself gave
-/// away for writing as plain bytes, or opened twice for writing, are nobody's responsibility.
+/// away for writing as plain bytes, or opened twice for writing, are nobody's responsibility. Returns the others' names
+/// and content, for judges outside.
 pub(crate) fn closed(
     files: &[ClosedFile],
     view: &View<'_>,
     oracles: &mut [Box<dyn Oracle>],
-) -> Result<(), Violation> {
+) -> Result<Vec<(String, Vec<u8>)>, Violation> {
     let exposed = exposed(view.scenario);
     let sound = |f: &&ClosedFile| !f.contested && !exposed.contains(f.name.as_str());
     for file in files.iter().filter(sound).filter(|f| f.format == Format::Qcow2) {
@@ -87,11 +88,12 @@ pub(crate) fn closed(
         .filter(sound)
         .filter_map(|file| content(&all, &file.name).ok().map(|content| (file.name.as_str(), content)))
         .collect();
-    let contents: Vec<FinalContent<'_>> = contents
+    let shown: Vec<FinalContent<'_>> = contents
         .iter()
         .map(|(name, c)| FinalContent { name, bytes: &c.bytes, allocated: &c.allocated })
         .collect();
-    oracles.iter_mut().try_for_each(|oracle| oracle.closed(view, &contents))
+    oracles.iter_mut().try_for_each(|oracle| oracle.closed(view, &shown))?;
+    Ok(contents.into_iter().map(|(name, c)| (name.to_owned(), c.bytes)).collect())
 }
 
 /// Files of qcow2 images whose protocol node something else than a qcow2 node uses: its bytes are then open to guests.

@@ -1,16 +1,18 @@
 //! Everything one worker needs to run scenarios: target, runner, oracles, chooser; made once, reused for every seed.
 
-use std::collections::BTreeMap;
+use std::cell::RefCell;
+use std::rc::Rc;
 
 use crate::choice::{Chooser, Pct, Random, Recorded, Recording};
 use crate::cli::{CliError, Faults, On, Scheduler};
 use crate::generate::{Profile, Reach, generate};
 use crate::history::Record;
-use crate::marks::Marks;
-use crate::oracle::{self, Oracle, OracleName, Violation};
+use crate::marks::{Counts, Detector};
+use crate::oracle::{self, Oracle, OracleName, View, Violation};
 use crate::run::{RunResult, Runner};
 use crate::scenario::Scenario;
 use crate::shrink::{Execute, Trial};
+use crate::target::real::{Medium, RealTarget};
 use crate::target::{SimTarget, Target};
 
 /// Records compared when a seed runs twice.
@@ -119,7 +121,7 @@ pub struct Harness {
     target: Box<dyn Target>,
     runner: Runner,
     oracles: Vec<Box<dyn Oracle>>,
-    marks: Marks,
+    marks: Rc<RefCell<Detector>>,
     choices: Vec<u32>,
 }
 
@@ -131,15 +133,19 @@ impl Harness {
     pub fn new(setup: &Setup) -> Result<Harness, CliError> {
         let target: Box<dyn Target> = match setup.on {
             On::Memory => Box::new(SimTarget::new()),
-            On::File => Box::new(crate::target::real::RealTarget::files().map_err(environment)?),
-            On::Loop => Box::new(crate::target::real::RealTarget::loop_devices().map_err(environment)?),
+            On::File => Box::new(RealTarget::new(Medium::File).map_err(environment)?),
+            On::Loop => Box::new(RealTarget::new(Medium::Loop).map_err(environment)?),
         };
+        let marks = Rc::<RefCell<Detector>>::default();
+        let mut oracles = oracle::all();
+        // Last, so that a run that fails counts only what it did.
+        oracles.push(Box::new(Watcher(Rc::clone(&marks))));
         Ok(Harness {
             setup: *setup,
             target,
             runner: Runner::new(),
-            oracles: oracle::all(),
-            marks: Marks::default(),
+            oracles,
+            marks,
             choices: Vec::new(),
         })
     }
@@ -205,12 +211,7 @@ impl Harness {
     /// # Errors
     /// When the environment fails.
     pub fn once(&mut self, scenario: &Scenario, chooser: &mut dyn Chooser) -> Result<RunResult, CliError> {
-        self.marks.begin(scenario);
-        let mut oracles = std::mem::take(&mut self.oracles);
-        oracles.push(Box::new(std::mem::take(&mut self.marks)));
-        let result = self.runner.run(scenario, chooser, &mut *self.target, &mut oracles);
-        self.oracles = oracles;
-        result.map_err(CliError::Environment)
+        self.runner.run(scenario, chooser, &mut *self.target, &mut self.oracles).map_err(CliError::Environment)
     }
 
     /// Where two runs of one seed part.
@@ -232,17 +233,35 @@ impl Harness {
         })
     }
 
-    /// How often each situation and each operation occurred so far.
+    /// How often each situation and each (operation, state) pair occurred so far.
     #[must_use]
-    pub fn coverage(&self) -> BTreeMap<String, u64> {
-        self.marks.coverage()
+    pub fn counts(&self) -> Counts {
+        self.marks.borrow().counts().clone()
     }
+}
 
-    /// Counts by mark.
-    #[must_use]
-    pub fn mark_counts(&self) -> Vec<u64> {
-        self.marks.counts().to_vec()
+/// Shows every record to the marks; never has a verdict.
+#[derive(Debug)]
+struct Watcher(Rc<RefCell<Detector>>);
+
+impl Oracle for Watcher {
+    fn name(&self) -> OracleName {
+        OracleName::Liveness
     }
+    fn reset(&mut self, scenario: &Scenario) {
+        self.0.borrow_mut().reset(scenario);
+    }
+    fn record(&mut self, view: &View<'_>, record: &Record) -> Result<(), Violation> {
+        self.0.borrow_mut().record(view.scenario, record);
+        Ok(())
+    }
+}
+
+/// Everything that happens in one replay in memory; `None` when the environment fails.
+#[must_use]
+pub fn records_of(scenario: &Scenario) -> Option<(Scenario, Vec<Record>)> {
+    let mut harness = Harness::new(&Setup::default()).ok()?;
+    harness.replay(scenario).ok().map(|r| (r.scenario, r.records))
 }
 
 impl Execute for Harness {

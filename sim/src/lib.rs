@@ -3,13 +3,21 @@
 //!
 //! One seed decides everything: a run is a pure function of (scenario, choices).
 
+pub mod campaign;
+pub mod cli;
+pub mod clock;
+pub mod fuzzing;
+pub mod harness;
+pub mod report;
 pub mod choice;
 pub mod disk;
 pub mod env;
 pub mod exec;
 mod finish;
+pub mod follow;
 pub mod generate;
 pub mod history;
+pub mod marks;
 pub mod image;
 pub mod oracle;
 pub mod panics;

@@ -65,6 +65,8 @@ pub struct Runner {
     /// What oracles see: the scenario plus the runner's own steps.
     scenario: Scenario,
     actors: Vec<Actor>,
+    /// The actor whose steps are barriers.
+    setup_actor: Option<u32>,
     /// Per step: its actor, and the actor's following step.
     actor_of: Vec<u32>,
     following: Vec<u32>,
@@ -187,6 +189,8 @@ impl Runner {
             self.actor_of.push(u32::try_from(actor).expect("few actors"));
             self.following.push(u32::MAX);
         }
+        let setup = names.iter().position(|(name, _)| *name == crate::generate::SETUP);
+        self.setup_actor = setup.map(|at| u32::try_from(at).expect("few actors"));
         self.jobs.clear();
         self.sections.clear();
         self.incoming.clear();
@@ -275,15 +279,31 @@ impl Runner {
         moved.map_err(|trouble| Runner::trouble(trouble, target, None))
     }
 
-    /// The actors that can take a step, by that step's place in the file.
+    /// The actors that can take a step, by that step's place in the file. A step of the actor `setup` is a barrier: it
+    /// starts when every earlier step has started and nothing later starts before it is done.
     fn find_issuable(&mut self) {
         self.issuable.clear();
+        let barrier = self.barrier();
         for (actor, state) in (0..).zip(&self.actors) {
-            if state.waiting.is_none() && state.next != u32::MAX {
+            if state.waiting.is_none() && state.next < barrier {
                 self.issuable.push((state.next, actor));
             }
         }
+        if let (true, Some(setup)) = (self.issuable.is_empty(), self.setup_actor)
+            && self.actors[setup as usize].waiting.is_none()
+            && barrier != u32::MAX
+        {
+            self.issuable.push((barrier, setup));
+        }
         self.issuable.sort_unstable();
+    }
+
+    /// The step of `setup` that is under way or comes next; `u32::MAX` when there is none.
+    fn barrier(&self) -> u32 {
+        self.setup_actor.map_or(u32::MAX, |setup| {
+            let state = &self.actors[setup as usize];
+            state.waiting.map_or(state.next, |step| step.0)
+        })
     }
 
     fn issue(&mut self, step: StepId, target: &mut dyn Target) {
@@ -512,7 +532,9 @@ impl Runner {
         finish::leftovers(&left)?;
         let files = target.closed_files();
         let view = View { scenario: &self.scenario, now: self.now, layer: target.layer() };
-        finish::closed(&files, &view, oracles)?;
+        let sound = finish::closed(&files, &view, oracles)?;
+        let sound: Vec<(&str, &[u8])> = sound.iter().map(|(name, bytes)| (&name[..], &bytes[..])).collect();
+        target.judge(&sound)?;
         Ok(())
     }
 }

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::choice::{Pct, Random, Recorded, Recording};
+use crate::history::Refusal;
 use crate::scenario::parse::parse;
 use crate::target::SimTarget;
 use crate::trace::first_difference;
@@ -72,7 +73,7 @@ fn an_injected_difference_is_named() {
     run(&mut runner, &mut target, &mut Random::new(1));
     assert_eq!(first_difference(&first, runner.trace()), None);
     let mut other = scenario();
-    // The eleventh step and nothing before it reads another place.
+    // The last guest step, and nothing before it, asks for something else.
     let at = other.steps.iter().rposition(|s| matches!(s.action, Action::Guest { .. })).expect("a guest step");
     let Action::Guest { op, .. } = &mut other.steps[at].action else { unreachable!("found as one") };
     *op = crate::scenario::GuestOp::Flush;
@@ -119,8 +120,6 @@ fn what_does_not_exist_is_an_outcome() {
         assert!(outcomes.contains(&expected), "{expected:?} in {outcomes:?}");
     }
 }
-
-use crate::history::Refusal;
 
 #[test]
 fn standing_jobs_and_open_sections_are_cleared_away() {

@@ -305,6 +305,16 @@ pub struct Difference {
     pub exact: bool,
 }
 
+impl std::fmt::Display for Difference {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let side = |point: &Option<Point>| {
+            point.as_ref().map_or_else(|| "the run was over".to_owned(), |p| format!("step {}: {:?}", p.step, p.record))
+        };
+        let earlier = if self.exact { "" } else { " or before" };
+        write!(f, "record {}{earlier}: first {}; then {}", self.at, side(&self.first), side(&self.second))
+    }
+}
+
 /// The first record in which two runs differ, or `None` when all kept ones are equal.
 #[must_use]
 pub fn first_difference(first: &Trace, second: &Trace) -> Option<Difference> {

@@ -36,7 +36,7 @@ pub static FACTS: DriverFacts = DriverFacts {
     supported_read_flags: ReqFlags::PREFETCH,
     can_reopen: true,
     child_perm,
-    open: |cx, args| Box::pin(std::future::ready(open(cx, args))),
+    open: |cx, mut args| Box::pin(std::future::ready(open(cx, &mut args))),
 };
 
 fn child_perm(_cx: &Cx, role: Role, perm: Perm, shared: Perm) -> (Perm, Perm) {
@@ -91,7 +91,7 @@ pub fn is_frozen(node: &Node) -> bool {
     })
 }
 
-fn open(cx: &Cx, args: OpenArgs<'_>) -> Result<Rc<dyn Driver>, QmpError> {
+fn open(cx: &Cx, args: &mut OpenArgs<'_>) -> Result<Rc<dyn Driver>, QmpError> {
     let bottom = take_str(args.options, "bottom")?;
     let file = attach_file(cx, args.file, Role::FILTERED | Role::PRIMARY)?;
     let filter = CopyOnRead {

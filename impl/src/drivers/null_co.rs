@@ -30,7 +30,7 @@ pub static FACTS: DriverFacts = DriverFacts {
     supported_read_flags: ReqFlags::empty(),
     can_reopen: true,
     child_perm: no_children,
-    open: |_, args| Box::pin(std::future::ready(open(args))),
+    open: |_, mut args| Box::pin(std::future::ready(open(&mut args))),
 };
 
 /// An open null device.
@@ -41,7 +41,7 @@ struct Null {
     read_zeroes: bool,
 }
 
-fn open(args: OpenArgs<'_>) -> Result<Rc<dyn Driver>, QmpError> {
+fn open(args: &mut OpenArgs<'_>) -> Result<Rc<dyn Driver>, QmpError> {
     let size = take_size(args.options, "size")?.unwrap_or(DEFAULT_SIZE);
     let latency = take_uint64(args.options, "latency-ns")?.unwrap_or(0);
     let read_zeroes = take_bool(args.options, "read-zeroes")?.unwrap_or(false);

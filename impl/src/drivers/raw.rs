@@ -31,7 +31,7 @@ pub static FACTS: DriverFacts = DriverFacts {
     supported_read_flags: ReqFlags::empty(),
     can_reopen: true,
     child_perm,
-    open: |cx, args| Box::pin(std::future::ready(open(cx, args))),
+    open: |cx, mut args| Box::pin(std::future::ready(open(cx, &mut args))),
 };
 
 fn child_perm(cx: &Cx, role: Role, perm: Perm, shared: Perm) -> (Perm, Perm) {
@@ -48,7 +48,7 @@ struct Raw {
     size: Option<u64>,
 }
 
-fn open(cx: &Cx, args: OpenArgs<'_>) -> Result<Rc<dyn Driver>, QmpError> {
+fn open(cx: &Cx, args: &mut OpenArgs<'_>) -> Result<Rc<dyn Driver>, QmpError> {
     let offset = take_size(args.options, "offset")?.unwrap_or(0);
     let size = take_size(args.options, "size")?;
     let whole = offset == 0 && size.is_none();

@@ -82,11 +82,11 @@ fn piece(offset: u64, end: u64, unit: u64, align: u64, max: u64) -> u64 {
     let (head, tail) = (offset % unit, end % unit);
     let n = if head != 0 {
         let n = bytes.min(unit - head);
-        if n % align != 0 { n % align } else { n }
+        if n.is_multiple_of(align) { n } else { n % align }
     } else if tail != 0 {
         if bytes > unit {
             bytes - tail
-        } else if tail % align != 0 && tail > align {
+        } else if !tail.is_multiple_of(align) && tail > align {
             bytes - tail % align
         } else {
             bytes

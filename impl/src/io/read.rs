@@ -37,7 +37,7 @@ impl Layer {
         let bytes = buf.len() as u64;
         check_request32(offset, bytes)?;
         let align = node.io.limits.get().request_alignment;
-        if bytes == 0 && offset % align != 0 {
+        if bytes == 0 && !offset.is_multiple_of(align) {
             return Ok(());
         }
         if node.io.copy_on_read.get() > 0 {
@@ -178,7 +178,7 @@ pub(crate) async fn read_pieces(
         node.facts.name
     );
     let align = node.io.limits.get().request_alignment;
-    debug_assert!(offset % align == 0 && buf.len() as u64 % align == 0);
+    debug_assert!(offset.is_multiple_of(align) && (buf.len() as u64).is_multiple_of(align));
     let end = align_up(layer.node_length(node)?, align);
     let inside = size((buf.len() as u64).min(end.saturating_sub(offset)));
     let (buf, past_end) = buf.split_at_mut(inside);

@@ -63,7 +63,7 @@ impl Layer {
             finish(&node, ReqKind::Truncate, length - grown, grown, Ok(()));
             self.refresh_length(node.id)?;
         }
-        let _: Result<(), Errno> = req.finish(result.as_ref().map(|()| ()).map_err(|_| Errno::EIO));
+        let _: Result<(), Errno> = req.finish(result.as_ref().copied().map_err(|_| Errno::EIO));
         result
     }
 

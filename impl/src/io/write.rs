@@ -52,10 +52,10 @@ impl Layer {
         let bytes = buf.len() as u64;
         check_request32(offset, bytes)?;
         let align = node.io.limits.get().request_alignment;
-        if flags.contains(ReqFlags::NO_FALLBACK) && (offset | bytes) % align != 0 {
+        if flags.contains(ReqFlags::NO_FALLBACK) && !(offset | bytes).is_multiple_of(align) {
             return Err(Errno::ENOTSUP);
         }
-        if bytes == 0 && offset % align != 0 {
+        if bytes == 0 && !offset.is_multiple_of(align) {
             return Ok(());
         }
         if let Some(pad) = Pad::new(offset, bytes, align) {
@@ -239,7 +239,7 @@ pub(crate) async fn write_pieces(
         return driver_write(layer, node, offset, buf, flags).await;
     }
     // An emulated FUA is a flush: once, after the last piece, it covers them all.
-    let emulated = flags & ReqFlags::FUA - node.io.write_flags.get().write;
+    let emulated = flags & (ReqFlags::FUA - node.io.write_flags.get().write);
     let mut at = offset;
     let mut pieces = buf.chunks(max).peekable();
     while let Some(piece) = pieces.next() {

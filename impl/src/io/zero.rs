@@ -36,10 +36,10 @@ impl Layer {
         let (node, _) = below(self, edge)?;
         check_request(offset, bytes)?;
         let align = node.io.limits.get().request_alignment;
-        if flags.contains(ReqFlags::NO_FALLBACK) && (offset | bytes) % align != 0 {
+        if flags.contains(ReqFlags::NO_FALLBACK) && !(offset | bytes).is_multiple_of(align) {
             return Err(Errno::ENOTSUP);
         }
-        if bytes == 0 && offset % align != 0 {
+        if bytes == 0 && !offset.is_multiple_of(align) {
             return Ok(());
         }
         let req = Request::begin(self, &node, edge, ReqKind::WriteZeroes, (offset, bytes), flags);

@@ -13,7 +13,11 @@ mod status;
 mod stream;
 mod stream_run;
 #[cfg(test)]
-pub(crate) mod tests;
+pub(crate) mod testing;
+#[cfg(test)]
+mod tests;
+#[cfg(test)]
+mod tests_failures;
 mod window;
 
 use std::rc::Rc;

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::jobs::tests::{KIB, MIB, World};
+use crate::jobs::testing::{KIB, MIB, World};
 
 #[test]
 fn malformed_arguments() {

@@ -152,6 +152,17 @@ impl RealEnv {
             .await
         })
     }
+
+    /// Waits up to `timeout` for storage requests, and wakes whoever waits for those that are done. For callers who poll
+    /// tasks with an executor of their own instead of [`RealEnv::block_on`].
+    pub fn drive(&self, timeout: Duration) {
+        let runtime = &self.shared.runtime;
+        runtime.enter(|| {
+            let more = runtime.run();
+            runtime.poll_with(Some(if more { Duration::ZERO } else { timeout }));
+            runtime.run();
+        });
+    }
 }
 
 fn runtime(driver: Option<DriverType>) -> std::io::Result<Runtime> {

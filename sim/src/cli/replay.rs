@@ -14,7 +14,7 @@ pub(super) fn replay(args: &ReplayArgs) -> Result<Found, CliError> {
     let violation = replayed.violation.as_ref();
     if let Some(out) = &args.html {
         let title = scenario.title.clone().unwrap_or_else(|| args.file.display().to_string());
-        let page = report::html::page(&title, &scenario, &replayed.records, violation);
+        let page = report::html::page(&title, &replayed.scenario, &replayed.records, violation);
         std::fs::write(out, page).map_err(|source| CliError::File { path: out.display().to_string(), source })?;
     }
     if args.json {
@@ -30,7 +30,7 @@ pub(super) fn replay(args: &ReplayArgs) -> Result<Found, CliError> {
         );
     } else {
         if args.trace {
-            let lines = report::timeline::lines(&scenario, &replayed.records);
+            let lines = report::timeline::lines(&replayed.scenario, &replayed.records);
             print_out(report::timeline::render(&lines, false, usize::MAX).trim_end());
         }
         match violation {

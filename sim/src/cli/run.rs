@@ -146,7 +146,7 @@ fn as_json(summary: &Summary) -> serde_json::Value {
         "cpu_seconds": summary.cpu_seconds,
         "trace_hash": format!("{:016x}", summary.trace_hash),
         "coverage": summary.coverage,
-        "unmet": summary.unmet.iter().map(|m| m.name()).collect::<Vec<_>>(),
+        "unmet": summary.unmet.iter().map(|m| m.as_str()).collect::<Vec<_>>(),
         "findings": findings,
         "more_findings": summary.more_findings,
         "interrupted": summary.interrupted,
@@ -164,7 +164,7 @@ fn as_text(options: &Options, summary: &Summary) -> String {
     let _ = writeln!(out, "trace hash   {:016x}", summary.trace_hash);
     let _ = writeln!(out, "coverage     {:>12}   situations and operation x state pairs met", summary.coverage.len());
     if !summary.unmet.is_empty() {
-        let names: Vec<&str> = summary.unmet.iter().map(|m| m.name()).collect();
+        let names: Vec<&str> = summary.unmet.iter().map(|m| m.as_str()).collect();
         let verdict = if summary.unmet_is_failure { "FAILED: never occurred" } else { "not seen in so few seeds" };
         let _ = writeln!(out, "situations   {verdict}: {}", names.join(", "));
     }

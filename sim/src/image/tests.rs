@@ -44,6 +44,10 @@ fn shapes() -> Vec<Vec<Image>> {
     let mut shapes = Vec::new();
     for (compat, refcount_bits) in [(2, 16), (3, 1), (3, 2), (3, 4), (3, 8), (3, 16), (3, 32), (3, 64)] {
         for cluster in [512u32, 4096, 65536, 2 << 20] {
+            // The largest clusters with the narrowest and the widest refcounts are enough.
+            if cluster > 65536 && ![1, 64].contains(&refcount_bits) {
+                continue;
+            }
             let c = u64::from(cluster);
             let mut fills = vec![
                 (0, c, Data),
@@ -74,8 +78,9 @@ fn shapes() -> Vec<Vec<Image>> {
 #[test]
 fn every_shape_is_clean_and_reads_as_filled() {
     for images in shapes() {
-        for grain in [16, 64, 512, 4096] {
-            // Grains above 64 only where the fills are multiples of them in this list: the stamps still must agree.
+        // Large clusters only once: their images have tens of megabytes.
+        let grains: &[u32] = if images[2].cluster_size > 4096 { &[64] } else { &[16, 64, 4096] };
+        for &grain in grains {
             let files = built(&images, grain);
             for image in &images[1..] {
                 let (bytes, _) = files.file(&image.file).expect("built");
@@ -105,7 +110,8 @@ fn later_fills_cover_earlier_ones_and_forms_follow() {
     assert_eq!(super::build::forms(&image), [(0, Data), (1, ZeroAllocated), (2, Compressed)]);
     let files = built(&[image], 64);
     let Content { bytes, allocated } = content(&files, "a").expect("readable");
-    assert!(bytes[..64].iter().all(|&b| b == 0) && bytes[64] != 0 && bytes[512..1024].iter().all(|&b| b == 0));
+    let zero = |range: std::ops::Range<usize>| bytes[range].iter().all(|&b| b == 0);
+    assert!(zero(0..64) && !zero(64..128) && zero(512..1024) && !zero(1024..1088) && zero(1088..1536));
     assert_eq!(allocated, [(1536, true), (2560, false)]);
 }
 

@@ -9,7 +9,7 @@
 use std::rc::Rc;
 
 use blkcheck_impl::event::{Event, Parent};
-use blkcheck_impl::types::{BackendId, EdgeId, JobId, NodeId, Perm, Role};
+use blkcheck_impl::types::{BackendId, EdgeId, NodeId, Perm, Role};
 
 /// A node.
 #[derive(Clone, Debug)]
@@ -96,6 +96,11 @@ impl Mirror {
         self.nodes().find(|(_, n)| &*n.name == name).map(|(id, _)| id)
     }
 
+    /// Whether a node of that name was there and went.
+    pub(crate) fn was_used(&self, name: &str) -> bool {
+        self.nodes.iter().flatten().any(|n| !n.live && &*n.name == name)
+    }
+
     /// Name for messages.
     pub(crate) fn name(&self, node: NodeId) -> &str {
         self.node(node).map_or("?", |n| &n.name)
@@ -125,32 +130,9 @@ impl Mirror {
         })
     }
 
-    /// The node below in the chain.
-    pub(crate) fn chain_next(&self, node: NodeId) -> Option<NodeId> {
-        self.edge(self.chain_edge(node)?)?.child
-    }
-
-    /// First non-filter at or below.
-    pub(crate) fn skip_filters(&self, mut node: NodeId) -> NodeId {
-        while self.node(node).is_some_and(|n| n.driver == "copy-on-read") {
-            match self.chain_next(node) {
-                Some(next) => node = next,
-                None => break,
-            }
-        }
-        node
-    }
-
     /// Root node of a backend.
     pub(crate) fn root_of(&self, backend: BackendId) -> Option<NodeId> {
         self.edges.iter().rev().find(|e| e.parent == Some(Parent::Backend(backend)) && e.child.is_some())?.child
-    }
-
-    /// Whether `job` holds an edge on `node`.
-    pub(crate) fn job_holds(&self, job: JobId, node: NodeId) -> bool {
-        self.node(node).is_some_and(|n| {
-            n.parents.iter().any(|&e| self.edge(e).is_some_and(|e| e.parent == Some(Parent::Job(job))))
-        })
     }
 
     /// Calls `visit` for `node` and every node above it, each once; stops when it answers false.
@@ -323,7 +305,7 @@ pub(crate) mod tests {
         for e in chain() {
             m.apply(&e).expect("consistent");
         }
-        assert_eq!(m.chain_next(NodeId(1)), Some(NodeId(0)));
+        assert_eq!(m.chain_edge(NodeId(1)), Some(EdgeId(0)));
         assert!(m.reaches(NodeId(1), NodeId(0)));
         assert!(!m.reaches(NodeId(0), NodeId(1)));
         assert_eq!(m.by_name("top"), Some(NodeId(1)));

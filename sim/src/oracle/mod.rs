@@ -20,6 +20,7 @@ pub use frozen::Frozen;
 pub use jobs::Jobs;
 pub use leaks::Leaks;
 pub use liveness::Liveness;
+pub(crate) use mirror::Mirror;
 pub use modelled::Modelled;
 pub use permissions::Permissions;
 

@@ -27,6 +27,12 @@ pub struct Modelled {
 }
 
 impl Modelled {
+    /// Whether the model accepted the last command.
+    #[cfg(test)]
+    pub(crate) fn accepts(&self) -> bool {
+        matches!(self.follower.prediction(), Some(Ok(_)))
+    }
+
     fn settled(&mut self, view: &View<'_>) -> Result<(), Violation> {
         self.comparison.compare(&self.follower.world, &self.mirror)?;
         if std::mem::take(&mut self.changed)

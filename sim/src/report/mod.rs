@@ -24,8 +24,8 @@ pub fn finding(finding: &Finding, on: &str) -> String {
     let Some(path) = &finding.file else { return out };
     if let Ok(scenario) = crate::cli::load(path) {
         let _ = writeln!(out, "\n{}", crate::scenario::listing::listing(&scenario).trim_end());
-        if let Some(records) = crate::harness::records_of(&scenario) {
-            let lines = timeline::lines(&scenario, &records);
+        if let Some((ran, records)) = crate::harness::records_of(&scenario) {
+            let lines = timeline::lines(&ran, &records);
             let _ = writeln!(out, "\n{}", timeline::render(&lines, true, TIMELINE).trim_end());
         }
     }

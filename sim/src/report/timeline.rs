@@ -8,7 +8,7 @@ use blkcheck_impl::types::RequestId;
 
 use super::fold::Fold;
 use crate::history::{Outcome, Record, StepId};
-use crate::scenario::{Action, Scenario};
+use crate::scenario::Scenario;
 
 /// One line.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -74,12 +74,7 @@ fn actor(scenario: &Scenario, step: StepId) -> String {
 fn describe_step(scenario: &Scenario, step: StepId) -> String {
     let Some(s) = scenario.steps.get(step.0 as usize) else { return format!("step {} (teardown)", step.0) };
     let left = if s.wait { "" } else { "  (left in flight)" };
-    let what = match &s.action {
-        Action::Command { execute, arguments } => {
-            format!("{execute} {}", serde_json::Value::Object(arguments.clone()))
-        }
-        action => crate::scenario::listing::action(action),
-    };
+    let what = crate::scenario::listing::action(s);
     format!("step {} {what}{left}", step.0)
 }
 

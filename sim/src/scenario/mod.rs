@@ -2,7 +2,8 @@
 //!
 //! Rules: monitor steps are QMP commands verbatim; guest steps name an export (an export's name is its node's name
 //! unless the command says otherwise). Each actor takes its steps in order; which actor goes next is a choice, 0 =
-//! the order of the file. A step with `"wait": false` is left in flight.
+//! the order of the file. A step with `"wait": false` is left in flight. Steps of the actor `setup` are barriers: they run
+//! alone, in file order.
 //! Shape: JSON with a `version`; the published schema is `schema`.
 
 pub mod listing;

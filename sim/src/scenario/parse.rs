@@ -289,7 +289,7 @@ mod tests {
             (r#""version": 1"#, r#""version": 2"#, "x.json:2:14: version: this build reads version 1, the file has 2"),
             (r#""grain": 64"#, r#""grain": 48"#, "x.json:3:12: grain: "),
             (r#""grain": 64,"#, r#""grain": 64"#, "x.json:4:3: not JSON: expected `,` or `}`"),
-            (r#""offset": 0"#, r#""offset": 3"#, "x.json:5:72: images[0].fill[0].offset: "),
+            (r#""offset": 0"#, r#""offset": 3"#, "x.json:5:73: images[0].fill[0].offset: "),
             (r#""qcow2""#, r#""vmdk""#, "x.json:5:5: images[0]: unknown variant `vmdk`, expected `raw` or `qcow2`"),
             (r#""offset": 64"#, r#""offset": 65"#, "x.json:9:68: steps[1].do.write.offset: "),
             (r#""flush""#, r#""flash""#, "x.json:10:48: steps[2].do: unknown variant `flash`"),

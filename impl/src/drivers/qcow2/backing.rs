@@ -30,10 +30,7 @@ impl Qcow2 {
         self.prepare_writable(cx).await?;
         self.settle(cx).await?;
         self.host_flush(cx).await?;
-        let next = self
-            .meta
-            .borrow()
-            .first_cluster(backing, self.meta.borrow().header.clone())?;
+        let next = self.meta.borrow().first_cluster(backing)?;
         self.switch_first_cluster(cx, next).await?;
         let owned = backing.map(|(name, format)| (name.to_owned(), format.map(str::to_owned)));
         self.meta.borrow_mut().backing = owned;
@@ -60,7 +57,7 @@ impl Qcow2 {
             let next = {
                 let meta = self.meta.borrow();
                 let backing = meta.backing.as_ref().map(|(n, f)| (n.as_str(), f.as_deref()));
-                meta.first_cluster(backing, meta.header.clone())
+                meta.first_cluster(backing)
             };
             // Where it cannot be dropped safely it stays, ignored.
             if let Ok(next) = next {
@@ -82,8 +79,7 @@ impl Qcow2 {
             self.host_write(cx, HostOffset(512), &next.raw[512..]).await?;
             self.host_flush(cx).await?;
         }
-        self.host_write(cx, HostOffset(0), &next.raw[..512]).await?;
-        self.host_flush(cx).await?;
+        self.switch_sector(cx, &next.raw[..512]).await?;
         let mut meta = self.meta.borrow_mut();
         meta.header = next.header;
         meta.extensions_end = next.extensions_end;
@@ -104,11 +100,8 @@ pub(super) struct Layout {
 
 impl Meta {
     /// A layout for these contents that can be switched to by one sector write.
-    pub(super) fn first_cluster(
-        &self,
-        backing: Option<(&str, Option<&str>)>,
-        header: Header,
-    ) -> Result<Layout, Errno> {
+    pub(super) fn first_cluster(&self, backing: Option<(&str, Option<&str>)>) -> Result<Layout, Errno> {
+        let header = &self.header;
         let cs = 1usize << header.cluster_bits;
         let old_name = usize::try_from(header.backing_offset).expect("in the first cluster");
         let old_end = self.extensions_end.max(old_name + header.backing_len as usize);
@@ -119,7 +112,7 @@ impl Meta {
                 continue;
             }
             let parts = FirstCluster {
-                header: &header,
+                header,
                 unknown_fields,
                 backing,
                 unknown_extensions: &self.unknown_extensions,
@@ -137,7 +130,7 @@ impl Meta {
                 }
                 self.keep_unused(&mut raw, used, &parsed);
                 if self
-                    .old_uses(&header)
+                    .old_uses(header)
                     .all(|(from, to)| same_beyond_sector(&raw, &self.raw, from, to))
                 {
                     let extensions_end = extensions_end(&raw, &parsed);

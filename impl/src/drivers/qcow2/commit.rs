@@ -38,6 +38,7 @@ impl Qcow2 {
     /// Steps 1 to 4. The last one written is not flushed. Caller holds the image lock.
     pub(super) async fn commit(&self, cx: &Cx) -> Result<(), Errno> {
         self.check_health()?;
+        self.restore_header(cx).await?;
         let dirty = |f: fn(&Meta) -> bool| f(&self.meta.borrow());
         self.write_cache(cx, Which::Refblocks).await?;
         if dirty(|m| !m.reftable_dirty.is_empty()) {

@@ -21,11 +21,14 @@ impl Qcow2 {
         out: &mut [u8],
     ) -> Result<(), Errno> {
         let range = us(within)..us(within) + out.len();
-        if let Some((cached, content)) = &*self.inflated.borrow() {
-            if *cached == entry.0 {
-                out.copy_from_slice(&content[range]);
-                return Ok(());
-            }
+        if let Some((_, content)) = self
+            .inflated
+            .borrow()
+            .as_ref()
+            .filter(|(cached, _)| *cached == entry.0)
+        {
+            out.copy_from_slice(&content[range]);
+            return Ok(());
         }
         let (at, bytes) = entry.compressed(self.geometry.cluster_bits);
         let cs = self.geometry.cs();

@@ -37,6 +37,9 @@ struct Platter {
     /// Values that a sector may have after a cut, besides the durable one.
     pending: RefCell<BTreeMap<usize, Vec<[u8; 512]>>>,
     left: Cell<u64>,
+    /// How long a read takes.
+    read_time: Cell<Nanos>,
+    clock: MemoryEnv,
 }
 
 impl Platter {
@@ -81,11 +84,17 @@ struct Handle(Rc<Platter>);
 
 impl Storage for Handle {
     fn read<'a>(&'a self, offset: u64, buf: &'a mut [u8]) -> Fut<'a, Result<usize, Errno>> {
-        let now = self.0.now.borrow();
-        let from = usize::try_from(offset).unwrap().min(now.len());
-        let n = buf.len().min(now.len() - from);
-        buf[..n].copy_from_slice(&now[from..from + n]);
-        Box::pin(std::future::ready(Ok(n)))
+        Box::pin(async move {
+            let clock = &self.0.clock;
+            if self.0.read_time.get() > 0 {
+                clock.sleep_until(clock.now() + self.0.read_time.get()).await;
+            }
+            let now = self.0.now.borrow();
+            let from = usize::try_from(offset).unwrap().min(now.len());
+            let n = buf.len().min(now.len() - from);
+            buf[..n].copy_from_slice(&now[from..from + n]);
+            Ok(n)
+        })
     }
 
     fn write<'a>(&'a self, offset: u64, buf: &'a [u8]) -> Fut<'a, Result<(), Errno>> {
@@ -190,11 +199,13 @@ fn platter(content: Vec<u8>, left: u64) -> Handle {
         durable: RefCell::new(content),
         pending: RefCell::default(),
         left: Cell::new(left),
+        read_time: Cell::new(0),
+        clock: MemoryEnv::new(),
     }))
 }
 
 fn open(disk: &Handle) -> (MemoryEnv, Layer, Result<Backend, QmpError>) {
-    let clock = MemoryEnv::new();
+    let clock = disk.0.clock.clone();
     let layer = Layer::new(
         Rc::new(OneDisk {
             disk: disk.clone(),
@@ -463,4 +474,152 @@ fn a_clean_close_leaks_nothing() {
         assert_eq!(check(&disk.0.durable.borrow(), order), 0, "cluster bits {bits}");
         assert!(disk.0.pending.borrow().is_empty(), "close flushes");
     }
+}
+
+fn image_of(size: u64, order: u32) -> Vec<u8> {
+    let disk = platter(Vec::new(), u64::MAX);
+    let options = CreateOptions {
+        size,
+        cluster_size: 512,
+        refcount_bits: 1 << order,
+        ..CreateOptions::default()
+    };
+    MemoryEnv::new().block_on(create(&disk, &options)).unwrap();
+    disk.0.now.borrow().clone()
+}
+
+fn close(clock: &MemoryEnv, layer: &Layer, guest: Backend) {
+    clock.block_on(async {
+        let _main = layer.main("test").await;
+        guest.remove().await;
+        layer.blockdev_del("disk").unwrap();
+        layer.reap().await;
+    });
+}
+
+/// Runs `work` on the image with the power failing at its first request, its second, and so on until it is through;
+/// several subsets of sectors survive each cut.
+fn every_cut(image: &[u8], order: u32, work: impl AsyncFn(&Layer, &Backend) -> bool) {
+    let seed = Cell::new(0x1234_5678_9abc);
+    for left in 1.. {
+        let disk = platter(image.to_vec(), left);
+        let (clock, layer, guest) = open(&disk);
+        let done = guest.is_ok_and(|guest| clock.block_on(work(&layer, &guest)));
+        for _ in 0..12 {
+            let after = disk.0.cut(&seed);
+            check(&after, order);
+            let again = platter(after, u64::MAX);
+            let (clock, layer, guest) = open(&again);
+            close(
+                &clock,
+                &layer,
+                guest.unwrap_or_else(|e| panic!("cut {left}: does not open: {e}")),
+            );
+        }
+        if done {
+            assert!(left > 20, "the work costs requests");
+            return;
+        }
+    }
+}
+
+#[test]
+fn power_loss_while_tables_come_to_be() {
+    // 64 refcounts in a block: a new block every 32 KiB.
+    every_cut(&image_of(1 << 20, 6), 6, async |_, guest| {
+        for chunk in 0..32u64 {
+            let written = guest.write(chunk * 4096, &[7; 4096], ReqFlags::empty()).await;
+            if written.is_err() || chunk % 2 == 1 && guest.flush().await.is_err() {
+                return false;
+            }
+        }
+        true
+    });
+}
+
+#[test]
+fn power_loss_while_tables_are_replaced() {
+    // 64 blocks of 64 refcounts: the first refcount table counts 2 MiB, and these are almost used up.
+    let disk = platter(image_of(4 << 20, 6), u64::MAX);
+    let (clock, layer, guest) = open(&disk);
+    let guest = guest.unwrap();
+    clock
+        .block_on(guest.write(0, &vec![1; 1900 << 10], ReqFlags::empty()))
+        .unwrap();
+    close(&clock, &layer, guest);
+    let image = disk.0.durable.borrow().clone();
+    assert_eq!(check(&image, 6), 0);
+    every_cut(&image, 6, async |layer, guest| {
+        for chunk in 0..4u64 {
+            let at = (2 << 20) + chunk * 65536;
+            let written = guest.write(at, &vec![9; 65536], ReqFlags::empty()).await;
+            if written.is_err() || guest.flush().await.is_err() {
+                return false;
+            }
+        }
+        let edge = guest.root_edge().unwrap();
+        for size in [24 << 20, 3 << 20] {
+            if layer
+                .truncate(edge, size, false, ReqFlags::empty())
+                .await
+                .is_err()
+            {
+                return false;
+            }
+        }
+        let node = layer.child(edge).unwrap();
+        let changed = node
+            .driver()
+            .change_backing_file(&layer.cx(&node), Some(("base", Some("raw"))))
+            .await;
+        let removed = node.driver().change_backing_file(&layer.cx(&node), None).await;
+        changed.is_ok() && removed.is_ok()
+    });
+}
+
+#[test]
+fn a_slow_read_keeps_its_cluster_from_reuse() {
+    let disk = platter(image_of(1 << 17, 4), u64::MAX);
+    let (clock, layer, guest) = open(&disk);
+    let guest = guest.unwrap();
+    let none = ReqFlags::empty();
+    clock.block_on(async {
+        guest.write(0, &[0xaa; 512], none).await.unwrap();
+        guest.flush().await.unwrap();
+    });
+    disk.0.read_time.set(1_000_000);
+    let seen = Rc::new(Cell::new(None));
+    let (reader, result) = (guest.clone(), Rc::clone(&seen));
+    clock.spawn(
+        "reader",
+        Box::pin(async move {
+            let mut buf = [0; 512];
+            reader.read(0, &mut buf).await.unwrap();
+            result.set(Some(buf));
+        }),
+    );
+    clock.block_on(async {
+        // The read has looked its cluster up and waits for the disk.
+        clock.sleep_until(clock.now() + 1000).await;
+        assert!(seen.get().is_none());
+        guest.discard(0, 512).await.unwrap();
+        for sector in 1..100u64 {
+            guest.write(sector * 512, &[0xbb; 512], none).await.unwrap();
+            guest.flush().await.unwrap();
+        }
+        assert!(seen.get().is_none(), "all that while the read was under way");
+        clock.sleep_until(clock.now() + 2_000_000).await;
+    });
+    assert_eq!(
+        seen.get(),
+        Some([0xaa; 512]),
+        "not the data of the cluster's next owner"
+    );
+    disk.0.read_time.set(0);
+    close(&clock, &layer, guest);
+    assert_eq!(
+        check(&disk.0.durable.borrow(), 4),
+        0,
+        "and the cluster was released in the end"
+    );
 }

@@ -47,7 +47,7 @@ impl Default for CreateOptions<'_> {
 impl CreateOptions<'_> {
     fn check(&self) -> Result<Geometry, QmpError> {
         let refuse = |text: &str| Err(QmpError::generic(text));
-        if self.size % 512 != 0 {
+        if !self.size.is_multiple_of(512) {
             return refuse("Image size must be a multiple of 512 bytes");
         }
         let cs = self.cluster_size;

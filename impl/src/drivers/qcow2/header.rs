@@ -126,7 +126,7 @@ impl Header {
         if u64::from(self.length) > 1 << bits {
             return refuse("qcow2 header exceeds cluster size");
         }
-        if self.length % 8 != 0 {
+        if !self.length.is_multiple_of(8) {
             return refuse("qcow2 header length is not a multiple of 8");
         }
         if self.backing_offset > 1 << bits
@@ -205,7 +205,7 @@ impl Header {
         if self.size > MAX_LENGTH || geometry.l1_needed(self.size) > i32::MAX as u64 {
             return refuse("Image is too big");
         }
-        if self.size % 512 != 0 {
+        if !self.size.is_multiple_of(512) {
             return refuse("Image size is not a multiple of 512 bytes");
         }
         if u64::from(self.l1_size) < geometry.l1_needed(self.size) {
@@ -378,7 +378,7 @@ mod tests {
             ("Unsupported cluster size: 2^8", |h| h.cluster_bits = 8),
             ("Unsupported cluster size: 2^22", |h| h.cluster_bits = 22),
             ("Unsupported cluster size: 2^4294967295", |h| {
-                h.cluster_bits = u32::MAX
+                h.cluster_bits = u32::MAX;
             }),
             ("qcow2 header length is not a multiple of 8", |h| h.length = 108),
             ("Invalid backing file offset", |h| h.backing_offset = 0x10001),
@@ -393,10 +393,10 @@ mod tests {
                 |h| h.compression = 1,
             ),
             ("Unsupported qcow2 feature(s): external data file", |h| {
-                h.incompatible = 4
+                h.incompatible = 4;
             }),
             ("Unsupported qcow2 feature(s): compression type", |h| {
-                (h.incompatible, h.compression) = (8, 1)
+                (h.incompatible, h.compression) = (8, 1);
             }),
             (
                 "Unsupported qcow2 feature(s): extended L2 entries, Unknown incompatible feature: 8000000000000020",
@@ -408,22 +408,22 @@ mod tests {
                 |h| h.refcount_order = 7,
             ),
             ("Image does not contain a reference count table", |h| {
-                h.reftable_clusters = 0
+                h.reftable_clusters = 0;
             }),
             ("Reference count table too large", |h| {
-                h.reftable_clusters = u32::MAX
+                h.reftable_clusters = u32::MAX;
             }),
             ("Reference count table offset invalid", |h| {
-                h.reftable_offset = 0x10200
+                h.reftable_offset = 0x10200;
             }),
             ("Reference count table offset invalid", |h| {
-                h.reftable_offset = u64::MAX & !0xffff
+                h.reftable_offset = !0xffff;
             }),
             ("Snapshot table too large", |h| h.nb_snapshots = 65537),
             ("Snapshot table offset invalid", |h| h.snapshots_offset = 8),
             ("Active L1 table too large", |h| h.l1_size = 4_194_305),
             ("Active L1 table offset invalid", |h| h.l1_offset = 0x40000),
-            ("Image is too big", |h| h.size = u64::MAX & !511),
+            ("Image is too big", |h| h.size = !511),
             ("Image size is not a multiple of 512 bytes", |h| h.size -= 1),
             ("L1 table is too small", |h| h.size += 512),
         ];

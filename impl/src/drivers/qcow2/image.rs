@@ -80,6 +80,10 @@ pub(super) struct Meta {
     pub reftable_dirty: BTreeSet<usize>,
     pub refblocks: Cache,
     pub overlap: Overlap,
+    /// Why this image must not be written to, found at open.
+    pub problem: Option<String>,
+    /// A write of sector 0 failed: the file may have the old or the new one.
+    pub header_uncertain: bool,
     /// No cluster below is known to be free.
     pub free_index: u64,
     /// Host bytes from here on were never written: they read as zeroes.
@@ -269,9 +273,29 @@ impl Qcow2 {
         let mut sector = [0; 512];
         sector.copy_from_slice(&self.meta.borrow().raw[..512]);
         sector[at..at + bytes.len()].copy_from_slice(bytes);
-        self.host_write(cx, HostOffset(0), &sector).await?;
+        self.switch_sector(cx, &sector).await?;
         self.meta.borrow_mut().raw[..512].copy_from_slice(&sector);
-        self.host_flush(cx).await
+        Ok(())
+    }
+
+    /// Writes sector 0 and flushes. After an error nothing else is written before the old one is back
+    /// ([`Self::restore_header`]): the file may name tables that memory does not know.
+    pub(super) async fn switch_sector(&self, cx: &Cx, sector: &[u8]) -> Result<(), Errno> {
+        self.meta.borrow_mut().header_uncertain = true;
+        self.host_write(cx, HostOffset(0), sector).await?;
+        self.host_flush(cx).await?;
+        self.meta.borrow_mut().header_uncertain = false;
+        Ok(())
+    }
+
+    /// Makes sure that the file has the header that memory has.
+    pub(super) async fn restore_header(&self, cx: &Cx) -> Result<(), Errno> {
+        if !self.meta.borrow().header_uncertain {
+            return Ok(());
+        }
+        let mut sector = [0; 512];
+        sector.copy_from_slice(&self.meta.borrow().raw[..512]);
+        self.switch_sector(cx, &sector).await
     }
 
     /// Zeroed memory for one table.

@@ -12,7 +12,7 @@ use serde_json::{Map, Value};
 use super::cache::Cache;
 use super::epoch::Epochs;
 use super::ext::Extensions;
-use super::header::{COMPAT_LAZY, Header, INCOMPAT_CORRUPT, INCOMPAT_DIRTY, V2_LENGTH};
+use super::header::{Header, INCOMPAT_CORRUPT, INCOMPAT_DIRTY};
 use super::image::{Health, Meta, PassDiscard, Qcow2};
 use super::l2::OFFSET;
 use super::limits;
@@ -72,6 +72,8 @@ pub(super) async fn open(cx: &Cx, args: OpenArgs<'_>) -> Result<Rc<dyn Driver>, 
             options.refcount_cache.unwrap_or(limits::REFBLOCK_CACHE_BYTES),
         )),
         overlap,
+        problem: None,
+        header_uncertain: false,
         free_index: 0,
         virgin_from: reader.length,
         freed: Vec::new(),
@@ -262,7 +264,6 @@ fn fixed_structures(
     snapshots: &[Snapshot],
     snapshot_bytes: u64,
 ) -> Result<Overlap, QmpError> {
-    debug_assert!(header.length >= V2_LENGTH);
     let mut overlap = Overlap::default();
     let cluster = |at: u64| at >> geometry.cluster_bits;
     let mut add = |at: u64, bytes: u64, kind: Structure| {
@@ -315,7 +316,7 @@ impl Qcow2 {
                 let cluster = at >> geometry.cluster_bits;
                 match meta.overlap.insert(cluster, 1, kind) {
                     Err(Structure::ActiveL2) if kind == Structure::ActiveL2 => {
-                        twice.push(ClusterIndex(cluster))
+                        twice.push(ClusterIndex(cluster));
                     }
                     Err(hit) => {
                         let text = || format!("The {name} at {at:#x} overlaps with the {}", hit.name());
@@ -325,22 +326,23 @@ impl Qcow2 {
                 }
             }
         }
-        if !writable {
-            return Ok(());
-        }
-        if let Some(text) = problem {
-            return Err(QmpError::generic(format!("qcow2: Image is corrupt: {text}")));
-        }
+        // Also for a reader, which may become a writer later.
         let _guard = self.lock.lock().await;
         for cluster in twice {
-            let count = self.refcount(cx, cluster).await;
-            if count.map_err(|e| QmpError::errno("Could not initialize refcount handling", e))? < 2 {
+            // An unreadable refcount is as bad as a low one, for a writer.
+            if self.refcount(cx, cluster).await.unwrap_or(0) < 2 {
                 let at = geometry.host(cluster).0;
-                let text = format!("qcow2: Image is corrupt: L2 table at {at:#x} is used twice");
-                return Err(QmpError::generic(text));
+                problem.get_or_insert_with(|| format!("L2 table at {at:#x} is used twice"));
             }
         }
-        Ok(())
+        let problem = problem.map(|text| format!("qcow2: Image is corrupt: {text}"));
+        match problem {
+            Some(text) if writable => Err(QmpError::generic(text)),
+            problem => {
+                self.meta.borrow_mut().problem = problem;
+                Ok(())
+            }
+        }
     }
 
     /// Prepares a switch between read-only and writable.
@@ -349,13 +351,11 @@ impl Qcow2 {
             let failed = |e| QmpError::errno("Could not write back metadata", e);
             return self.write_back(cx).await.map_err(failed);
         }
-        let (header, snapshots) = {
-            let meta = self.meta.borrow();
-            (meta.header.clone(), meta.header.nb_snapshots)
-        };
-        check_writable_features(&header, true)?;
-        debug_assert!(snapshots <= limits::MAX_SNAPSHOTS);
-        debug_assert!(header.compatible & COMPAT_LAZY == 0 || header.version == 3);
+        check_writable_features(&self.meta.borrow().header, true)?;
+        // What was not looked at for a reader: see `check_references`.
+        if let Some(text) = self.meta.borrow().problem.clone() {
+            return Err(QmpError::generic(text));
+        }
         if self.health.get() != Health::Good {
             return Err(QmpError::generic(
                 "qcow2: Image is corrupt; cannot be opened read/write",

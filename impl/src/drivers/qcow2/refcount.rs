@@ -23,7 +23,7 @@ pub(super) fn get(block: &[u8], order: u32, index: usize) -> u64 {
 /// Sets refcount `index`; returns the bytes that changed as (start, end).
 ///
 /// # Panics
-/// When `value` does not fit the width: the caller has checked `Geometry::refcount_max`.
+/// When `value` does not fit the width; the driver only ever sets one, or less than before.
 pub(super) fn set(block: &mut [u8], order: u32, index: usize, value: u64) -> (usize, usize) {
     const FITS: &str = "refcount fits its width";
     match order {
@@ -68,7 +68,7 @@ mod tests {
     fn every_width_keeps_its_neighbours() {
         for order in 0..=6 {
             let mut block = vec![0; 512];
-            let entries = 512 * 8 >> order;
+            let entries = (512 * 8) >> order;
             let max = u64::MAX >> (64 - (1u32 << order));
             for index in 0..entries {
                 set(

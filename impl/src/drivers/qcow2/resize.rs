@@ -18,7 +18,7 @@ impl Qcow2 {
     /// Sets the virtual size.
     pub(super) async fn resize(&self, cx: &Cx, new: u64, flags: ReqFlags) -> Result<(), QmpError> {
         let old = self.meta.borrow().header.size;
-        if new % 512 != 0 {
+        if !new.is_multiple_of(512) {
             return Err(QmpError::generic("The new size must be a multiple of 512"));
         }
         if new > MAX_LENGTH {
@@ -137,11 +137,8 @@ impl Qcow2 {
         let clusters = self.geometry.clusters(needed * 8);
         let first = self.allocate_exact(cx, clusters).await?;
         let at = self.geometry.host(first).0;
-        let switched = self.switch_l1(cx, &table, at, clusters).await;
-        if let Err(errno) = switched {
-            // The header may or may not name the new table: it leaks, at worst.
-            return Err(errno);
-        }
+        // On an error the header may name either table; the new one stays counted, and leaks at worst.
+        self.switch_l1(cx, &table, at, clusters).await?;
         {
             let mut meta = self.meta.borrow_mut();
             meta.l1 = table;

@@ -47,7 +47,7 @@ fn make(env: &MemoryEnv, name: &str, options: &CreateOptions<'_>) {
     env.block_on(create(&*storage, options)).unwrap();
 }
 
-fn try_open(env: &MemoryEnv, name: &str, extra: Value) -> Result<Disk, String> {
+fn try_open(env: &MemoryEnv, name: &str, extra: &Value) -> Result<Disk, String> {
     let layer = Layer::new(Rc::new(env.clone()), None);
     let mut options = json!({
         "driver": "qcow2", "node-name": "disk", "discard": "unmap",
@@ -83,7 +83,7 @@ fn try_open(env: &MemoryEnv, name: &str, extra: Value) -> Result<Disk, String> {
 }
 
 fn open(env: &MemoryEnv, name: &str) -> Disk {
-    try_open(env, name, json!({})).unwrap()
+    try_open(env, name, &json!({})).unwrap()
 }
 
 impl Disk {
@@ -214,7 +214,7 @@ fn random_step(disk: &Disk, rng: &mut Rng, content: &mut [u8], step: u32) {
     match rng.below(10) {
         0..5 => {
             let data: Vec<u8> = (0..bytes)
-                .map(|i| (step.wrapping_mul(31) + (i / 97) as u32) as u8 | 1)
+                .map(|i| 1 + u8::try_from((u64::from(step) * 31 + i / 97) % 255).unwrap())
                 .collect();
             disk.write(offset, &data);
             content[range].copy_from_slice(&data);
@@ -261,7 +261,7 @@ fn random_operations_match_a_byte_array() {
             } else {
                 json!({"l2-cache-size": 1, "refcount-cache-size": 1})
             };
-            let disk = try_open(&env, "a", extra).unwrap();
+            let disk = try_open(&env, "a", &extra).unwrap();
             for step in 0..120 {
                 random_step(&disk, &mut rng, &mut content, round * 1000 + step);
             }
@@ -280,7 +280,9 @@ fn random_operations_over_a_backing_file() {
     for (case, (bits, order, version)) in GEOMETRIES.into_iter().enumerate() {
         let size = 2 << 20;
         let env = MemoryEnv::new();
-        let base: Vec<u8> = (0..size / 2).map(|i| (i / 512 % 250) as u8 + 1).collect();
+        let base: Vec<u8> = (0..size / 2)
+            .map(|i| 1 + u8::try_from(i / 512 % 250).unwrap())
+            .collect();
         env.create_with("base", &base);
         let mut overlay = options(bits, order, version, size);
         overlay.backing_file = Some("base");
@@ -526,7 +528,9 @@ fn backing_names_change() {
 #[test]
 fn compressed_clusters_of_qemu_are_read_and_overwritten() {
     let dir = tempfile::tempdir().unwrap();
-    let mut content: Vec<u8> = (0..1u32 << 20).map(|i| (i / 300 % 256) as u8).collect();
+    let mut content: Vec<u8> = (0..1u32 << 20)
+        .map(|i| u8::try_from(i / 300 % 256).unwrap())
+        .collect();
     std::fs::write(dir.path().join("raw"), &content).unwrap();
     for cluster in [512, 4096, 65536, 2 << 20] {
         let options = format!("cluster_size={cluster}");
@@ -604,7 +608,7 @@ fn persistent_bitmaps_are_dropped_by_a_writer() {
     let env = MemoryEnv::new();
     import(&env, &dir, "a");
     let before = env.content("a");
-    try_open(&env, "a", json!({"read-only": true})).unwrap().close();
+    try_open(&env, "a", &json!({"read-only": true})).unwrap().close();
     assert!(env.content("a") == before, "a reader changes nothing");
     open(&env, "a").close();
     export(&env, &dir, "a");
@@ -629,15 +633,15 @@ fn dirty_corrupt_and_truncated_images() {
         let mut bad = good.clone();
         bad[79] |= bit;
         env.create_with("a", &bad);
-        let refusal = try_open(&env, "a", json!({})).err().unwrap();
+        let refusal = try_open(&env, "a", &json!({})).err().unwrap();
         assert!(refusal.contains(text), "{refusal}");
-        let disk = try_open(&env, "a", json!({"read-only": true})).unwrap();
+        let disk = try_open(&env, "a", &json!({"read-only": true})).unwrap();
         assert_eq!(disk.read(0, 100_000), [1; 100_000]);
         disk.close();
     }
     for keep in [100, 4096, 8192, 12288, 16384, 16896] {
         env.create_with("a", &good[..keep]);
-        let opened = try_open(&env, "a", json!({"read-only": true}));
+        let opened = try_open(&env, "a", &json!({"read-only": true}));
         assert!(opened.is_err(), "cut at {keep}");
     }
 }
@@ -653,15 +657,21 @@ fn hostile_images_do_no_harm() {
     }
     disk.close();
     let good = env.content("a").unwrap();
+    // Header, refcount table and block, L1 and L2 table are the first five clusters.
+    let meaning: Vec<u64> = (0..5 * 4096)
+        .filter(|at| good[usize::try_from(*at).unwrap()] != 0)
+        .collect();
     let mut rng = Rng(99);
     let (mut refused, mut failed, mut worked) = (0, 0, 0);
     for _ in 0..1500 {
         let mut bad = good.clone();
         for _ in 0..=rng.below(3) {
-            let limit = if rng.below(3) == 0 { 112 } else { 8 * 4096 };
-            // Mostly bytes that mean something.
-            let tries = [0; 8].map(|_| usize::try_from(rng.below(limit)).unwrap());
-            let at = tries.into_iter().find(|at| good[*at] != 0).unwrap_or(tries[0]);
+            let at = match rng.below(3) {
+                0 => rng.below(112),
+                1 => rng.below(5 * 4096),
+                _ => meaning[usize::try_from(rng.below(meaning.len() as u64)).unwrap()],
+            };
+            let at = usize::try_from(at).unwrap();
             bad[at] = match rng.below(3) {
                 0 => 0xff,
                 1 => bad[at] ^ 1 << rng.below(8),
@@ -669,7 +679,7 @@ fn hostile_images_do_no_harm() {
             };
         }
         env.create_with("a", &bad);
-        let Ok(disk) = try_open(&env, "a", json!({"backing": null})) else {
+        let Ok(disk) = try_open(&env, "a", &json!({"backing": null})) else {
             refused += 1;
             continue;
         };
@@ -690,6 +700,9 @@ fn hostile_images_do_no_harm() {
             });
             result = result.and(step);
         }
+        let all = vec![6; usize::try_from(size.min(256 << 10)).unwrap()];
+        let step = env.block_on(disk.guest.write(0, &all, ReqFlags::empty()));
+        result = result.and(step);
         if result.is_ok() {
             worked += 1
         } else {

@@ -100,12 +100,6 @@ impl Geometry {
         1 << (self.cluster_bits + 3 - self.refcount_order)
     }
 
-    /// Largest refcount.
-    #[inline]
-    pub(super) fn refcount_max(self) -> u64 {
-        u64::MAX >> (64 - (1u32 << self.refcount_order))
-    }
-
     /// Cluster that holds a host offset.
     #[inline]
     pub(super) fn cluster(self, host: HostOffset) -> ClusterIndex {
@@ -139,14 +133,12 @@ mod tests {
             ),
             (512, 64, 32768, 64)
         );
-        assert_eq!(small.refcount_max(), u64::MAX);
         let large = Geometry {
             cluster_bits: 21,
             refcount_order: 0,
             v3: true,
         };
         assert_eq!((large.l2_entries(), large.rb_entries()), (262_144, 16_777_216));
-        assert_eq!(large.refcount_max(), 1);
         let guest = GuestOffset(32768 + 3 * 512 + 7);
         assert_eq!(
             (

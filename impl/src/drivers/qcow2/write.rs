@@ -85,20 +85,19 @@ impl Qcow2 {
         while clusters < count {
             let entry = Entry(meta.l2.entry(slot, index + us(clusters)));
             let host = entry.host();
-            let wanted = HostOffset(start.unwrap_or(host).0 + (clusters << geometry.cluster_bits));
+            let run = *start.get_or_insert(host);
             let fits = entry.kind() == Kind::Normal
                 && entry.copied()
                 && !entry.has_reserved_bits()
                 && geometry.within(host.0) == 0
-                && host == wanted
+                && host.0 == run.0 + (clusters << geometry.cluster_bits)
                 && self.probe(geometry.cluster(host)) == Probe::Count(1);
             if !fits {
                 break;
             }
-            start = Some(wanted_start(start, host));
             clusters += 1;
         }
-        let start = start?;
+        let start = start.filter(|_| clusters > 0)?;
         if meta.overlap.hit(geometry.cluster(start).0, clusters).is_some() {
             return None;
         }
@@ -109,27 +108,20 @@ impl Qcow2 {
 
     /// Writes the first run of `buf`; returns its length.
     async fn write_step(&self, cx: &Cx, guest: GuestOffset, buf: &[u8]) -> Result<usize, Errno> {
-        let plan = {
-            let first = guest.0 >> self.geometry.cluster_bits;
-            let _guard = self.lock_clear(first, first + 1).await;
-            self.prepare_writable(cx).await?;
-            let plan = self.plan(cx, guest, buf.len() as u64).await?;
-            if let Plan::InPlace(host, bytes) = plan {
-                let writing = self.epochs.enter();
-                (plan, Some((writing, host, bytes)))
-            } else {
-                (plan, None)
-            }
-        };
-        match plan {
-            (Plan::Allocated(allocation), _) => {
-                self.write_allocated(cx, &allocation, &buf[..us(allocation.bytes)])
-                    .await
-            }
-            (Plan::InPlace(..), in_place) => {
-                let (_writing, host, bytes) = in_place.expect("set together with the plan");
+        let first = guest.0 >> self.geometry.cluster_bits;
+        let guard = self.lock_clear(first, first + 1).await;
+        self.prepare_writable(cx).await?;
+        match self.plan(cx, guest, buf.len() as u64).await? {
+            Plan::InPlace(host, bytes) => {
+                let _writing = self.epochs.enter();
+                drop(guard);
                 self.host_write(cx, host, &buf[..us(bytes)]).await?;
                 Ok(us(bytes))
+            }
+            Plan::Allocated(allocation) => {
+                drop(guard);
+                self.write_allocated(cx, &allocation, &buf[..us(allocation.bytes)])
+                    .await
             }
         }
     }
@@ -359,9 +351,4 @@ impl Qcow2 {
             }
         }
     }
-}
-
-/// Start of a contiguous run: its first cluster.
-fn wanted_start(start: Option<HostOffset>, host: HostOffset) -> HostOffset {
-    start.unwrap_or(host)
 }
