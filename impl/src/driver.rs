@@ -12,7 +12,7 @@ use crate::Layer;
 use crate::env::Fut;
 use crate::error::{Errno, QmpError};
 use crate::graph::node::Node;
-use crate::types::{EdgeId, NodeId, Perm, ReqFlags, Role, StatusFlags};
+use crate::types::{NodeId, Perm, ReqFlags, Role, StatusFlags};
 
 /// Static properties of a driver.
 #[derive(Debug)]

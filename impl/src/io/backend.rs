@@ -279,6 +279,17 @@ impl Backend {
         self.state.edge.get().ok_or(Errno::ENOMEDIUM)
     }
 
+    /// The root edge of a write within the medium; `EPERM` when this backend may not write, as a guest's request on a
+    /// read-only export is answered.
+    fn checked_write(&self, offset: u64, bytes: u64, flags: ReqFlags) -> Result<EdgeId, Errno> {
+        let edge = self.checked(offset, bytes)?;
+        let mut enough = Perm::WRITE;
+        if flags.contains(ReqFlags::WRITE_UNCHANGED) {
+            enough |= Perm::WRITE_UNCHANGED;
+        }
+        if self.layer.edge(edge).perm.get().intersects(enough) { Ok(edge) } else { Err(Errno::EPERM) }
+    }
+
     fn write_flags(&self, flags: ReqFlags) -> ReqFlags {
         if self.state.write_cache.get() {
             flags
@@ -310,13 +321,10 @@ impl Backend {
     /// Writes. Flags: FUA, WRITE_UNCHANGED, SERIALISING, NO_WAIT.
     ///
     /// # Errors
-    /// As [`Backend::read`]; `EPERM` on a read-only node.
-    ///
-    /// # Panics
-    /// When the backend was opened without the permission.
+    /// As [`Backend::read`]; `EPERM` on a read-only node, or when the backend was opened without the permission.
     pub async fn write(&self, offset: u64, buf: &[u8], flags: ReqFlags) -> Result<(), Errno> {
         let _inside = self.enter().await;
-        let edge = self.checked(offset, buf.len() as u64)?;
+        let edge = self.checked_write(offset, buf.len() as u64, flags)?;
         self.layer.write(edge, offset, buf, self.write_flags(flags)).await
     }
 
@@ -324,9 +332,6 @@ impl Backend {
     ///
     /// # Errors
     /// As [`Backend::write`]; `ENOTSUP` with NO_FALLBACK where zeroing is not cheap.
-    ///
-    /// # Panics
-    /// When the backend was opened without the permission.
     pub async fn write_zeroes(&self, offset: u64, bytes: u64, flags: ReqFlags) -> Result<(), Errno> {
         let _inside = self.enter().await;
         let edge = self.checked(offset, bytes)?;
@@ -339,12 +344,9 @@ impl Backend {
     ///
     /// # Errors
     /// As [`Backend::write`].
-    ///
-    /// # Panics
-    /// When the backend was opened without the permission.
     pub async fn discard(&self, offset: u64, bytes: u64) -> Result<(), Errno> {
         let _inside = self.enter().await;
-        let edge = self.checked(offset, bytes)?;
+        let edge = self.checked_write(offset, bytes, ReqFlags::empty())?;
         self.layer.discard(edge, offset, bytes).await
     }
 

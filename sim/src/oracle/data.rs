@@ -139,8 +139,18 @@ impl Data {
         self.exports.clear();
     }
 
+    /// Whether the content of an image can be judged.
+    pub(crate) fn is_known(&self, disk: usize) -> bool {
+        self.disks[disk].as_ref().is_some_and(|d| !d.unknown)
+    }
+
+    /// The image on which a request of this step is under way.
+    pub(crate) fn disk_under(&self, step: StepId) -> Option<usize> {
+        self.open.get(step.0 as usize)?.map(|o| o.disk)
+    }
+
     /// The disk that a node shows, by image.
-    fn disk_of(scenario: &Scenario, world: &World, node: NodeId) -> Option<usize> {
+    pub(crate) fn disk_of(scenario: &Scenario, world: &World, node: NodeId) -> Option<usize> {
         let facts = world.graph.node(node);
         let leaf = |format| {
             let file = file_of(world, node)?;

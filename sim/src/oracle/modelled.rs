@@ -5,6 +5,7 @@
 use blkcheck_impl::event::Event;
 use blkcheck_impl::graph::inspect::GraphView;
 
+use super::bottom::Bottom;
 use super::data::{Data, guest};
 use super::graph::{self, Comparison};
 use super::mirror::Mirror;
@@ -20,6 +21,7 @@ pub struct Modelled {
     mirror: Mirror,
     comparison: Comparison,
     data: Data,
+    bottom: Bottom,
     /// The graph changed since it was last compared.
     changed: bool,
     /// The layer's books when the command under way began.
@@ -61,6 +63,7 @@ impl Oracle for Modelled {
         self.follower.reset(scenario);
         self.mirror.reset();
         self.data.reset(scenario);
+        self.bottom.reset(scenario);
         self.changed = false;
         self.before = None;
     }
@@ -84,6 +87,7 @@ impl Oracle for Modelled {
         if followed.executed.is_some() {
             // Only a command that will be refused is looked at twice.
             let refused = matches!(self.follower.prediction(), Some(Err(_)));
+            self.bottom.executed(view.scenario, &self.follower.world);
             self.before = view.layer.filter(|_| refused).map(blkcheck_impl::Layer::inspect);
         }
         if followed.changed && (followed.executed.is_some() || followed.completed.is_some() || followed.settled) {
@@ -93,6 +97,9 @@ impl Oracle for Modelled {
             Record::Issued(step) => {
                 if let Some((export, op)) = guest(view.scenario, *step) {
                     self.data.issued(view, &self.follower, *step, export, op);
+                    if let Some(disk) = self.data.disk_under(*step) {
+                        self.bottom.issued(*step, disk, op);
+                    }
                 }
             }
             Record::Ended(step, Outcome::Command(got)) if followed.answered.is_some() => {
@@ -101,8 +108,18 @@ impl Oracle for Modelled {
                     self.refused(view, *step)?;
                 }
             }
-            Record::Ended(step, outcome) => self.data.ended(view, *step, outcome)?,
-            Record::Layer(_) => {}
+            Record::Ended(step, outcome) => {
+                self.bottom.ended(*step, outcome);
+                self.data.ended(view, *step, outcome)?;
+            }
+            Record::Layer(event) => {
+                if let (Some(outcome), Event::Qmp { data, .. }) = (followed.completed, event)
+                    && let Some(id) = data.get("device").and_then(serde_json::Value::as_str)
+                {
+                    self.bottom.completed(id, outcome);
+                }
+                self.bottom.event(view.scenario, &self.follower.world, &self.mirror, event)?;
+            }
         }
         if followed.settled { self.settled(view) } else { Ok(()) }
     }
@@ -114,7 +131,8 @@ impl Oracle for Modelled {
         if let Some(layer) = view.layer {
             graph::counters(&layer.inspect())?;
         }
-        self.data.quiescent(view, &self.follower, contents)
+        self.data.quiescent(view, &self.follower, contents)?;
+        self.bottom.quiescent(view, &self.follower.world, &self.data, contents)
     }
 
     fn closed(&mut self, view: &View<'_>, contents: &[FinalContent<'_>]) -> Result<(), Violation> {

@@ -499,7 +499,7 @@ fn close(clock: &MemoryEnv, layer: &Layer, guest: Backend) {
 
 /// Runs `work` on the image with the power failing at its first request, its second, and so on until it is through;
 /// several subsets of sectors survive each cut.
-fn every_cut(image: &[u8], order: u32, work: impl AsyncFn(&Layer, &Backend) -> bool) {
+fn every_cut(image: &[u8], order: u32, work: &impl AsyncFn(&Layer, &Backend) -> bool) {
     let seed = Cell::new(0x1234_5678_9abc);
     for left in 1.. {
         let disk = platter(image.to_vec(), left);
@@ -526,7 +526,7 @@ fn every_cut(image: &[u8], order: u32, work: impl AsyncFn(&Layer, &Backend) -> b
 #[test]
 fn power_loss_while_tables_come_to_be() {
     // 64 refcounts in a block: a new block every 32 KiB.
-    every_cut(&image_of(1 << 20, 6), 6, async |_, guest| {
+    every_cut(&image_of(1 << 20, 6), 6, &async |_, guest| {
         for chunk in 0..32u64 {
             let written = guest.write(chunk * 4096, &[7; 4096], ReqFlags::empty()).await;
             if written.is_err() || chunk % 2 == 1 && guest.flush().await.is_err() {
@@ -549,7 +549,7 @@ fn power_loss_while_tables_are_replaced() {
     close(&clock, &layer, guest);
     let image = disk.0.durable.borrow().clone();
     assert_eq!(check(&image, 6), 0);
-    every_cut(&image, 6, async |layer, guest| {
+    every_cut(&image, 6, &async |layer, guest| {
         for chunk in 0..4u64 {
             let at = (2 << 20) + chunk * 65536;
             let written = guest.write(at, &vec![9; 65536], ReqFlags::empty()).await;

@@ -704,9 +704,9 @@ fn hostile_images_do_no_harm() {
         let step = env.block_on(disk.guest.write(0, &all, ReqFlags::empty()));
         result = result.and(step);
         if result.is_ok() {
-            worked += 1
+            worked += 1;
         } else {
-            failed += 1
+            failed += 1;
         }
         disk.close();
     }
