@@ -19,7 +19,11 @@ const HOLD: &str = "BLKCHECK_TEST_HOLD_LOOP";
 
 fn skipped(test: &str) -> bool {
     let Err(reason) = available() else { return false };
-    assert_ne!(std::env::var("BLKCHECK_REQUIRE_ALL").as_deref(), Ok("1"), "{test} is required: {reason}");
+    assert_ne!(
+        std::env::var("BLKCHECK_REQUIRE_ALL").as_deref(),
+        Ok("1"),
+        "{test} is required: {reason}"
+    );
     eprintln!("SKIPPED {test}: {reason}");
     true
 }
@@ -34,7 +38,11 @@ fn image(scratch: &Scratch, bytes: u64) -> PathBuf {
 fn wait_detached(directory: &Path) {
     let deadline = Instant::now() + Duration::from_secs(10);
     while !devices_over(directory).is_empty() {
-        assert!(Instant::now() < deadline, "still attached: {:?}", devices_over(directory));
+        assert!(
+            Instant::now() < deadline,
+            "still attached: {:?}",
+            devices_over(directory)
+        );
         std::thread::sleep(Duration::from_millis(5));
     }
 }
@@ -51,8 +59,14 @@ fn a_device_is_a_disk_and_goes_with_its_handle() {
     let name = device.path().to_str().unwrap().to_owned();
     for direct in [false, true] {
         let env = RealEnv::new(RealOptions::default()).unwrap();
-        let open =
-            |kind, writable| env.open(&OpenStorage { filename: &name, kind, writable, direct });
+        let open = |kind, writable| {
+            env.open(&OpenStorage {
+                filename: &name,
+                kind,
+                writable,
+                direct,
+            })
+        };
         assert_eq!(
             open(StorageKind::File, true).unwrap_err().desc,
             format!("'file' driver requires '{name}' to be a regular file")
@@ -91,12 +105,26 @@ fn a_read_only_device_refuses_writers_in_qemus_words() {
     let scratch = Scratch::new(None).unwrap();
     let device = LoopDevice::attach(&image(&scratch, 1 << 20), false).unwrap();
     let name = device.path().to_str().unwrap();
-    assert!(Command::new("blockdev").args(["--setro", name]).status().unwrap().success());
+    assert!(
+        Command::new("blockdev")
+            .args(["--setro", name])
+            .status()
+            .unwrap()
+            .success()
+    );
     let env = RealEnv::new(RealOptions::default()).unwrap();
     let open = |writable| {
-        env.open(&OpenStorage { filename: name, kind: StorageKind::HostDevice, writable, direct: false })
+        env.open(&OpenStorage {
+            filename: name,
+            kind: StorageKind::HostDevice,
+            writable,
+            direct: false,
+        })
     };
-    assert_eq!(open(true).unwrap_err().desc, "The device is not writable: Permission denied");
+    assert_eq!(
+        open(true).unwrap_err().desc,
+        "The device is not writable: Permission denied"
+    );
     let disk = open(false).unwrap();
     assert_eq!(disk.set_writable(true), Err(Errno::EACCES));
 }
@@ -123,7 +151,9 @@ fn a_killed_process_leaves_no_device_and_the_next_run_takes_its_directory() {
         .spawn()
         .unwrap();
     let lines = BufReader::new(child.stdout.take().unwrap()).lines();
-    let line = lines.map_while(Result::ok).find_map(|l| l.split_once("holding ").map(|(_, rest)| rest.to_owned()));
+    let line = lines
+        .map_while(Result::ok)
+        .find_map(|l| l.split_once("holding ").map(|(_, rest)| rest.to_owned()));
     let line = line.expect("the child attaches a device");
     let directory = PathBuf::from(line.split(' ').nth(1).unwrap());
     assert_eq!(devices_over(&directory).len(), 1);
@@ -142,5 +172,8 @@ fn a_missing_file_is_a_clear_refusal() {
     }
     let scratch = Scratch::new(None).unwrap();
     let error = LoopDevice::attach(&scratch.path().join("none"), false).unwrap_err();
-    assert!(matches!(&error, LoopError::Attach { text, .. } if text.contains("No such file")), "{error}");
+    assert!(
+        matches!(&error, LoopError::Attach { text, .. } if text.contains("No such file")),
+        "{error}"
+    );
 }

@@ -32,11 +32,26 @@ struct Work {
 }
 
 const WORKS: [Work; 3] = [
-    Work { name: "reads, all over the chain", write: false, step: 7919 * 4096, count: 60_000 },
+    Work {
+        name: "reads, all over the chain",
+        write: false,
+        step: 7919 * 4096,
+        count: 60_000,
+    },
     // One request per cluster: two of three copy a cluster from below.
-    Work { name: "writes, each to another cluster", write: true, step: 65536 + 4096, count: 12_000 },
+    Work {
+        name: "writes, each to another cluster",
+        write: true,
+        step: 65536 + 4096,
+        count: 12_000,
+    },
     // 1 MiB + 4 KiB: every cluster is written sixteen times or so; most find it allocated.
-    Work { name: "writes, coming back to clusters", write: true, step: MIB + 4096, count: 60_000 },
+    Work {
+        name: "writes, coming back to clusters",
+        write: true,
+        step: MIB + 4096,
+        count: 60_000,
+    },
 ];
 
 impl Work {
@@ -54,7 +69,10 @@ impl Work {
 fn ours(directory: &Path, work: Work, depth: u64) -> f64 {
     let (env, layer) = layer(RealOptions::default());
     env.block_on(async {
-        layer.execute("blockdev-add", &blockdev(directory, &LAYERS, None)).await.expect("the chain opens");
+        layer
+            .execute("blockdev-add", &blockdev(directory, &LAYERS, None))
+            .await
+            .expect("the chain opens");
         let main = layer.main("bench").await;
         let top = layer.find_node("top").expect("just added");
         let perm = Perm::CONSISTENT_READ | Perm::WRITE;
@@ -65,7 +83,10 @@ fn ours(directory: &Path, work: Work, depth: u64) -> f64 {
             let mut buf = vec![0x77; REQUEST];
             for i in (first..work.count).step_by(usize::try_from(depth).expect("small")) {
                 if work.write {
-                    backend.write(work.offset(i), &buf, ReqFlags::empty()).await.expect("written");
+                    backend
+                        .write(work.offset(i), &buf, ReqFlags::empty())
+                        .await
+                        .expect("written");
                 } else {
                     backend.read(work.offset(i), &mut buf).await.expect("read");
                 }
@@ -78,13 +99,20 @@ fn ours(directory: &Path, work: Work, depth: u64) -> f64 {
                     *lane = None;
                 }
             }
-            if lanes.iter().all(Option::is_none) { std::task::Poll::Ready(()) } else { std::task::Poll::Pending }
+            if lanes.iter().all(Option::is_none) {
+                std::task::Poll::Ready(())
+            } else {
+                std::task::Poll::Pending
+            }
         })
         .await;
         let rate = work.rate(start);
         drop(lanes);
         let main = layer.main("bench").await;
-        Rc::into_inner(backend).expect("the lanes are over").remove().await;
+        Rc::into_inner(backend)
+            .expect("the lanes are over")
+            .remove()
+            .await;
         layer.reap().await;
         drop(main);
         layer.shutdown().await;
@@ -94,7 +122,9 @@ fn ours(directory: &Path, work: Work, depth: u64) -> f64 {
 
 fn imago(directory: &Path, work: Work) -> f64 {
     let path = directory.join("work.qcow2");
-    let image = Qcow2::<File>::builder_path(path).write(work.write).open(PermissiveImplicitOpenGate::default());
+    let image = Qcow2::<File>::builder_path(path)
+        .write(work.write)
+        .open(PermissiveImplicitOpenGate::default());
     let image = FormatAccess::new(image.expect("the chain opens"));
     let mut buf = vec![0x77; REQUEST];
     let start = Instant::now();
@@ -112,12 +142,28 @@ fn imago(directory: &Path, work: Work) -> f64 {
 fn qemu(directory: &Path, work: Work, depth: u64) -> f64 {
     let (count, depth) = ((work.count / 4).to_string(), depth.to_string());
     let (step, path) = (work.step.to_string(), directory.join("work.qcow2"));
-    let mut arguments = vec!["bench", "-f", "qcow2", "-t", "writeback", "-c", &count, "-d", &depth, "-s", "4096"];
+    let mut arguments = vec![
+        "bench",
+        "-f",
+        "qcow2",
+        "-t",
+        "writeback",
+        "-c",
+        &count,
+        "-d",
+        &depth,
+        "-s",
+        "4096",
+    ];
     arguments.extend(["-S", &step, if work.write { "-w" } else { "-q" }]);
     arguments.retain(|a| *a != "-q");
     arguments.push(path.to_str().expect("plain"));
     let text = run("qemu-img", &arguments);
-    let seconds = text.split("completed in ").nth(1).and_then(|t| t.split(' ').next()).expect("it says so");
+    let seconds = text
+        .split("completed in ")
+        .nth(1)
+        .and_then(|t| t.split(' ').next())
+        .expect("it says so");
     let seconds: f64 = seconds.parse().expect("a number");
     #[expect(clippy::cast_precision_loss, reason = "a hundred thousand")]
     let requests = (work.count / 4) as f64;
@@ -130,17 +176,35 @@ fn main() {
     if !tools("random_io", &["qemu-img", "qemu-io"]) {
         return;
     }
-    let rounds = std::env::var("BLKCHECK_ROUNDS").ok().and_then(|n| n.parse().ok()).unwrap_or(5);
+    let rounds = std::env::var("BLKCHECK_ROUNDS")
+        .ok()
+        .and_then(|n| n.parse().ok())
+        .unwrap_or(5);
     let contenders: Vec<Contender> = vec![
-        ("qemu-img bench, depth 1", Box::new(|dir, work| qemu(dir, work, 1))),
-        ("qemu-img bench, depth 16", Box::new(|dir, work| qemu(dir, work, 16))),
-        ("qemu-img bench, depth 64", Box::new(|dir, work| qemu(dir, work, 64))),
+        (
+            "qemu-img bench, depth 1",
+            Box::new(|dir, work| qemu(dir, work, 1)),
+        ),
+        (
+            "qemu-img bench, depth 16",
+            Box::new(|dir, work| qemu(dir, work, 16)),
+        ),
+        (
+            "qemu-img bench, depth 64",
+            Box::new(|dir, work| qemu(dir, work, 64)),
+        ),
         ("imago 0.2.6, sync", Box::new(imago)),
         ("blkcheck-impl, depth 1", Box::new(|dir, work| ours(dir, work, 1))),
-        ("blkcheck-impl, depth 16", Box::new(|dir, work| ours(dir, work, 16))),
+        (
+            "blkcheck-impl, depth 16",
+            Box::new(|dir, work| ours(dir, work, 16)),
+        ),
     ];
     for (place, base) in places() {
-        let directory = tempfile::Builder::new().prefix("blkcheck-bench-").tempdir_in(base).expect("a directory");
+        let directory = tempfile::Builder::new()
+            .prefix("blkcheck-bench-")
+            .tempdir_in(base)
+            .expect("a directory");
         let directory = directory.path();
         chain(directory);
         for work in WORKS {
@@ -151,7 +215,10 @@ fn main() {
                     settle();
                     rates.push(contender(directory, work));
                     let image = directory.join("work.qcow2");
-                    run("qemu-img", &["check", "-q", "-f", "qcow2", image.to_str().expect("plain")]);
+                    run(
+                        "qemu-img",
+                        &["check", "-q", "-f", "qcow2", image.to_str().expect("plain")],
+                    );
                 }
             }
             let rates: Vec<f64> = rates.into_iter().map(median).collect();
@@ -159,7 +226,11 @@ fn main() {
             println!("\n4 KiB {}, 3 layers, {place}, median of {rounds}", work.name);
             println!("{:<28} {:>10} {:>10} {:>9}", "", "k/s", "of qemu", "of imago");
             for ((name, _), rate) in contenders.iter().zip(&rates) {
-                println!("{name:<28} {rate:>10.1} {:>10.2} {:>9.2}", rate / best, rate / rates[3]);
+                println!(
+                    "{name:<28} {rate:>10.1} {:>10.2} {:>9.2}",
+                    rate / best,
+                    rate / rates[3]
+                );
             }
         }
     }

@@ -20,9 +20,15 @@ const COPIED: f64 = 683.0 / 1024.0;
 fn ours(directory: &Path, options: RealOptions) -> f64 {
     let (env, layer) = layer(options);
     env.block_on(async {
-        layer.execute("blockdev-add", &blockdev(directory, &LAYERS, None)).await.expect("the chain opens");
+        layer
+            .execute("blockdev-add", &blockdev(directory, &LAYERS, None))
+            .await
+            .expect("the chain opens");
         let start = Instant::now();
-        layer.execute("block-stream", &json!({ "job-id": "job", "device": "top" })).await.expect("it starts");
+        layer
+            .execute("block-stream", &json!({ "job-id": "job", "device": "top" }))
+            .await
+            .expect("it starts");
         while layer.job("job").is_some() {
             use blkcheck_impl::env::Env;
             env.sleep_until(env.now() + 200_000).await;
@@ -67,7 +73,12 @@ fn daemon(directory: &Path, aio: &str) -> f64 {
 fn copy(directory: &Path) -> f64 {
     let (from, to) = (directory.join("bytes"), directory.join("bytes.copy"));
     let _ = fs::remove_file(&to);
-    let arguments = ["--reflink=never", "--sparse=never", from.to_str().expect("plain"), to.to_str().expect("plain")];
+    let arguments = [
+        "--reflink=never",
+        "--sparse=never",
+        from.to_str().expect("plain"),
+        to.to_str().expect("plain"),
+    ];
     let seconds = seconds(|| {
         run("cp", &arguments);
     });
@@ -86,8 +97,23 @@ fn prepare(directory: &Path) {
 fn check(directory: &Path) {
     let path = |name: &str| directory.join(name).to_str().expect("plain").to_owned();
     run("qemu-img", &["check", "-q", "-f", "qcow2", &path("work.qcow2")]);
-    run("qemu-img", &["compare", "-q", "-f", "qcow2", "-F", "qcow2", &path("work.qcow2"), &path("top.qcow2")]);
-    assert!(!run("qemu-img", &["info", &path("work.qcow2")]).contains("backing file:"), "still has a backing file");
+    run(
+        "qemu-img",
+        &[
+            "compare",
+            "-q",
+            "-f",
+            "qcow2",
+            "-F",
+            "qcow2",
+            &path("work.qcow2"),
+            &path("top.qcow2"),
+        ],
+    );
+    assert!(
+        !run("qemu-img", &["info", &path("work.qcow2")]).contains("backing file:"),
+        "still has a backing file"
+    );
 }
 
 type Contender = (&'static str, Box<dyn Fn(&Path) -> f64>);
@@ -96,17 +122,38 @@ fn main() {
     if !tools("stream", &["qemu-img", "qemu-io", "qemu-storage-daemon", "cp"]) {
         return;
     }
-    let rounds = std::env::var("BLKCHECK_ROUNDS").ok().and_then(|n| n.parse().ok()).unwrap_or(5);
-    let with = |engine| RealOptions { engine, ..RealOptions::default() };
+    let rounds = std::env::var("BLKCHECK_ROUNDS")
+        .ok()
+        .and_then(|n| n.parse().ok())
+        .unwrap_or(5);
+    let with = |engine| RealOptions {
+        engine,
+        ..RealOptions::default()
+    };
     let contenders: Vec<Contender> = vec![
         ("cp of the same bytes", Box::new(copy)),
-        ("qemu-storage-daemon, aio=threads", Box::new(|dir| daemon(dir, "threads"))),
-        ("qemu-storage-daemon, aio=io_uring", Box::new(|dir| daemon(dir, "io_uring"))),
-        ("blkcheck-impl", Box::new(move |dir| ours(dir, with(Engine::Auto)))),
-        ("blkcheck-impl, threads", Box::new(move |dir| ours(dir, with(Engine::Threads)))),
+        (
+            "qemu-storage-daemon, aio=threads",
+            Box::new(|dir| daemon(dir, "threads")),
+        ),
+        (
+            "qemu-storage-daemon, aio=io_uring",
+            Box::new(|dir| daemon(dir, "io_uring")),
+        ),
+        (
+            "blkcheck-impl",
+            Box::new(move |dir| ours(dir, with(Engine::Auto))),
+        ),
+        (
+            "blkcheck-impl, threads",
+            Box::new(move |dir| ours(dir, with(Engine::Threads))),
+        ),
     ];
     for (place, base) in places() {
-        let directory = tempfile::Builder::new().prefix("blkcheck-bench-").tempdir_in(base).expect("a directory");
+        let directory = tempfile::Builder::new()
+            .prefix("blkcheck-bench-")
+            .tempdir_in(base)
+            .expect("a directory");
         let directory = directory.path();
         chain(directory);
         let bytes = vec![0x5a; usize::try_from(683 * MIB).expect("64 bits")];
@@ -125,7 +172,11 @@ fn main() {
         println!("\nblock-stream, 3 layers, 683 MiB copied, {place}, median of {rounds}");
         println!("{:<36} {:>8} {:>8} {:>10}", "", "GiB/s", "of cp", "of daemon");
         for ((name, _), rate) in contenders.iter().zip(&rates) {
-            println!("{name:<36} {rate:>8.2} {:>8.2} {:>10.2}", rate / rates[0], rate / rates[1].max(rates[2]));
+            println!(
+                "{name:<36} {rate:>8.2} {:>8.2} {:>10.2}",
+                rate / rates[0],
+                rate / rates[1].max(rates[2])
+            );
         }
     }
 }

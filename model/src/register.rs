@@ -152,32 +152,49 @@ impl Registers {
     /// # Panics
     /// When the request is not an open read, or the number of values is not that of its grains.
     pub fn end_read(&mut self, id: OpId, values: &[Value]) -> Result<(), Violation> {
+        let mut violation = None;
+        self.observe(id, values.iter().copied().map(Some), |first| {
+            violation.get_or_insert(first);
+        });
+        violation.map_or(Ok(()), Err)
+    }
+
+    /// As [`Registers::end_read`] for a read of which only some grains are known, telling every grain whose value
+    /// nothing explains. Such a grain counts as not observed.
+    ///
+    /// # Panics
+    /// When the request is not an open read, or the number of values is not that of its grains.
+    pub fn observe(
+        &mut self,
+        id: OpId,
+        values: impl ExactSizeIterator<Item = Option<Value>>,
+        mut unexplained: impl FnMut(Violation),
+    ) {
         let open = self.close(id);
         assert_eq!(open.effect, Effect::Read, "{id:?} is a read");
         assert_eq!(open.grains.len(), values.len(), "one value per grain");
-        let mut violation = None;
-        for (grain, saw) in open.grains.zip(values.iter().copied()) {
+        for (grain, saw) in open.grains.zip(values) {
             let register = &mut self.registers[grain];
-            let allowed = match &mut register.busy {
-                None if register.value == saw => continue,
-                None => vec![register.value],
-                Some(busy) => {
+            let (saw, allowed) = match (&mut register.busy, saw) {
+                (None, None) => continue,
+                (None, Some(saw)) if register.value == saw => continue,
+                (None, Some(saw)) => (saw, vec![register.value]),
+                (Some(busy), None) => {
+                    busy.end(id);
+                    register.settle();
+                    continue;
+                }
+                (Some(busy), Some(saw)) => {
                     let explained = busy.end_read(id, saw);
                     register.settle();
                     match explained {
                         Ok(()) => continue,
-                        Err(allowed) => allowed,
+                        Err(allowed) => (saw, allowed),
                     }
                 }
             };
-            violation.get_or_insert(Violation {
-                op: id,
-                grain,
-                saw,
-                allowed,
-            });
+            unexplained(Violation { op: id, grain, saw, allowed });
         }
-        violation.map_or(Ok(()), Err)
     }
 
     /// The values that a read which begins and ends now could see, sorted; empty if the grain was given up.
@@ -598,5 +615,19 @@ mod tests {
         }
         assert_eq!(disk.given_up(), 1);
         read(&mut disk, 12345).unwrap();
+    }
+
+    #[test]
+    fn a_grain_that_was_not_observed_decides_nothing() {
+        let mut disk = Registers::new([1, 1]);
+        let write = disk.begin(Effect::Write(2), 0..2);
+        let read = disk.begin(Effect::Read, 0..2);
+        disk.observe(read, [Some(2), None].into_iter(), |v| panic!("{v:?}"));
+        assert_eq!((disk.possible(0), disk.possible(1)), (vec![2], vec![1, 2]));
+        disk.end(write, true);
+        let read = disk.begin(Effect::Read, 0..2);
+        let mut wrong = Vec::new();
+        disk.observe(read, [Some(7), Some(8)].into_iter(), |v| wrong.push((v.grain, v.saw, v.allowed)));
+        assert_eq!(wrong, [(0, 7, vec![2]), (1, 8, vec![2])]);
     }
 }

@@ -45,12 +45,12 @@ enum Entry {
 }
 
 /// A main-context operation under way, or over but not answered.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 struct Operation {
     step: Option<StepId>,
+    prediction: Option<Result<Value, Refusal>>,
     /// A request failed while it ran.
     failed_io: bool,
-    ended: bool,
 }
 
 /// The model beside a run.
@@ -62,6 +62,8 @@ pub struct Follower {
     journal: Vec<Entry>,
     queue: Vec<StepId>,
     operation: Option<Operation>,
+    /// Commands that let the main lock go but have not answered.
+    unanswered: Vec<Operation>,
     /// Jobs that went through pending: their prepare ran.
     prepared: Vec<Rc<str>>,
     off: bool,
@@ -75,6 +77,7 @@ impl Follower {
         self.journal.clear();
         self.queue.clear();
         self.operation = None;
+        self.unanswered.clear();
         self.prepared.clear();
         self.off = false;
     }
@@ -129,17 +132,15 @@ impl Follower {
         match event {
             Event::MainBegin { what } => self.begin(scenario, what, followed),
             Event::MainEnd { .. } => {
-                if let Some(operation) = &mut self.operation {
-                    operation.ended = true;
-                    if operation.step.is_none() {
-                        self.operation = None;
-                        followed.settled = true;
-                    }
+                let Some(operation) = self.operation.take() else { return };
+                if operation.step.is_some() {
+                    self.unanswered.push(operation);
                 }
+                followed.settled = self.unanswered.is_empty();
             }
             Event::RequestEnd { result: Err(_), .. } => {
                 if let Some(operation) = &mut self.operation {
-                    operation.failed_io |= !operation.ended;
+                    operation.failed_io = true;
                 }
             }
             Event::JobStatus { id, to, .. } => self.status(id, *to, followed),
@@ -155,29 +156,28 @@ impl Follower {
         }
         let at = self.queue.iter().position(|s| command_name(scenario, *s) == Some(what));
         let step = at.map(|at| self.queue.remove(at));
-        self.operation = Some(Operation { step, failed_io: false, ended: false });
-        let Some(step) = step else { return };
-        self.prediction = None;
-        if let Some(answer) = execute(&mut self.world, scenario, step) {
-            self.prediction = Some(answer);
+        let prediction = step.and_then(|step| execute(&mut self.world, scenario, step));
+        if let (Some(step), Some(prediction)) = (step, &prediction) {
             self.journal.push(Entry::Command(step));
             followed.executed = Some(step);
-            followed.changed = true;
+            followed.changed = prediction.is_ok();
         }
+        self.operation = Some(Operation { step, prediction, failed_io: false });
     }
 
     fn answered(&mut self, scenario: &Scenario, step: StepId, refused: bool, followed: &mut Followed) {
-        match self.operation {
-            Some(operation) if operation.step == Some(step) => {
-                self.operation = None;
+        match self.unanswered.iter().position(|o| o.step == Some(step)) {
+            Some(at) => {
+                let operation = self.unanswered.remove(at);
+                self.prediction = operation.prediction;
                 if refused && operation.failed_io && matches!(self.prediction, Some(Ok(_))) {
                     self.take_back(scenario, step);
                     self.prediction = None;
                     followed.changed = true;
                 }
-                followed.settled = true;
+                followed.settled = self.operation.is_none() && self.unanswered.is_empty();
             }
-            _ => {
+            None => {
                 // It never took the main lock: refused before, or a query.
                 self.queue.retain(|s| *s != step);
                 let mut copy = self.world.clone();
@@ -290,7 +290,7 @@ fn world_of(scenario: &Scenario) -> World {
             backing,
         });
         let facts = FileFacts {
-            kind: FileKind::Regular,
+            kind: if scenario.disk.devices { FileKind::Device } else { FileKind::Regular },
             length: image.size,
             request_alignment: u64::from(scenario.disk.alignment),
             qcow2,

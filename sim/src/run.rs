@@ -145,6 +145,8 @@ impl Runner {
         target: &mut dyn Target,
         oracles: &mut [Box<dyn Oracle>],
     ) -> Result<RunResult, String> {
+        let adapted = target.adapt(scenario);
+        let scenario = adapted.as_ref().unwrap_or(scenario);
         self.reset(scenario);
         chooser.begin(64 + 16 * u32::try_from(scenario.steps.len()).expect("validated"));
         for oracle in &mut *oracles {

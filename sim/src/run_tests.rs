@@ -41,6 +41,16 @@ fn a_stream_under_guest_io_ends_well_in_every_order() {
 }
 
 #[test]
+fn every_oracle_agrees_with_every_order() {
+    let (mut runner, mut target) = (Runner::new(), SimTarget::new());
+    let mut oracles = crate::oracle::all();
+    for seed in 0..400 {
+        let result = runner.run(&scenario(), &mut Random::new(seed), &mut target, &mut oracles).expect("usable");
+        assert_eq!(result.violation, None, "seed {seed}");
+    }
+}
+
+#[test]
 fn the_same_seed_gives_the_same_trace_on_a_used_and_on_a_new_runner() {
     let (mut used, mut used_target) = (Runner::new(), SimTarget::new());
     for seed in 0..5 {

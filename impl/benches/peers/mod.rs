@@ -18,10 +18,20 @@ pub(crate) const MIB: u64 = 1 << 20;
 /// Whether these programs can be run; says so when not, and fails when `BLKCHECK_REQUIRE_ALL=1`.
 pub(crate) fn tools(bench: &str, programs: &[&str]) -> bool {
     for program in programs {
-        let found = Command::new(program).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
+        let found = Command::new(program)
+            .arg("--version")
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status();
         if found.is_err() {
-            assert_ne!(std::env::var("BLKCHECK_REQUIRE_ALL").as_deref(), Ok("1"), "{program} is required");
-            println!("SKIPPED {bench}: the peer {program} is not installed, and figures without a peer mean nothing");
+            assert_ne!(
+                std::env::var("BLKCHECK_REQUIRE_ALL").as_deref(),
+                Ok("1"),
+                "{program} is required"
+            );
+            println!(
+                "SKIPPED {bench}: the peer {program} is not installed, and figures without a peer mean nothing"
+            );
             return false;
         }
     }
@@ -41,9 +51,16 @@ pub(crate) fn places() -> Vec<(&'static str, PathBuf)> {
 
 /// Runs a program to its end and returns its output.
 pub(crate) fn run(program: &str, arguments: &[&str]) -> String {
-    let output = Command::new(program).args(arguments).output().expect("checked to be there");
+    let output = Command::new(program)
+        .args(arguments)
+        .output()
+        .expect("checked to be there");
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert!(output.status.success(), "{program} {arguments:?}: {text}{}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "{program} {arguments:?}: {text}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     text
 }
 
@@ -77,7 +94,12 @@ pub(crate) fn qemu_io(path: &str, script: &str) {
         .stdout(Stdio::null())
         .spawn()
         .expect("checked to be there");
-    child.stdin.take().expect("piped").write_all(script.as_bytes()).expect("it reads its commands");
+    child
+        .stdin
+        .take()
+        .expect("piped")
+        .write_all(script.as_bytes())
+        .expect("it reads its commands");
     assert!(child.wait().expect("it ends").success());
 }
 
@@ -89,7 +111,11 @@ pub(crate) fn blockdev(directory: &Path, names: &[&str], aio: Option<&str>) -> V
         if let Some(aio) = aio {
             file["aio"] = json!(aio);
         }
-        let node = if i + 1 == names.len() { "top".to_owned() } else { format!("n{i}") };
+        let node = if i + 1 == names.len() {
+            "top".to_owned()
+        } else {
+            format!("n{i}")
+        };
         let mut image = json!({ "driver": "qcow2", "node-name": node, "file": file, "backing": below });
         if i == 0 {
             image.as_object_mut().expect("an object").remove("backing");

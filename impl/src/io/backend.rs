@@ -334,7 +334,7 @@ impl Backend {
     /// As [`Backend::write`]; `ENOTSUP` with NO_FALLBACK where zeroing is not cheap.
     pub async fn write_zeroes(&self, offset: u64, bytes: u64, flags: ReqFlags) -> Result<(), Errno> {
         let _inside = self.enter().await;
-        let edge = self.checked(offset, bytes)?;
+        let edge = self.checked_write(offset, bytes, flags)?;
         self.layer
             .write_zeroes(edge, offset, bytes, self.write_flags(flags))
             .await

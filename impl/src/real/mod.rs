@@ -73,7 +73,12 @@ impl Default for RealOptions {
             Ok("threads") => Engine::Threads,
             _ => Engine::Auto,
         };
-        RealOptions { root: None, engine, inline: true, job_parallelism: 4 }
+        RealOptions {
+            root: None,
+            engine,
+            inline: true,
+            job_parallelism: 4,
+        }
     }
 }
 
@@ -126,13 +131,19 @@ impl RealEnv {
             spare: RefCell::default(),
             panic: Cell::new(None),
         };
-        Ok(RealEnv { shared: Rc::new(shared) })
+        Ok(RealEnv {
+            shared: Rc::new(shared),
+        })
     }
 
     /// The engine in use, never `Auto`.
     #[must_use]
     pub fn engine(&self) -> Engine {
-        if self.shared.runtime.driver_type().is_iouring() { Engine::IoUring } else { Engine::Threads }
+        if self.shared.runtime.driver_type().is_iouring() {
+            Engine::IoUring
+        } else {
+            Engine::Threads
+        }
     }
 
     /// Runs `future`, and the tasks spawned meanwhile, until `future` is done.
@@ -177,7 +188,10 @@ fn runtime(driver: Option<DriverType>) -> std::io::Result<Runtime> {
 
 impl Env for RealEnv {
     fn open(&self, open: &OpenStorage<'_>) -> Result<Rc<dyn Storage>, QmpError> {
-        Ok(Rc::new(storage::RealStorage::open(Rc::clone(&self.shared), open)?))
+        Ok(Rc::new(storage::RealStorage::open(
+            Rc::clone(&self.shared),
+            open,
+        )?))
     }
 
     fn now(&self) -> Nanos {
@@ -193,17 +207,19 @@ impl Env for RealEnv {
     fn spawn(&self, _name: &'static str, task: Fut<'static, ()>) {
         let weak = Rc::downgrade(&self.shared);
         let mut task = task;
-        let guarded = poll_fn(move |cx| match catch_unwind(AssertUnwindSafe(|| task.as_mut().poll(cx))) {
-            Ok(poll) => poll,
-            Err(payload) => {
-                // The executor would swallow it; the run must not go on as if nothing had happened.
-                if let Some(shared) = weak.upgrade() {
-                    shared.panic.set(Some(payload));
-                    shared.runtime.waker().wake();
+        let guarded = poll_fn(
+            move |cx| match catch_unwind(AssertUnwindSafe(|| task.as_mut().poll(cx))) {
+                Ok(poll) => poll,
+                Err(payload) => {
+                    // The executor would swallow it; the run must not go on as if nothing had happened.
+                    if let Some(shared) = weak.upgrade() {
+                        shared.panic.set(Some(payload));
+                        shared.runtime.waker().wake();
+                    }
+                    Poll::Ready(())
                 }
-                Poll::Ready(())
-            }
-        });
+            },
+        );
         self.shared.runtime.spawn(guarded).detach();
     }
 
@@ -232,7 +248,10 @@ impl Shared {
 
     /// A bounce buffer of [`storage::BOUNCE`] bytes plus room to align it.
     fn take_bounce(&self) -> Vec<u8> {
-        self.spare.borrow_mut().pop().unwrap_or_else(|| vec![0; storage::BOUNCE + open::MEMORY_ALIGN])
+        self.spare
+            .borrow_mut()
+            .pop()
+            .unwrap_or_else(|| vec![0; storage::BOUNCE + open::MEMORY_ALIGN])
     }
 
     fn give_bounce(&self, buffer: Vec<u8>) {

@@ -53,11 +53,15 @@ pub(super) fn flags(writable: bool, direct: bool) -> OFlags {
 pub(super) fn open(root: Option<&Path>, args: &OpenStorage<'_>) -> Result<(Arc<File>, Medium), QmpError> {
     let name = args.filename;
     let could_not = |e: Errno| QmpError::errno(&format!("Could not open '{name}'"), e);
-    let opened = rustix::fs::open(resolve(root, name), flags(args.writable, args.direct), Mode::empty());
+    let opened = rustix::fs::open(
+        resolve(root, name),
+        flags(args.writable, args.direct),
+        Mode::empty(),
+    );
     let fd = opened.map_err(|e| match e {
-        rustix::io::Errno::INVAL if args.direct => {
-            QmpError::generic(format!("Could not open '{name}': filesystem does not support O_DIRECT"))
-        }
+        rustix::io::Errno::INVAL if args.direct => QmpError::generic(format!(
+            "Could not open '{name}': filesystem does not support O_DIRECT"
+        )),
         e => could_not(errno(e)),
     })?;
     let stat = fstat(&fd).map_err(|e| QmpError::errno("Could not stat file", errno(e)))?;
@@ -65,9 +69,13 @@ pub(super) fn open(root: Option<&Path>, args: &OpenStorage<'_>) -> Result<(Arc<F
     match args.kind {
         // Read-only opening of a directory succeeds; QEMU finds out as late as here, with other words.
         StorageKind::File if file_type != FileType::RegularFile => {
-            return Err(QmpError::generic(format!("'file' driver requires '{name}' to be a regular file")));
+            return Err(QmpError::generic(format!(
+                "'file' driver requires '{name}' to be a regular file"
+            )));
         }
-        StorageKind::HostDevice if !matches!(file_type, FileType::BlockDevice | FileType::CharacterDevice) => {
+        StorageKind::HostDevice
+            if !matches!(file_type, FileType::BlockDevice | FileType::CharacterDevice) =>
+        {
             return Err(QmpError::generic(format!(
                 "'host_device' driver requires '{name}' to be either a character or block device"
             )));
@@ -78,9 +86,19 @@ pub(super) fn open(root: Option<&Path>, args: &OpenStorage<'_>) -> Result<(Arc<F
         StorageKind::File | StorageKind::HostDevice => {}
     }
     let memory = args.kind == StorageKind::File && in_memory(fd.as_fd());
-    let alignment = if args.direct { direct_alignment(fd.as_fd(), args.kind)? } else { 1 };
+    let alignment = if args.direct {
+        direct_alignment(fd.as_fd(), args.kind)?
+    } else {
+        1
+    };
     let nowait = !args.direct && nowait_works(fd.as_fd());
-    let medium = Medium { kind: args.kind, memory, direct: args.direct, nowait, alignment };
+    let medium = Medium {
+        kind: args.kind,
+        memory,
+        direct: args.direct,
+        nowait,
+        alignment,
+    };
     Ok((Arc::new(File::from(fd)), medium))
 }
 

@@ -54,7 +54,11 @@ enum Inline {
 impl RealStorage {
     pub(super) fn open(shared: Rc<Shared>, args: &OpenStorage<'_>) -> Result<RealStorage, QmpError> {
         let (file, medium) = open::open(shared.options.root.as_deref(), args)?;
-        Ok(RealStorage { shared, medium, file: RefCell::new(file) })
+        Ok(RealStorage {
+            shared,
+            medium,
+            file: RefCell::new(file),
+        })
     }
 
     fn file(&self) -> Arc<File> {
@@ -132,7 +136,11 @@ impl RealStorage {
             let bytes = (buf.len() - done).min(BOUNCE);
             let memory = self.shared.take_bounce();
             let start = memory.as_ptr().align_offset(MEMORY_ALIGN);
-            let op = ReadAt::new(self.file(), offset + done as u64, memory.slice(start..start + bytes));
+            let op = ReadAt::new(
+                self.file(),
+                offset + done as u64,
+                memory.slice(start..start + bytes),
+            );
             let BufResult(got, op) = self.shared.runtime.submit(op).await;
             let memory = op.into_inner().into_inner();
             let got = match got {
@@ -164,7 +172,11 @@ impl RealStorage {
             let mut memory = self.shared.take_bounce();
             let start = memory.as_ptr().align_offset(MEMORY_ALIGN);
             memory[start..start + bytes].copy_from_slice(&buf[done..done + bytes]);
-            let op = WriteAt::new(self.file(), offset + done as u64, memory.slice(start..start + bytes));
+            let op = WriteAt::new(
+                self.file(),
+                offset + done as u64,
+                memory.slice(start..start + bytes),
+            );
             let BufResult(put, op) = self.shared.runtime.submit(op).await;
             self.shared.give_bounce(op.into_inner().into_inner());
             match put {
@@ -197,13 +209,19 @@ impl RealStorage {
             return call(&file).map_err(unsupported);
         }
         let result = self.shared.runtime.spawn_blocking(move || call(&file)).await;
-        result.unwrap_or_else(|_| panic!("a worker panicked inside a system call")).map_err(unsupported)
+        result
+            .unwrap_or_else(|_| panic!("a worker panicked inside a system call"))
+            .map_err(unsupported)
     }
 
     fn copy_bounds(&self, source: &RealStorage, bytes: u64) -> Result<(), Errno> {
         let both_files = self.medium.kind == StorageKind::File && source.medium.kind == StorageKind::File;
         let cached = !self.medium.direct && !source.medium.direct;
-        if both_files && cached && bytes > 0 { Ok(()) } else { Err(Errno::ENOTSUP) }
+        if both_files && cached && bytes > 0 {
+            Ok(())
+        } else {
+            Err(Errno::ENOTSUP)
+        }
     }
 }
 
@@ -248,7 +266,11 @@ fn zero_file(file: &File, offset: u64, bytes: u64, may_unmap: bool) -> Result<()
 
 /// Zeroes a range of a block device. `fallocate` does what BLKZEROOUT does, and drops the stale cache pages as well.
 fn zero_device(file: &File, offset: u64, bytes: u64, may_unmap: bool) -> Result<(), Os> {
-    let flags = if may_unmap { PUNCH } else { FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE };
+    let flags = if may_unmap {
+        PUNCH
+    } else {
+        FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE
+    };
     // EINVAL: smaller than a sector.
     allocate(file, flags, offset, bytes).map_err(|e| if e == Os::INVAL { Os::OPNOTSUPP } else { e })
 }
@@ -306,7 +328,11 @@ impl Storage for RealStorage {
     }
 
     fn write_zeroes(&self, offset: u64, bytes: u64, may_unmap: bool) -> Fut<'_, Result<(), Errno>> {
-        let zero = if self.medium.kind == StorageKind::File { zero_file } else { zero_device };
+        let zero = if self.medium.kind == StorageKind::File {
+            zero_file
+        } else {
+            zero_device
+        };
         Box::pin(self.blocking(bytes, move |file| zero(file, offset, bytes, may_unmap)))
     }
 
@@ -331,24 +357,39 @@ impl Storage for RealStorage {
     fn extent(&self, offset: u64) -> Result<Extent, Errno> {
         let length = self.length()?;
         assert!(offset < length, "the caller asks below the length only");
-        let to_end = |data| Extent { data, bytes: length - offset };
+        let to_end = |data| Extent {
+            data,
+            bytes: length - offset,
+        };
         let file = self.file.borrow();
         match seek(&**file, SeekFrom::Data(offset)) {
             Err(Os::NXIO) => return Ok(to_end(false)),
-            Ok(data) if data > offset => return Ok(Extent { data: false, bytes: data - offset }),
+            Ok(data) if data > offset => {
+                return Ok(Extent {
+                    data: false,
+                    bytes: data - offset,
+                });
+            }
             Ok(data) if data == offset => {}
             // Cannot tell, or the file shrank under us.
             Ok(_) | Err(_) => return Ok(to_end(true)),
         }
         match seek(&**file, SeekFrom::Hole(offset)) {
             Err(Os::NXIO) => Ok(to_end(false)),
-            Ok(hole) if hole > offset => Ok(Extent { data: true, bytes: hole - offset }),
+            Ok(hole) if hole > offset => Ok(Extent {
+                data: true,
+                bytes: hole - offset,
+            }),
             Ok(_) | Err(_) => Ok(to_end(true)),
         }
     }
 
     fn limits(&self) -> StorageLimits {
-        StorageLimits { request_alignment: self.medium.alignment, discard_alignment: 0, max_transfer: 0 }
+        StorageLimits {
+            request_alignment: self.medium.alignment,
+            discard_alignment: 0,
+            max_transfer: 0,
+        }
     }
 
     fn set_writable(&self, writable: bool) -> Result<(), Errno> {
@@ -365,14 +406,18 @@ impl Storage for RealStorage {
         bytes: u64,
     ) -> Fut<'a, Result<(), Errno>> {
         Box::pin(async move {
-            let source = source.as_any().downcast_ref::<RealStorage>().ok_or(Errno::ENOTSUP)?;
+            let source = source
+                .as_any()
+                .downcast_ref::<RealStorage>()
+                .ok_or(Errno::ENOTSUP)?;
             self.copy_bounds(source, bytes)?;
             // A half-done copy is no success: the caller falls back to writing the whole range.
             let mut done = 0;
             while done < bytes {
                 let step = (bytes - done).min(COPY_STEP);
                 let (from, to, input) = (source_offset + done, offset + done, source.file());
-                self.blocking(step, move |target| copy_range(&input, from, target, to, step)).await?;
+                self.blocking(step, move |target| copy_range(&input, from, target, to, step))
+                    .await?;
                 done += step;
             }
             Ok(())

@@ -11,41 +11,63 @@ use crate::error::{Errno, QmpError};
 
 /// Every way to do a request: (engine, inline). io_uring only where the kernel lets us.
 fn ways() -> Vec<(Engine, bool)> {
-    let ring = RealEnv::new(RealOptions { engine: Engine::IoUring, ..RealOptions::default() });
+    let ring = RealEnv::new(RealOptions {
+        engine: Engine::IoUring,
+        ..RealOptions::default()
+    });
     let mut ways = vec![(Engine::Threads, true), (Engine::Threads, false)];
     match ring {
         Ok(_) => ways.extend([(Engine::IoUring, true), (Engine::IoUring, false)]),
         Err(e) => {
             eprintln!("SKIPPED: io_uring is not permitted here ({e})");
-            assert_ne!(std::env::var("BLKCHECK_REQUIRE_ALL").as_deref(), Ok("1"), "io_uring is required");
+            assert_ne!(
+                std::env::var("BLKCHECK_REQUIRE_ALL").as_deref(),
+                Ok("1"),
+                "io_uring is required"
+            );
         }
     }
     ways
 }
 
 fn env(root: &Path, (engine, inline): (Engine, bool)) -> RealEnv {
-    let env = RealEnv::new(RealOptions { root: Some(root.to_owned()), engine, inline, job_parallelism: 4 });
+    let env = RealEnv::new(RealOptions {
+        root: Some(root.to_owned()),
+        engine,
+        inline,
+        job_parallelism: 4,
+    });
     let env = env.expect("an engine that was just tried");
     assert_eq!(env.engine(), engine);
     env
 }
 
 fn open_as(env: &RealEnv, filename: &str, writable: bool, direct: bool) -> Result<Rc<dyn Storage>, QmpError> {
-    env.open(&OpenStorage { filename, kind: StorageKind::File, writable, direct })
+    env.open(&OpenStorage {
+        filename,
+        kind: StorageKind::File,
+        writable,
+        direct,
+    })
 }
 
 /// Runs `check` once per way and per kind of file system (disk, memory).
 fn everywhere(check: impl Fn(&RealEnv, &Path)) {
     for base in [std::env::temp_dir().as_path(), Path::new("/dev/shm")] {
         for way in ways() {
-            let dir = tempfile::Builder::new().prefix("blkcheck-real-").tempdir_in(base).expect("a directory");
+            let dir = tempfile::Builder::new()
+                .prefix("blkcheck-real-")
+                .tempdir_in(base)
+                .expect("a directory");
             check(&env(dir.path(), way), dir.path());
         }
     }
 }
 
 fn pattern(bytes: usize, seed: u8) -> Vec<u8> {
-    (0..bytes).map(|i| u8::try_from(i % 251).expect("below 251") ^ seed).collect()
+    (0..bytes)
+        .map(|i| u8::try_from(i % 251).expect("below 251") ^ seed)
+        .collect()
 }
 
 #[test]
@@ -81,7 +103,9 @@ fn concurrent_requests_on_one_thread_all_finish() {
             let write = async move {
                 for round in 0..20u64 {
                     let data = pattern(4096, task);
-                    file.write((u64::from(task) * 20 + round) * 4096, &data).await.unwrap();
+                    file.write((u64::from(task) * 20 + round) * 4096, &data)
+                        .await
+                        .unwrap();
                 }
                 done.set(done.get() + 1);
             };
@@ -119,8 +143,15 @@ fn holes_zeroes_and_discards() {
             let before = fs::metadata(dir.join("a")).unwrap().blocks();
             assert_eq!(file.discard(1 << 20, 512 << 10).await, Ok(()));
             assert!(fs::metadata(dir.join("a")).unwrap().blocks() < before);
-            assert_eq!(file.write_zeroes((1 << 20) + (512 << 10), 100, true).await, Ok(()));
-            assert_eq!(file.write_zeroes((1 << 20) + (512 << 10) + 100, 4096, false).await, Ok(()));
+            assert_eq!(
+                file.write_zeroes((1 << 20) + (512 << 10), 100, true).await,
+                Ok(())
+            );
+            assert_eq!(
+                file.write_zeroes((1 << 20) + (512 << 10) + 100, 4096, false)
+                    .await,
+                Ok(())
+            );
             let mut buf = vec![1; 1 << 20];
             file.read(1 << 20, &mut buf).await.unwrap();
             let zeroes = (512 << 10) + 4196;
@@ -141,7 +172,10 @@ fn copies_between_files() {
     everywhere(|env, dir| {
         fs::write(dir.join("a"), pattern(9 << 20, 7)).unwrap();
         fs::write(dir.join("b"), pattern(100, 0)).unwrap();
-        let (a, b) = (open_as(env, "a", false, false).unwrap(), open_as(env, "b", true, false).unwrap());
+        let (a, b) = (
+            open_as(env, "a", false, false).unwrap(),
+            open_as(env, "b", true, false).unwrap(),
+        );
         env.block_on(async {
             assert_eq!(b.copy_from(&*a, 4096, 8192, 8 << 20).await, Ok(()));
             let mut buf = vec![0; 8 << 20];
@@ -180,13 +214,32 @@ fn refusals_are_worded_as_qemu_does() {
     fs::create_dir(dir.path().join("d")).unwrap();
     fs::write(dir.path().join("a"), [0; 512]).unwrap();
     let text = |filename: &str, kind, writable, direct| {
-        env.open(&OpenStorage { filename, kind, writable, direct }).unwrap_err().desc
+        env.open(&OpenStorage {
+            filename,
+            kind,
+            writable,
+            direct,
+        })
+        .unwrap_err()
+        .desc
     };
     let long = "x".repeat(300);
-    assert_eq!(text("none", StorageKind::File, true, false), "Could not open 'none': No such file or directory");
-    assert_eq!(text("a/b", StorageKind::File, true, false), "Could not open 'a/b': Not a directory");
-    assert_eq!(text("d", StorageKind::HostDevice, true, false), "Could not open 'd': Is a directory");
-    assert_eq!(text("d", StorageKind::File, false, false), "'file' driver requires 'd' to be a regular file");
+    assert_eq!(
+        text("none", StorageKind::File, true, false),
+        "Could not open 'none': No such file or directory"
+    );
+    assert_eq!(
+        text("a/b", StorageKind::File, true, false),
+        "Could not open 'a/b': Not a directory"
+    );
+    assert_eq!(
+        text("d", StorageKind::HostDevice, true, false),
+        "Could not open 'd': Is a directory"
+    );
+    assert_eq!(
+        text("d", StorageKind::File, false, false),
+        "'file' driver requires 'd' to be a regular file"
+    );
     assert_eq!(
         text("a", StorageKind::HostDevice, true, false),
         "'host_device' driver requires 'a' to be either a character or block device"
@@ -195,7 +248,10 @@ fn refusals_are_worded_as_qemu_does() {
         text("/proc/version", StorageKind::File, false, true),
         "Could not open '/proc/version': filesystem does not support O_DIRECT"
     );
-    assert_eq!(text(&long, StorageKind::File, true, false), format!("Could not open '{long}': File name too long"));
+    assert_eq!(
+        text(&long, StorageKind::File, true, false),
+        format!("Could not open '{long}': File name too long")
+    );
 }
 
 #[test]
@@ -207,7 +263,10 @@ fn direct_io_obeys_the_probed_alignment() {
             Err(e) => return eprintln!("SKIPPED: no O_DIRECT in {}: {e}", dir.display()),
         };
         let align = file.limits().request_alignment;
-        assert!(align.is_power_of_two() && (512..=4096).contains(&align), "{align}");
+        assert!(
+            align.is_power_of_two() && (512..=4096).contains(&align),
+            "{align}"
+        );
         let unit = usize::try_from(align).unwrap();
         env.block_on(async {
             let data = pattern(3 * unit, 9);
@@ -231,7 +290,12 @@ fn a_full_disk_is_enospc() {
     // /dev/full is the only full disk that needs no privileges; it is a character device.
     for way in ways() {
         let env = env(Path::new("/"), way);
-        let full = OpenStorage { filename: "dev/full", kind: StorageKind::HostDevice, writable: true, direct: false };
+        let full = OpenStorage {
+            filename: "dev/full",
+            kind: StorageKind::HostDevice,
+            writable: true,
+            direct: false,
+        };
         let full = env.open(&full).unwrap();
         env.block_on(async { assert_eq!(full.write(0, &[1; 4096]).await, Err(Errno::ENOSPC)) });
     }

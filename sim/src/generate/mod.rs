@@ -58,7 +58,12 @@ pub fn generate_from(rng: &mut Rng, profile: Profile, reach: Reach) -> Scenario 
         title: None,
         seed: None,
         grain: swarm.grain,
-        disk: Disk { alignment: swarm.alignment, job_parallelism: swarm.job_parallelism, unmap: swarm.unmap },
+        disk: Disk {
+            alignment: swarm.alignment,
+            job_parallelism: swarm.job_parallelism,
+            unmap: swarm.unmap,
+            ..Disk::default()
+        },
         images: chain.images,
         steps,
         choices: Vec::new(),

@@ -15,7 +15,7 @@
 //! twice or was written below its format (contents then have no meaning), durability.
 
 use blkcheck_model::layer::Format as LayerFormat;
-use blkcheck_model::register::{Effect, OpId, Registers, Value};
+use blkcheck_model::register::{Effect, OpId, Registers, Value, Violation as Unexplained};
 use blkcheck_model::{Driver, NodeId, World};
 
 use super::{FinalContent, OracleName, View, Violation, violation};
@@ -59,7 +59,6 @@ struct Disk {
     chain: Vec<usize>,
     /// Per grain: a guest wrote to a lower layer where this one had nothing.
     loose: Vec<bool>,
-    any_loose: bool,
     /// Per grain: surely decided by this image.
     own: Vec<bool>,
     log: Vec<Logged>,
@@ -96,8 +95,7 @@ pub(crate) struct Data {
     open: Vec<Option<Open>>,
     /// Exports that were there once: a request may be issued while one goes.
     exports: Vec<(String, usize)>,
-    values: Vec<Value>,
-    skip: Vec<usize>,
+    values: Vec<Option<Value>>,
     buffer: Vec<u8>,
 }
 
@@ -188,7 +186,6 @@ impl Data {
 
     /// The graph of the model changed: disks appear, chains get shorter.
     pub(crate) fn sync(&mut self, scenario: &Scenario, world: &World) {
-        // Lower nodes are older, so a disk is there before its overlays.
         for (id, node) in world.graph.nodes() {
             if !matches!(node.driver, Driver::Qcow2 | Driver::File | Driver::HostDevice) {
                 continue;
@@ -201,6 +198,11 @@ impl Data {
                 });
             match (&mut self.disks[disk], chain) {
                 (None, Some(chain)) => {
+                    // Lower layers first: an overlay shows them. A layer opened inline is younger than its overlay.
+                    for at in (0..chain.len()).rev().filter(|at| self.disks[chain[*at]].is_none()).collect::<Vec<_>>() {
+                        let opened = self.opened(scenario, chain[at], chain[at + 1..].to_vec());
+                        self.disks[chain[at]] = Some(opened);
+                    }
                     let opened = self.opened(scenario, disk, chain);
                     self.disks[disk] = Some(opened);
                 }
@@ -267,9 +269,8 @@ impl Data {
             };
             initial.push(value);
         }
-        let any_loose = loose.contains(&true);
         let registers = Registers::new(initial.iter().copied());
-        Disk { length, registers, initial, cuts, chain, loose, any_loose, own, log: Vec::new(), unknown }
+        Disk { length, registers, initial, cuts, chain, loose, own, log: Vec::new(), unknown }
     }
 
     /// A guest request is issued.
@@ -344,7 +345,6 @@ impl Data {
             for g in first..last.min(d.own.len()) {
                 if !d.own[g] {
                     d.loose[g] = true;
-                    d.any_loose = true;
                 }
             }
         }
@@ -367,23 +367,19 @@ impl Data {
             return Ok(());
         }
         self.values.clear();
-        self.skip.clear();
         let (mut wrong, offset) = (None, open.first as u64 * grain);
         match outcome {
             Outcome::Read(Ok(bytes)) => {
                 let disk = &*disk;
-                wrong = collect(bytes, offset, disk, grain, (&mut self.values, &mut self.skip), &open, view);
+                wrong = collect(bytes, offset, disk, grain, &mut self.values, &open, view);
             }
-            Outcome::Status(Ok(runs)) => zeroes(runs, &open, grain, (&mut self.values, &mut self.skip)),
+            Outcome::Status(Ok(runs)) => zeroes(runs, &open, grain, &mut self.values),
             _ => {}
         }
         // A failed read says nothing; nor does a grain that was not returned.
-        for g in open.first + self.values.len()..open.last {
-            self.values.push(0);
-            self.skip.push(g);
-        }
+        self.values.resize(open.last - open.first, None);
         let is_status = matches!(outcome, Outcome::Status(_));
-        let verdict = self.judge(view.scenario, open, view.now);
+        let verdict = self.judge(open, view.now);
         let (verdict, saw) = match (wrong, verdict) {
             (Some((g, content)), _) => (Some(g), Err(content)),
             (None, Err(v)) => (Some(v.grain), Ok(v)),
@@ -404,56 +400,30 @@ impl Data {
         Err(violation(oracle, Some(step), message, history(view.scenario, disk, g)))
     }
 
-    /// Puts the collected values to the registers; grains to skip, and loose ones with a value of a lower layer, take
-    /// whatever explains them.
-    fn judge(
-        &mut self,
-        scenario: &Scenario,
-        open: Open,
-        now: u64,
-    ) -> Result<(), blkcheck_model::register::Violation> {
-        let Data { disks, values, skip, .. } = self;
+    /// Puts the collected values to the registers. On a loose grain a value of a lower layer passes as well, as long as
+    /// the initial content would.
+    fn judge(&mut self, open: Open, now: u64) -> Result<(), Unexplained> {
+        let Data { disks, values, .. } = self;
         let (before, rest) = disks.split_at_mut(open.disk);
         let (disk, after) = rest.split_first_mut().expect("in range");
-        let disk = disk.as_mut().expect("open requests have a disk");
-        let flexible = !skip.is_empty() || disk.any_loose && disk.loose[open.first..open.last].contains(&true);
-        if !flexible {
-            return disk.registers.end_read(open.op, values);
-        }
+        let Disk { registers, initial, loose, chain, .. } = disk.as_mut().expect("open requests have a disk");
         let lower = |g: usize, value: Value| {
-            disk.loose[g]
-                && disk.chain.iter().any(|c| {
-                    let d = if *c < open.disk { &before[*c] } else { &after[*c - open.disk - 1] };
-                    d.as_ref().is_some_and(|d| {
-                        d.initial.get(g) == Some(&value)
-                            || d.log.iter().any(|l| l.covers(g) && l.value == value && l.start <= now)
-                    })
-                }
-                    || is_streamed_away(scenario, value)
-                )
+            let holds = |c: &usize| {
+                let d = if *c < open.disk { &before[*c] } else { &after[*c - open.disk - 1] };
+                d.as_ref().is_some_and(|d| {
+                    d.initial.get(g) == Some(&value)
+                        || d.log.iter().any(|l| l.covers(g) && l.value == value && l.start <= now)
+                })
+            };
+            is_streamed_away(value) || chain.iter().any(holds)
         };
-        loop {
-            let mut trial = disk.registers.clone();
-            match trial.end_read(open.op, values) {
-                Ok(()) => {
-                    disk.registers = trial;
-                    return Ok(());
-                }
-                Err(v) => {
-                    let g = v.grain;
-                    let i = g - open.first;
-                    let initially = v.allowed.contains(&disk.initial[g]);
-                    let free = skip.contains(&g) || initially && lower(g, values[i]);
-                    let pick = if initially { Some(disk.initial[g]) } else { v.allowed.first().copied() };
-                    match pick {
-                        Some(pick) if free && pick != values[i] => values[i] = pick,
-                        // Too many possibilities: the model accepts everything here.
-                        None if free => return Ok(()),
-                        _ => return Err(v),
-                    }
-                }
+        let mut first = None;
+        registers.observe(open.op, values.iter().copied(), |v| {
+            if !(loose[v.grain] && v.allowed.contains(&initial[v.grain]) && lower(v.grain, v.saw)) {
+                first.get_or_insert(v);
             }
-        }
+        });
+        first.map_or(Ok(()), Err)
     }
 
     /// All of a node or a closed image was read, with nothing under way.
@@ -471,13 +441,9 @@ impl Data {
         let op = d.registers.begin(Effect::Read, first..last);
         let open = Open { disk, op, logged: None, first, last, start: view.now };
         self.values.clear();
-        self.skip.clear();
-        let wrong = collect(content.bytes, 0, d, grain, (&mut self.values, &mut self.skip), &open, view);
-        for g in self.values.len()..last {
-            self.values.push(0);
-            self.skip.push(g);
-        }
-        let verdict = self.judge(view.scenario, open, view.now);
+        let wrong = collect(content.bytes, 0, d, grain, &mut self.values, &open, view);
+        self.values.resize(last, None);
+        let verdict = self.judge(open, view.now);
         let d = self.disks[disk].as_ref().expect("judged");
         let (g, what) = match (wrong, verdict) {
             (Some((g, content)), _) => (g, format!("holds {}", content_text(view.scenario, content))),
@@ -523,7 +489,7 @@ impl Data {
 
 /// A stamp of an image or step that a chain may have lost by a stream: its disk is not below any more, but its content
 /// may have been copied. Which of its values cannot be told, so every guest stamp passes on a loose grain.
-fn is_streamed_away(_scenario: &Scenario, value: Value) -> bool {
+fn is_streamed_away(value: Value) -> bool {
     value >> 40 == 2
 }
 
@@ -565,7 +531,7 @@ fn collect(
     offset: u64,
     disk: &Disk,
     grain: u64,
-    (values, skip): (&mut Vec<Value>, &mut Vec<usize>),
+    values: &mut Vec<Option<Value>>,
     open: &Open,
     view: &View<'_>,
 ) -> Option<(usize, Content)> {
@@ -574,18 +540,14 @@ fn collect(
         let g = open.first + i;
         let at = offset + i as u64 * grain;
         let value = match seen(piece, at, &disk.cuts, grain) {
-            Seen::Value(value) => value,
+            Seen::Value(value) => Some(value),
             Seen::Wrong(content) => {
                 if wrong.is_none() && !(content == Content::Torn && torn_between_writes(disk, piece, at, g, view.now)) {
                     wrong = Some((g, content));
                 }
-                skip.push(g);
-                0
+                None
             }
-            Seen::Skip => {
-                skip.push(g);
-                0
-            }
+            Seen::Skip => None,
         };
         values.push(value);
     }
@@ -635,18 +597,15 @@ fn torn_between_writes(disk: &Disk, piece: &[u8], at: u64, grain: usize, now: u6
     }) && disk.log.iter().any(|l| l.covers(grain))
 }
 
-/// A block-status answer as values: 0 where it says ZERO, skipped elsewhere.
-fn zeroes(runs: &[StatusRun], open: &Open, grain: u64, (values, skip): (&mut Vec<Value>, &mut Vec<usize>)) {
+/// A block-status answer as values: 0 where it says ZERO, nothing elsewhere.
+fn zeroes(runs: &[StatusRun], open: &Open, grain: u64, values: &mut Vec<Option<Value>>) {
     const ZERO: u8 = 2;
-    let mut at = open.first as u64 * grain;
-    for g in open.first..open.last {
-        values.push(0);
-        skip.push(g);
-    }
+    values.resize(open.last - open.first, None);
+    let mut at = 0;
     for run in runs {
         if run.flags & ZERO != 0 {
-            let (from, to) = (index(at / grain), index((at + run.bytes).div_ceil(grain)));
-            skip.retain(|g| !(from..to).contains(g));
+            let to = index((at + run.bytes).div_ceil(grain)).min(values.len());
+            values[index(at / grain).min(to)..to].fill(Some(0));
         }
         at += run.bytes;
     }
@@ -668,7 +627,7 @@ fn texts(scenario: &Scenario, values: &[Value]) -> String {
     texts.join(" or ")
 }
 
-fn explain(scenario: &Scenario, disk: &Disk, v: &blkcheck_model::register::Violation, start: u64) -> String {
+fn explain(scenario: &Scenario, disk: &Disk, v: &Unexplained, start: u64) -> String {
     let saw = value_text(scenario, v.saw);
     let writer = disk.log.iter().find(|l| l.covers(v.grain) && l.value == v.saw && l.value != 0);
     let since = disk.log.iter().rev().find(|l| {

@@ -4,6 +4,7 @@
 
 use blkcheck_impl::event::Event;
 use blkcheck_impl::graph::inspect::GraphView;
+use blkcheck_impl::jobs::JobStatus;
 
 use super::bottom::Bottom;
 use super::data::{Data, guest};
@@ -22,10 +23,11 @@ pub struct Modelled {
     comparison: Comparison,
     data: Data,
     bottom: Bottom,
-    /// The graph changed since it was last compared.
+    /// Something may have changed since the layer's books were last looked at.
     changed: bool,
-    /// The layer's books when the command under way began.
-    before: Option<GraphView>,
+    /// The layer's books when everything was settled last. Records come in batches, after the fact, so that books can
+    /// be looked at only where a batch ends: with a command's answer, and at the end of a main-context operation.
+    books: Option<GraphView>,
 }
 
 impl Modelled {
@@ -40,15 +42,17 @@ impl Modelled {
         if std::mem::take(&mut self.changed)
             && let Some(layer) = view.layer
         {
-            self.comparison.books(&self.follower.world, &layer.inspect())?;
+            let books = layer.inspect();
+            self.comparison.books(&self.follower.world, &books)?;
+            self.books = Some(books);
         }
         Ok(())
     }
 
     /// A refused command left everything as it was.
     fn refused(&mut self, view: &View<'_>, step: crate::history::StepId) -> Result<(), Violation> {
-        let (Some(before), Some(layer)) = (self.before.take(), view.layer) else { return Ok(()) };
-        let Some(difference) = refusals::difference(&before, &layer.inspect()) else { return Ok(()) };
+        let (Some(before), Some(layer), false) = (&self.books, view.layer, self.changed) else { return Ok(()) };
+        let Some(difference) = refusals::difference(before, &layer.inspect()) else { return Ok(()) };
         let message = format!("{} is refused, yet changes something", super::liveness::step_text(view.scenario, step));
         Err(violation(OracleName::Refusals, Some(step), message, vec![difference]))
     }
@@ -65,30 +69,24 @@ impl Oracle for Modelled {
         self.data.reset(scenario);
         self.bottom.reset(scenario);
         self.changed = false;
-        self.before = None;
+        self.books = None;
     }
 
     fn record(&mut self, view: &View<'_>, record: &Record) -> Result<(), Violation> {
         let graph_event = match record {
-            Record::Layer(event) => {
-                self.changed |= matches!(
-                    event,
-                    Event::NodeAdded { .. } | Event::NodeRemoved { .. } | Event::EdgeSet { .. } | Event::EdgePerms { .. }
-                );
-                graph::follow(&mut self.mirror, event)
-            }
+            Record::Layer(event) => graph::follow(&mut self.mirror, event),
             Record::Issued(_) | Record::Ended(..) => Ok(()),
         };
         graph_event?;
         let followed = self.follower.record(view.scenario, record);
+        // Edges of a concluded job go with it; those of one that never started are gone when its command is refused.
+        self.changed |= matches!(record, Record::Layer(Event::JobStatus { from: JobStatus::Concluded, .. }));
         if let Some(wrong) = followed.wrong {
             return Err(violation(OracleName::Jobs, None, wrong, Vec::new()));
         }
-        if followed.executed.is_some() {
-            // Only a command that will be refused is looked at twice.
-            let refused = matches!(self.follower.prediction(), Some(Err(_)));
+        if followed.executed.is_some() && followed.changed {
+            self.changed = true;
             self.bottom.executed(view.scenario, &self.follower.world);
-            self.before = view.layer.filter(|_| refused).map(blkcheck_impl::Layer::inspect);
         }
         if followed.changed && (followed.executed.is_some() || followed.completed.is_some() || followed.settled) {
             self.data.sync(view.scenario, &self.follower.world);
@@ -104,7 +102,7 @@ impl Oracle for Modelled {
             }
             Record::Ended(step, Outcome::Command(got)) if followed.answered.is_some() => {
                 refusals::judge(view.scenario, *step, self.follower.prediction(), got)?;
-                if got.is_err() {
+                if got.is_err() && followed.settled {
                     self.refused(view, *step)?;
                 }
             }
@@ -116,6 +114,7 @@ impl Oracle for Modelled {
                 if let (Some(outcome), Event::Qmp { data, .. }) = (followed.completed, event)
                     && let Some(id) = data.get("device").and_then(serde_json::Value::as_str)
                 {
+                    self.changed = true;
                     self.bottom.completed(id, outcome);
                 }
                 self.bottom.event(view.scenario, &self.follower.world, &self.mirror, event)?;

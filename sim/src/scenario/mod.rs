@@ -77,6 +77,9 @@ pub struct Disk {
     /// Zero writes and discards are supported cheaply.
     #[serde(default = "yes")]
     pub unmap: bool,
+    /// The images are block devices. Set by the target that runs the scenario, never by a file.
+    #[serde(skip)]
+    pub devices: bool,
 }
 
 fn one() -> u32 {
@@ -88,7 +91,7 @@ fn yes() -> bool {
 
 impl Default for Disk {
     fn default() -> Disk {
-        Disk { alignment: 1, job_parallelism: 1, unmap: true }
+        Disk { alignment: 1, job_parallelism: 1, unmap: true, devices: false }
     }
 }
 

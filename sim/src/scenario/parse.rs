@@ -291,11 +291,11 @@ mod tests {
             (r#""grain": 64,"#, r#""grain": 64"#, "x.json:4:3: not JSON: expected `,` or `}`"),
             (r#""offset": 0"#, r#""offset": 3"#, "x.json:5:73: images[0].fill[0].offset: "),
             (r#""qcow2""#, r#""vmdk""#, "x.json:5:5: images[0]: unknown variant `vmdk`, expected `raw` or `qcow2`"),
-            (r#""offset": 64"#, r#""offset": 65"#, "x.json:9:68: steps[1].do.write.offset: "),
+            (r#""offset": 64"#, r#""offset": 65"#, "x.json:9:69: steps[1].do.write.offset: "),
             (r#""flush""#, r#""flash""#, "x.json:10:48: steps[2].do: unknown variant `flash`"),
             (r#""do": "flush""#, r#""dont": "flush""#, "x.json:10:5: steps[2]: \"dont\" means nothing"),
             (r#""settle": {}"#, r#""settel": {}"#, "x.json:11:5: steps[3]: expected exactly one of \"execute\""),
-            (r#""concluded""#, r#""conclude""#, "x.json:12:58: steps[4].wait-job.status: "),
+            (r#""concluded""#, r#""conclude""#, "x.json:12:60: steps[4].wait-job.status: "),
             (r#""steps": ["#, r#""stops": ["#, "x.json:1:1: \"steps\" is missing"),
         ];
         for (from, to, expected) in cases {
