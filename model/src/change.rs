@@ -240,6 +240,10 @@ impl Graph {
     /// The name by which opening gives this very node with all that is below it, if there is one.
     #[must_use]
     pub fn full_name(&self, id: NodeId) -> Option<Rc<str>> {
+        // A job's own filter goes by the name of what it filters.
+        if let (true, Some(below)) = (self.node(id).implicit, self.filter_child(id)) {
+            return self.full_name(below);
+        }
         self.filename(id).filter(|_| !self.backing_overridden(id))
     }
 }

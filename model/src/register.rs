@@ -101,7 +101,8 @@ impl Registers {
         assert!(grains.end <= self.registers.len(), "the request lies on the disk");
         let id = OpId(self.next);
         self.next += 1;
-        for other in &self.open {
+        // Reads do not disturb each other: a grain with nothing but reads is still just a value.
+        for other in self.open.iter().filter(|other| (other.effect, effect) != (Effect::Read, Effect::Read)) {
             let both = other.grains.start.max(grains.start)..other.grains.end.min(grains.end);
             for register in self.registers.get_mut(both).unwrap_or_default() {
                 register.busy().begin(other.id, other.effect);

@@ -23,12 +23,16 @@ fn seeds(bencher: divan::Bencher<'_, '_>, oracles: &mut [Box<dyn Oracle>]) {
     let mut seed = 0;
     let mut one = move |oracles: &mut [Box<dyn Oracle>]| {
         seed += 1;
-        let result = runner.run(&scenario, &mut Random::new(seed), &mut target, oracles).expect("usable");
+        let result = runner
+            .run(&scenario, &mut Random::new(seed), &mut target, oracles)
+            .expect("usable");
         assert_eq!(result.violation, None, "seed {seed}");
         result.steps
     };
     let steps = one(oracles);
-    bencher.counter(ItemsCount::new(steps)).bench_local(|| one(oracles));
+    bencher
+        .counter(ItemsCount::new(steps))
+        .bench_local(|| one(oracles));
 }
 
 #[divan::bench(sample_count = 50, sample_size = 20)]
@@ -46,11 +50,13 @@ fn with_every_oracle(bencher: divan::Bencher<'_, '_>) {
 fn images(bencher: divan::Bencher<'_, '_>) {
     let scenario = scenario();
     let mut out = Vec::new();
-    bencher.counter(ItemsCount::new(scenario.images.len())).bench_local(|| {
-        for (index, image) in (0..).zip(&scenario.images) {
-            out.clear();
-            blkcheck_sim::image::build::build(image, index, scenario.grain, &mut out);
-        }
-        out.len()
-    });
+    bencher
+        .counter(ItemsCount::new(scenario.images.len()))
+        .bench_local(|| {
+            for (index, image) in (0..).zip(&scenario.images) {
+                out.clear();
+                blkcheck_sim::image::build::build(image, index, scenario.grain, &mut out);
+            }
+            out.len()
+        });
 }

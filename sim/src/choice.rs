@@ -79,7 +79,10 @@ impl Random {
     /// The choices of a seed.
     #[must_use]
     pub fn new(seed: u64) -> Random {
-        Random { schedule: Rng::stream(seed, Stream::Schedule), faults: Rng::stream(seed, Stream::Faults) }
+        Random {
+            schedule: Rng::stream(seed, Stream::Schedule),
+            faults: Rng::stream(seed, Stream::Faults),
+        }
     }
 }
 
@@ -110,7 +113,9 @@ impl<'a> Recorded<'a> {
 
 impl Chooser for Recorded<'_> {
     fn choose(&mut self, _kind: ChoiceKind, n: u32) -> u32 {
-        let Some((&first, rest)) = self.choices.split_first() else { return 0 };
+        let Some((&first, rest)) = self.choices.split_first() else {
+            return 0;
+        };
         self.choices = rest;
         first % n
     }
@@ -130,7 +135,9 @@ impl<'a> Bytes<'a> {
     }
 
     fn next(&mut self) -> u32 {
-        let Some((&first, rest)) = self.bytes.split_first() else { return 0 };
+        let Some((&first, rest)) = self.bytes.split_first() else {
+            return 0;
+        };
         self.bytes = rest;
         u32::from(first)
     }
@@ -227,9 +234,16 @@ impl Chooser for Pct {
 
     fn choose_among(&mut self, _kind: ChoiceKind, keys: &[Key]) -> u32 {
         let mut chosen = self.highest(keys);
-        while self.change_points.get(self.next_change).is_some_and(|&point| point <= self.step) {
+        while self
+            .change_points
+            .get(self.next_change)
+            .is_some_and(|&point| point <= self.step)
+        {
             let fallen = self.change_points.len() - self.next_change;
-            let at = self.priorities.binary_search_by_key(&keys[chosen], |&(k, _)| k).expect("has a priority");
+            let at = self
+                .priorities
+                .binary_search_by_key(&keys[chosen], |&(k, _)| k)
+                .expect("has a priority");
             self.priorities[at].1 = fallen as u64;
             self.next_change += 1;
             chosen = self.highest(keys);
@@ -304,7 +318,10 @@ mod tests {
         let mut faulty = Random::new(11);
         for _ in 0..50 {
             faulty.choose(ChoiceKind::Fault, 4);
-            assert_eq!(plain.choose(ChoiceKind::Next, 6), faulty.choose(ChoiceKind::Next, 6));
+            assert_eq!(
+                plain.choose(ChoiceKind::Next, 6),
+                faulty.choose(ChoiceKind::Next, 6)
+            );
         }
     }
 
@@ -319,11 +336,16 @@ mod tests {
             assert!((0..50).all(|_| one.choose_among(ChoiceKind::Next, &keys) == first));
             let mut two = Pct::new(2, seed);
             two.begin(50);
-            let run: Vec<u32> = (0..60).map(|_| two.choose_among(ChoiceKind::Next, &keys)).collect();
+            let run: Vec<u32> = (0..60)
+                .map(|_| two.choose_among(ChoiceKind::Next, &keys))
+                .collect();
             let switches = run.windows(2).filter(|w| w[0] != w[1]).count();
             assert!(switches <= 1, "{run:?}");
             switched += switches;
         }
-        assert!(switched > 150, "a change point at step 0 is the only reason for none: {switched}");
+        assert!(
+            switched > 150,
+            "a change point at step 0 is the only reason for none: {switched}"
+        );
     }
 }

@@ -37,7 +37,10 @@ pub struct DiskOptions {
 
 impl Default for DiskOptions {
     fn default() -> DiskOptions {
-        DiskOptions { alignment: 1, unmap: true }
+        DiskOptions {
+            alignment: 1,
+            unmap: true,
+        }
     }
 }
 
@@ -99,7 +102,7 @@ struct File {
 
 impl File {
     fn sectors(&self) -> usize {
-        self.data.len().div_ceil(SECTOR as usize)
+        to_usize((self.data.len() as u64).div_ceil(SECTOR))
     }
 
     fn set_length(&mut self, length: usize) {
@@ -107,7 +110,7 @@ impl File {
         let words = self.sectors().div_ceil(64);
         // Bits past the end are clear, so that growing makes a hole.
         self.allocated.resize(words, 0);
-        if self.sectors() % 64 != 0 {
+        if !self.sectors().is_multiple_of(64) {
             let keep = (1 << (self.sectors() % 64)) - 1;
             *self.allocated.last_mut().expect("one word at least") &= keep;
         }
@@ -144,7 +147,11 @@ impl File {
         }
         self.data[to_usize(offset)..to_usize(end)].fill(0);
         if unmap {
-            let last = if end == self.data.len() as u64 { end.div_ceil(SECTOR) } else { end / SECTOR };
+            let last = if end == self.data.len() as u64 {
+                end.div_ceil(SECTOR)
+            } else {
+                end / SECTOR
+            };
             self.mark(offset.div_ceil(SECTOR), last, false);
         } else {
             self.mark(offset / SECTOR, end.div_ceil(SECTOR), true);
@@ -168,7 +175,10 @@ impl File {
             sector = (sector / 64 + 1) * 64;
         }
         let end = (sector.min(sectors) * SECTOR).min(self.data.len() as u64);
-        Extent { data, bytes: end - offset }
+        Extent {
+            data,
+            bytes: end - offset,
+        }
     }
 }
 
@@ -224,7 +234,11 @@ impl Disk {
     /// Forgets files and requests, keeps their memory.
     pub fn reset(&self, options: DiskOptions) {
         let inner = &mut *self.inner.borrow_mut();
-        assert!(options.alignment.is_power_of_two(), "alignment {}", options.alignment);
+        assert!(
+            options.alignment.is_power_of_two(),
+            "alignment {}",
+            options.alignment
+        );
         inner.options = options;
         for file in &mut inner.files {
             file.exists = false;
@@ -307,7 +321,9 @@ impl Disk {
     pub(crate) fn closed(&self, file: FileId, writable: bool) {
         let mut inner = self.inner.borrow_mut();
         // A reset forgets handles that are dropped after it.
-        let Some(entry) = inner.files.get_mut(file.0 as usize) else { return };
+        let Some(entry) = inner.files.get_mut(file.0 as usize) else {
+            return;
+        };
         entry.open = entry.open.saturating_sub(1);
         drop(inner);
         if writable {
@@ -318,7 +334,11 @@ impl Disk {
     pub(crate) fn writer(&self, file: FileId, more: bool) {
         let mut inner = self.inner.borrow_mut();
         let file = inner.file(file);
-        file.writers = if more { file.writers + 1 } else { file.writers.saturating_sub(1) };
+        file.writers = if more {
+            file.writers + 1
+        } else {
+            file.writers.saturating_sub(1)
+        };
         file.contested |= file.writers > 1;
     }
 
@@ -371,7 +391,11 @@ impl Disk {
         let describe = |&slot: &u32| {
             let request = &inner.requests[slot as usize];
             let file = inner.files[request.file.0 as usize].name.clone();
-            PendingRequest { number: request.number, file, op: request.op }
+            PendingRequest {
+                number: request.number,
+                file,
+                op: request.op,
+            }
         };
         inner.pending.iter().map(describe).collect()
     }
@@ -387,19 +411,43 @@ impl Disk {
 
     /// A read.
     pub(crate) fn read<'a>(&self, file: FileId, offset: u64, buf: &'a mut [u8]) -> DiskIo<'a> {
-        let op = Op::Read { offset, bytes: buf.len() as u64 };
-        DiskIo { disk: self.clone(), file, op, data: Data::Into(buf), slot: None }
+        let op = Op::Read {
+            offset,
+            bytes: buf.len() as u64,
+        };
+        DiskIo {
+            disk: self.clone(),
+            file,
+            op,
+            data: Data::Into(buf),
+            slot: None,
+        }
     }
 
     /// A write.
     pub(crate) fn write<'a>(&self, file: FileId, offset: u64, buf: &'a [u8]) -> DiskIo<'a> {
-        let op = Op::Write { offset, bytes: buf.len() as u64 };
-        DiskIo { disk: self.clone(), file, op, data: Data::From(buf), slot: None }
+        let op = Op::Write {
+            offset,
+            bytes: buf.len() as u64,
+        };
+        DiskIo {
+            disk: self.clone(),
+            file,
+            op,
+            data: Data::From(buf),
+            slot: None,
+        }
     }
 
     /// Any other request.
     pub(crate) fn request(&self, file: FileId, op: Op) -> DiskIo<'static> {
-        DiskIo { disk: self.clone(), file, op, data: Data::None, slot: None }
+        DiskIo {
+            disk: self.clone(),
+            file,
+            op,
+            data: Data::None,
+            slot: None,
+        }
     }
 }
 
@@ -423,7 +471,13 @@ impl Inner {
                 (offset, bytes)
             }
             Op::Flush => return Ok(()),
-            Op::Truncate { length } => return if length > MAX_FILE { Err(Errno::EFBIG) } else { Ok(()) },
+            Op::Truncate { length } => {
+                return if length > MAX_FILE {
+                    Err(Errno::EFBIG)
+                } else {
+                    Ok(())
+                };
+            }
         };
         let alignment = self.options.alignment;
         // Deallocation passes no data, so it needs no alignment (the generic layer hands odd pieces down).
@@ -442,7 +496,13 @@ impl Inner {
     fn submit(&mut self, file: FileId, op: Op, data: &[u8], waker: Waker) -> u32 {
         let slot = self.free.pop().unwrap_or_else(|| {
             let (buffer, progress) = (Vec::new(), Progress::Free);
-            self.requests.push(Request { file, op, buffer, progress, number: 0 });
+            self.requests.push(Request {
+                file,
+                op,
+                buffer,
+                progress,
+                number: 0,
+            });
             u32::try_from(self.requests.len() - 1).expect("few requests")
         });
         let request = &mut self.requests[slot as usize];
@@ -464,12 +524,18 @@ impl Inner {
             Op::Read { offset, bytes } => {
                 let start = offset.min(file.data.len() as u64);
                 let end = (start + bytes).min(file.data.len() as u64);
-                request.buffer.extend_from_slice(&file.data[to_usize(start)..to_usize(end)]);
+                request
+                    .buffer
+                    .extend_from_slice(&file.data[to_usize(start)..to_usize(end)]);
                 done = end - start;
             }
             Op::Write { offset, .. } => file.write(offset, &request.buffer),
             Op::Flush => {}
-            Op::WriteZeroes { offset, bytes, may_unmap } => file.zero(offset, bytes, true, may_unmap),
+            Op::WriteZeroes {
+                offset,
+                bytes,
+                may_unmap,
+            } => file.zero(offset, bytes, true, may_unmap),
             Op::Discard { offset, bytes } => file.zero(offset, bytes, false, true),
             Op::Truncate { length } => file.set_length(to_usize(length)),
         }
@@ -516,7 +582,11 @@ impl Future for DiskIo<'_> {
             if let Err(errno) = inner.check(this.op) {
                 return Poll::Ready(Err(errno));
             }
-            let data: &[u8] = if let Data::From(data) = this.data { data } else { &[] };
+            let data: &[u8] = if let Data::From(data) = this.data {
+                data
+            } else {
+                &[]
+            };
             this.slot = Some(inner.submit(this.file, this.op, data, cx.waker().clone()));
             return Poll::Pending;
         };

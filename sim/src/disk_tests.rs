@@ -69,28 +69,81 @@ fn reads_are_short_at_the_end_and_writes_grow() {
 #[test]
 fn holes_come_and_go() {
     let (disk, file) = disk_with("a", 512 * 200);
-    assert_eq!(disk.extent(file, 100), Ok(Extent { data: true, bytes: 512 * 200 - 100 }));
-    let mut io = Box::pin(disk.request(file, Op::Discard { offset: 512 * 3 + 1, bytes: 512 * 140 }));
+    assert_eq!(
+        disk.extent(file, 100),
+        Ok(Extent {
+            data: true,
+            bytes: 512 * 200 - 100
+        })
+    );
+    let mut io = Box::pin(disk.request(
+        file,
+        Op::Discard {
+            offset: 512 * 3 + 1,
+            bytes: 512 * 140,
+        },
+    ));
     assert!(poll(&mut io).is_pending());
     disk.complete(0);
-    assert_eq!(disk.extent(file, 0), Ok(Extent { data: true, bytes: 512 * 4 }));
-    assert_eq!(disk.extent(file, 512 * 4), Ok(Extent { data: false, bytes: 512 * 139 }));
-    disk.with_bytes(file, |bytes| assert_eq!((bytes[512 * 3], bytes[512 * 3 + 1]), (7, 0)));
+    assert_eq!(
+        disk.extent(file, 0),
+        Ok(Extent {
+            data: true,
+            bytes: 512 * 4
+        })
+    );
+    assert_eq!(
+        disk.extent(file, 512 * 4),
+        Ok(Extent {
+            data: false,
+            bytes: 512 * 139
+        })
+    );
+    disk.with_bytes(file, |bytes| {
+        assert_eq!((bytes[512 * 3], bytes[512 * 3 + 1]), (7, 0));
+    });
     disk.patch(file, 512 * 70 + 5, &[1]);
-    assert_eq!(disk.extent(file, 512 * 4), Ok(Extent { data: false, bytes: 512 * 66 }));
-    assert_eq!(disk.extent(file, 512 * 70), Ok(Extent { data: true, bytes: 512 }));
+    assert_eq!(
+        disk.extent(file, 512 * 4),
+        Ok(Extent {
+            data: false,
+            bytes: 512 * 66
+        })
+    );
+    assert_eq!(
+        disk.extent(file, 512 * 70),
+        Ok(Extent {
+            data: true,
+            bytes: 512
+        })
+    );
     let mut io = Box::pin(disk.request(file, Op::Truncate { length: 512 * 300 }));
     assert!(poll(&mut io).is_pending());
     disk.complete(0);
-    assert_eq!(disk.extent(file, 512 * 200), Ok(Extent { data: false, bytes: 512 * 100 }));
+    assert_eq!(
+        disk.extent(file, 512 * 200),
+        Ok(Extent {
+            data: false,
+            bytes: 512 * 100
+        })
+    );
     assert_eq!(disk.extent(file, 512 * 300), Err(Errno::ENXIO));
 }
 
 #[test]
 fn what_the_disk_cannot_do_it_says_at_once() {
     let (disk, file) = disk_with("a", 512);
-    disk.inner.borrow_mut().options = DiskOptions { alignment: 512, unmap: false };
-    let mut io = Box::pin(disk.request(file, Op::Discard { offset: 0, bytes: 512 }));
+    disk.inner.borrow_mut().options = DiskOptions {
+        alignment: 512,
+        unmap: false,
+    };
+    let mut io = Box::pin(disk.request(
+        file,
+        Op::Discard {
+            offset: 0,
+            bytes: 512,
+        },
+    ));
     assert_eq!(poll(&mut io), Poll::Ready(Err(Errno::ENOTSUP)));
     let mut io = Box::pin(disk.request(file, Op::Truncate { length: MAX_FILE + 1 }));
     assert_eq!(poll(&mut io), Poll::Ready(Err(Errno::EFBIG)));

@@ -26,7 +26,10 @@ impl Env for SimEnv {
     fn open(&self, open: &OpenStorage<'_>) -> Result<Rc<dyn Storage>, QmpError> {
         let name = open.filename;
         let Some(file) = self.disk.find(name) else {
-            return Err(QmpError::errno(&format!("Could not open '{name}'"), Errno::ENOENT));
+            return Err(QmpError::errno(
+                &format!("Could not open '{name}'"),
+                Errno::ENOENT,
+            ));
         };
         if open.kind == StorageKind::HostDevice && !name.starts_with("/dev/") {
             return Err(QmpError::generic(format!(
@@ -34,7 +37,11 @@ impl Env for SimEnv {
             )));
         }
         self.disk.opened(file, open.writable);
-        Ok(Rc::new(SimFile { disk: self.disk.clone(), file, writable: Cell::new(open.writable) }))
+        Ok(Rc::new(SimFile {
+            disk: self.disk.clone(),
+            file,
+            writable: Cell::new(open.writable),
+        }))
     }
 
     fn now(&self) -> Nanos {
@@ -81,7 +88,10 @@ impl Drop for SimFile {
 impl Storage for SimFile {
     fn read<'a>(&'a self, offset: u64, buf: &'a mut [u8]) -> Fut<'a, Result<usize, Errno>> {
         let io = self.disk.read(self.file, offset, buf);
-        Box::pin(async move { io.await.map(|n| usize::try_from(n).expect("at most the buffer's length")) })
+        Box::pin(async move {
+            io.await
+                .map(|n| usize::try_from(n).expect("at most the buffer's length"))
+        })
     }
 
     fn write<'a>(&'a self, offset: u64, buf: &'a [u8]) -> Fut<'a, Result<(), Errno>> {
@@ -97,7 +107,11 @@ impl Storage for SimFile {
     }
 
     fn write_zeroes(&self, offset: u64, bytes: u64, may_unmap: bool) -> Fut<'_, Result<(), Errno>> {
-        self.done(Op::WriteZeroes { offset, bytes, may_unmap })
+        self.done(Op::WriteZeroes {
+            offset,
+            bytes,
+            may_unmap,
+        })
     }
 
     fn discard(&self, offset: u64, bytes: u64) -> Fut<'_, Result<(), Errno>> {

@@ -69,7 +69,11 @@ impl Wake for SlotWaker {
         });
         if here != Ok(true) {
             // A poisoned list is still a list: the panic that poisoned it is reported elsewhere.
-            self.remote.woken.lock().unwrap_or_else(PoisonError::into_inner).push(self.task);
+            self.remote
+                .woken
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .push(self.task);
             self.remote.any.store(true, Ordering::Release);
         }
     }
@@ -86,10 +90,13 @@ struct Slot {
     queued: bool,
 }
 
+/// Tasks that were started and are not in the slab yet, with their names.
+type NewTasks = Vec<(&'static str, Fut<'static, ()>)>;
+
 /// Where tasks come from while the executor itself is borrowed. Cheap to clone.
 #[derive(Clone, Default)]
 pub struct Spawner {
-    new: Rc<RefCell<Vec<(&'static str, Fut<'static, ()>)>>>,
+    new: Rc<RefCell<NewTasks>>,
 }
 
 impl Spawner {
@@ -180,8 +187,15 @@ impl Executor {
         // Someone kept a waker of the task that was here before: it must not wake this one.
         if Arc::strong_count(&entry.shared) > 2 {
             let TaskRef { slot, generation } = entry.shared.task;
-            let task = TaskRef { slot, generation: generation + 1 };
-            entry.shared = Arc::new(SlotWaker { task, executor: self.id, remote: Arc::clone(remote) });
+            let task = TaskRef {
+                slot,
+                generation: generation + 1,
+            };
+            entry.shared = Arc::new(SlotWaker {
+                task,
+                executor: self.id,
+                remote: Arc::clone(remote),
+            });
             entry.waker = Waker::from(Arc::clone(&entry.shared));
         }
         entry.future = Some(future);
@@ -196,9 +210,20 @@ impl Executor {
     fn grow(&mut self) -> u32 {
         let slot = u32::try_from(self.slots.len()).expect("fewer than 2^32 tasks");
         let task = TaskRef { slot, generation: 0 };
-        let shared = Arc::new(SlotWaker { task, executor: self.id, remote: Arc::clone(&self.remote) });
+        let shared = Arc::new(SlotWaker {
+            task,
+            executor: self.id,
+            remote: Arc::clone(&self.remote),
+        });
         let waker = Waker::from(Arc::clone(&shared));
-        self.slots.push(Slot { future: None, waker, shared, name: "", number: 0, queued: false });
+        self.slots.push(Slot {
+            future: None,
+            waker,
+            shared,
+            name: "",
+            number: 0,
+            queued: false,
+        });
         slot
     }
 
@@ -347,7 +372,8 @@ impl Executor {
         self.take_remote();
         self.ready.clear();
         self.free.clear();
-        self.free.extend((0..u32::try_from(self.slots.len()).expect("few tasks")).rev());
+        self.free
+            .extend((0..u32::try_from(self.slots.len()).expect("few tasks")).rev());
         self.live = 0;
         self.spawned = 0;
         self.clock.reset();
@@ -407,12 +433,18 @@ impl Clock {
     /// Completes at `deadline`; dropping it forgets the timer.
     #[must_use]
     pub fn sleep_until(&self, deadline: Nanos) -> Sleep {
-        Sleep { clock: self.clone(), deadline, timer: None }
+        Sleep {
+            clock: self.clone(),
+            deadline,
+            timer: None,
+        }
     }
 
     /// Jumps to the next deadline and wakes all who wait for it, oldest first; false when nobody waits.
     pub fn fire_next(&self) -> bool {
-        let Some((&(deadline, _), _)) = self.inner.timers.borrow().first_key_value() else { return false };
+        let Some((&(deadline, _), _)) = self.inner.timers.borrow().first_key_value() else {
+            return false;
+        };
         self.inner.now.set(self.now().max(deadline));
         loop {
             let mut timers = self.inner.timers.borrow_mut();
@@ -454,7 +486,11 @@ impl Future for Sleep {
             timer
         });
         self.timer = Some(timer);
-        self.clock.inner.timers.borrow_mut().insert((self.deadline, timer), cx.waker().clone());
+        self.clock
+            .inner
+            .timers
+            .borrow_mut()
+            .insert((self.deadline, timer), cx.waker().clone());
         Poll::Pending
     }
 }
@@ -462,7 +498,12 @@ impl Future for Sleep {
 impl Sleep {
     fn forget(&mut self) {
         if let Some(timer) = self.timer.take() {
-            let waker = self.clock.inner.timers.borrow_mut().remove(&(self.deadline, timer));
+            let waker = self
+                .clock
+                .inner
+                .timers
+                .borrow_mut()
+                .remove(&(self.deadline, timer));
             drop(waker);
         }
     }

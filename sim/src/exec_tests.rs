@@ -2,7 +2,10 @@
 
 use super::*;
 
-fn trace() -> (Rc<RefCell<Vec<u32>>>, impl Fn(u32, u32) -> Fut<'static, ()>) {
+type Log = Rc<RefCell<Vec<u32>>>;
+
+/// A log, and a maker of tasks that write their name into it before each yield.
+fn trace() -> (Log, impl Fn(u32, u32) -> Fut<'static, ()>) {
     let log = Rc::new(RefCell::new(Vec::new()));
     let shared = Rc::clone(&log);
     let task = move |name: u32, yields: u32| -> Fut<'static, ()> {
@@ -134,7 +137,9 @@ fn tasks_spawn_tasks_and_a_panic_is_an_answer() {
     assert!(matches!(exec.poll(0), Polled::Done));
     assert_eq!(exec.ready(), 1);
     let (polled, report) = crate::panics::catch(|| exec.poll(0));
-    let Polled::Panicked(panic) = polled else { panic!("{polled:?}") };
+    let Polled::Panicked(panic) = polled else {
+        panic!("{polled:?}")
+    };
     assert_eq!(panic.downcast_ref::<&str>(), Some(&"child fell"));
     assert!(report.expect("reported").location.contains("exec_tests.rs"));
     assert_eq!(exec.live(), 0);
@@ -151,7 +156,10 @@ fn reset_forgets_tasks_time_and_late_wakes() {
     exec.poll(0);
     exec.advance_time();
     exec.reset();
-    assert_eq!((exec.ready(), exec.live(), clock.now(), clock.has_timers()), (0, 0, 0, false));
+    assert_eq!(
+        (exec.ready(), exec.live(), clock.now(), clock.has_timers()),
+        (0, 0, 0, false)
+    );
     exec.spawn("again", Box::pin(async {}));
     assert_eq!(exec.ready_number(0), 0);
 }

@@ -6,7 +6,7 @@ use blkcheck_impl::jobs::JobStatus;
 use serde_json::Value;
 
 use crate::image::check::{Severity, check};
-use crate::image::read::{Files, content};
+use crate::image::read::{Files, Reader};
 use crate::oracle::{FinalContent, Oracle, OracleName, View, Violation};
 use crate::scenario::{Action, Format, Scenario};
 use crate::target::{ClosedFile, Leftovers, NodeContent};
@@ -28,7 +28,10 @@ pub(crate) const STATUSES: [(JobStatus, &str); 11] = [
 
 /// The QAPI name.
 pub(crate) fn status_name(status: JobStatus) -> &'static str {
-    STATUSES.iter().find(|(s, _)| *s == status).map_or("?", |(_, name)| name)
+    STATUSES
+        .iter()
+        .find(|(s, _)| *s == status)
+        .map_or("?", |(_, name)| name)
 }
 
 pub(crate) fn quiescent(
@@ -38,9 +41,15 @@ pub(crate) fn quiescent(
 ) -> Result<(), Violation> {
     let contents: Vec<FinalContent<'_>> = nodes
         .iter()
-        .map(|n| FinalContent { name: &n.name, bytes: &n.bytes, allocated: &n.allocated })
+        .map(|n| FinalContent {
+            name: &n.name,
+            bytes: &n.bytes,
+            allocated: &n.allocated,
+        })
         .collect();
-    oracles.iter_mut().try_for_each(|oracle| oracle.quiescent(view, &contents))
+    oracles
+        .iter_mut()
+        .try_for_each(|oracle| oracle.quiescent(view, &contents))
 }
 
 pub(crate) fn leftovers(left: &Leftovers) -> Result<(), Violation> {
@@ -51,14 +60,22 @@ pub(crate) fn leftovers(left: &Leftovers) -> Result<(), Violation> {
     let storage = left.storage.iter().map(|s| format!("storage: {s}"));
     let evidence: Vec<String> = tasks.chain(storage).chain(left.graph.iter().cloned()).collect();
     let message = format!("{} things are left after shutdown", evidence.len());
-    Err(Violation { oracle: OracleName::Leaks, message, step: None, evidence })
+    Err(Violation {
+        oracle: OracleName::Leaks,
+        message,
+        step: None,
+        evidence,
+    })
 }
 
 struct Closed<'a>(&'a [ClosedFile]);
 
 impl Files for Closed<'_> {
     fn file(&self, name: &str) -> Option<(&[u8], Format)> {
-        self.0.iter().find(|f| f.name == name).map(|f| (&f.bytes[..], f.format))
+        self.0
+            .iter()
+            .find(|f| f.name == name)
+            .map(|f| (&f.bytes[..], f.format))
     }
 }
 
@@ -75,25 +92,50 @@ pub(crate) fn closed(
     for file in files.iter().filter(sound).filter(|f| f.format == Format::Qcow2) {
         let problems = check(&file.bytes);
         if let Some(worst) = problems.iter().max_by_key(|p| p.severity) {
-            let kind = if worst.severity == Severity::Corruption { "corrupt" } else { "leaky" };
-            let message = format!("image '{}' is {kind} after a clean close: {}", file.name, worst.text);
-            let evidence = problems.iter().map(|p| format!("{:?}: {}", p.severity, p.text)).collect();
-            return Err(Violation { oracle: OracleName::Image, message, step: None, evidence });
+            let kind = if worst.severity == Severity::Corruption {
+                "corrupt"
+            } else {
+                "leaky"
+            };
+            let message = format!(
+                "image '{}' is {kind} after a clean close: {}",
+                file.name, worst.text
+            );
+            let evidence = problems
+                .iter()
+                .map(|p| format!("{:?}: {}", p.severity, p.text))
+                .collect();
+            return Err(Violation {
+                oracle: OracleName::Image,
+                message,
+                step: None,
+                evidence,
+            });
         }
     }
     let all = Closed(files);
     // An image whose backing name leads nowhere has no content of its own to compare.
+    let mut reader = Reader::new(&all);
     let contents: Vec<_> = files
         .iter()
         .filter(sound)
-        .filter_map(|file| content(&all, &file.name).ok().map(|content| (file.name.as_str(), content)))
+        .filter_map(|file| Some((file.name.as_str(), reader.content(&file.name).ok()?.clone())))
         .collect();
     let shown: Vec<FinalContent<'_>> = contents
         .iter()
-        .map(|(name, c)| FinalContent { name, bytes: &c.bytes, allocated: &c.allocated })
+        .map(|(name, c)| FinalContent {
+            name,
+            bytes: &c.bytes,
+            allocated: &c.allocated,
+        })
         .collect();
-    oracles.iter_mut().try_for_each(|oracle| oracle.closed(view, &shown))?;
-    Ok(contents.into_iter().map(|(name, c)| (name.to_owned(), c.bytes)).collect())
+    oracles
+        .iter_mut()
+        .try_for_each(|oracle| oracle.closed(view, &shown))?;
+    Ok(contents
+        .into_iter()
+        .map(|(name, c)| (name.to_owned(), c.bytes))
+        .collect())
 }
 
 /// Files of qcow2 images whose protocol node something else than a qcow2 node uses: its bytes are then open to guests.
@@ -102,13 +144,17 @@ fn exposed(scenario: &Scenario) -> BTreeSet<&str> {
     // (node-name of a protocol node, its file)
     let mut protocols: Vec<(&str, &str)> = Vec::new();
     for step in &scenario.steps {
-        let Action::Command { execute, arguments } = &step.action else { continue };
+        let Action::Command { execute, arguments } = &step.action else {
+            continue;
+        };
         if execute == "blockdev-add" {
             protocol_nodes(arguments, None, &mut protocols, &mut exposed);
         }
     }
     for step in &scenario.steps {
-        let Action::Command { execute, arguments } = &step.action else { continue };
+        let Action::Command { execute, arguments } = &step.action else {
+            continue;
+        };
         for (name, file) in &protocols {
             let used = match execute.as_str() {
                 "blockdev-add" => references(arguments, name),
@@ -167,9 +213,8 @@ mod tests {
 
     #[test]
     fn only_images_that_are_used_as_bytes_are_exempt() {
-        let add = |arguments: &str| {
-            format!(r#"{{"actor":"m","execute":"blockdev-add","arguments":{arguments}}}"#)
-        };
+        let add =
+            |arguments: &str| format!(r#"{{"actor":"m","execute":"blockdev-add","arguments":{arguments}}}"#);
         let file = r#"{"driver":"file","node-name":"p","filename":"a"}"#;
         let format = r#"{"driver":"qcow2","node-name":"q","file":"p"}"#;
         assert_eq!(exposed_in(&format!("{},{}", add(file), add(format))), [""; 0]);

@@ -94,17 +94,30 @@ impl Follower {
         self.prediction.as_ref()
     }
 
+    /// Why the command under way ought to be refused, if it ought.
+    #[must_use]
+    pub fn refusal_under_way(&self) -> Option<&Refusal> {
+        self.operation.as_ref()?.prediction.as_ref()?.as_ref().err()
+    }
+
     /// The node that an export of this name or id shows now.
     #[must_use]
     pub fn export_node(&self, export: &str) -> Option<NodeId> {
-        let found = self.world.exports.iter().find(|e| &*e.name == export || &*e.id == export)?;
+        let found = self
+            .world
+            .exports
+            .iter()
+            .find(|e| &*e.name == export || &*e.id == export)?;
         Some(self.world.graph.edge(found.root).child)
     }
 
     /// Whether guests may write through an export.
     #[must_use]
     pub fn export_writable(&self, export: &str) -> bool {
-        self.world.exports.iter().any(|e| (&*e.name == export || &*e.id == export) && e.writable)
+        self.world
+            .exports
+            .iter()
+            .any(|e| (&*e.name == export || &*e.id == export) && e.writable)
     }
 
     /// Follows one record.
@@ -132,7 +145,9 @@ impl Follower {
         match event {
             Event::MainBegin { what } => self.begin(scenario, what, followed),
             Event::MainEnd { .. } => {
-                let Some(operation) = self.operation.take() else { return };
+                let Some(operation) = self.operation.take() else {
+                    return;
+                };
                 if operation.step.is_some() {
                     self.unanswered.push(operation);
                 }
@@ -154,7 +169,10 @@ impl Follower {
             self.off = true;
             return;
         }
-        let at = self.queue.iter().position(|s| command_name(scenario, *s) == Some(what));
+        let at = self
+            .queue
+            .iter()
+            .position(|s| command_name(scenario, *s) == Some(what));
         let step = at.map(|at| self.queue.remove(at));
         let prediction = step.and_then(|step| execute(&mut self.world, scenario, step));
         if let (Some(step), Some(prediction)) = (step, &prediction) {
@@ -162,7 +180,11 @@ impl Follower {
             followed.executed = Some(step);
             followed.changed = prediction.is_ok();
         }
-        self.operation = Some(Operation { step, prediction, failed_io: false });
+        self.operation = Some(Operation {
+            step,
+            prediction,
+            failed_io: false,
+        });
     }
 
     fn answered(&mut self, scenario: &Scenario, step: StepId, refused: bool, followed: &mut Followed) {
@@ -198,7 +220,9 @@ impl Follower {
     }
 
     fn qmp(&mut self, name: &str, data: &Value, followed: &mut Followed) {
-        let Some(id) = data.get("device").and_then(Value::as_str) else { return };
+        let Some(id) = data.get("device").and_then(Value::as_str) else {
+            return;
+        };
         match name {
             "BLOCK_JOB_ERROR" if data.get("action").and_then(Value::as_str) == Some("stop") => {
                 followed.wrong = self.world.job_stopped_on_error(id).err();
@@ -233,8 +257,11 @@ impl Follower {
             Err(wrong) => followed.wrong = Some(wrong),
             Ok(expected) if outcome == Outcome::Success && expected.as_deref() != error => {
                 let said = |e: Option<&str>| e.map_or("no error".to_owned(), |e| format!("'{e}'"));
-                followed.wrong =
-                    Some(format!("job '{id}' ends with {}, expected {}", said(error), said(expected.as_deref())));
+                followed.wrong = Some(format!(
+                    "job '{id}' ends with {}, expected {}",
+                    said(error),
+                    said(expected.as_deref())
+                ));
             }
             Ok(_) => {}
         }
@@ -243,7 +270,8 @@ impl Follower {
     /// Everything again but for the command of `step`.
     fn take_back(&mut self, scenario: &Scenario, step: StepId) {
         self.world = world_of(scenario);
-        self.journal.retain(|e| !matches!(e, Entry::Command(s) if *s == step));
+        self.journal
+            .retain(|e| !matches!(e, Entry::Command(s) if *s == step));
         for entry in &self.journal {
             // What went wrong was told when it happened first.
             match entry {
@@ -268,7 +296,9 @@ fn command_name(scenario: &Scenario, step: StepId) -> Option<&str> {
 }
 
 fn execute(world: &mut World, scenario: &Scenario, step: StepId) -> Option<Result<Value, Refusal>> {
-    let Action::Command { execute, arguments } = action(scenario, step) else { return None };
+    let Action::Command { execute, arguments } = action(scenario, step) else {
+        return None;
+    };
     // Queries change nothing and their answers are not modelled.
     if execute.starts_with("query-") {
         return None;
@@ -290,7 +320,11 @@ fn world_of(scenario: &Scenario) -> World {
             backing,
         });
         let facts = FileFacts {
-            kind: if scenario.disk.devices { FileKind::Device } else { FileKind::Regular },
+            kind: if scenario.disk.devices {
+                FileKind::Device
+            } else {
+                FileKind::Regular
+            },
             length: image.size,
             request_alignment: u64::from(scenario.disk.alignment),
             qcow2,
@@ -333,7 +367,11 @@ mod tests {
     }
 
     fn main(what: &'static str, end: bool) -> Record {
-        Record::Layer(if end { Event::MainEnd { what } } else { Event::MainBegin { what } })
+        Record::Layer(if end {
+            Event::MainEnd { what }
+        } else {
+            Event::MainBegin { what }
+        })
     }
 
     #[test]
@@ -343,7 +381,10 @@ mod tests {
         follower.reset(&scenario);
         follower.record(&scenario, &Record::Issued(StepId(0)));
         assert_eq!(follower.world.graph.find("f"), None);
-        assert_eq!(follower.record(&scenario, &main("blockdev-add", false)).executed, Some(StepId(0)));
+        assert_eq!(
+            follower.record(&scenario, &main("blockdev-add", false)).executed,
+            Some(StepId(0))
+        );
         assert!(follower.world.graph.find("f").is_some());
         assert!(!follower.record(&scenario, &main("blockdev-add", true)).settled);
         let ended = Record::Ended(StepId(0), history::Outcome::Command(Ok(json!({}))));
@@ -357,11 +398,18 @@ mod tests {
         let scenario = scenario();
         let mut follower = Follower::default();
         follower.reset(&scenario);
-        let refusal = history::Refusal { class: "GenericError".into(), desc: "Input/output error".into() };
+        let refusal = history::Refusal {
+            class: "GenericError".into(),
+            desc: "Input/output error".into(),
+        };
         for record in [
             Record::Issued(StepId(0)),
             main("blockdev-add", false),
-            Record::Layer(Event::RequestEnd { request: RequestId(0), node: Node(0), result: Err(Errno::EIO) }),
+            Record::Layer(Event::RequestEnd {
+                request: RequestId(0),
+                node: Node(0),
+                result: Err(Errno::EIO),
+            }),
             main("blockdev-add", true),
             Record::Ended(StepId(0), history::Outcome::Command(Err(refusal))),
         ] {
@@ -382,6 +430,12 @@ mod tests {
             from: Seen::Undefined,
             to: Seen::Created,
         };
-        assert!(follower.record(&scenario, &Record::Layer(status)).wrong.expect("wrong").contains("no such job"));
+        assert!(
+            follower
+                .record(&scenario, &Record::Layer(status))
+                .wrong
+                .expect("wrong")
+                .contains("no such job")
+        );
     }
 }

@@ -6,6 +6,10 @@
 //! Detection goes by events, so a target that tells none has no marks.
 //! Not here: judging. A mark never fails a run.
 
+mod counts;
+
+pub use counts::{Counts, Mark, State, unmet};
+
 use blkcheck_impl::event::{Event, Parent, ReqKind};
 use blkcheck_impl::jobs::JobStatus;
 use blkcheck_impl::types::{JobId, NodeId, ReqFlags, RequestId};
@@ -15,230 +19,7 @@ use crate::history::{Outcome, Record, StepId};
 use crate::oracle::Mirror;
 use crate::scenario::{Action, Format, GuestOp, Scenario, Stored};
 
-macro_rules! marks {
-    ($($(#[doc = $doc:literal])* $name:ident = $text:literal,)*) => {
-        /// A situation worth meeting.
-        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Hash)]
-        pub enum Mark { $($(#[doc = $doc])* $name,)* }
-
-        impl Mark {
-            /// Every mark.
-            pub const ALL: &'static [Mark] = &[$(Mark::$name,)*];
-
-            /// The name in reports.
-            #[must_use]
-            pub fn as_str(self) -> &'static str {
-                match self { $(Mark::$name => $text,)* }
-            }
-        }
-    };
-}
-
-marks! {
-    /// A guest write waits for a copy-on-read (or the other way round) on the same cluster.
-    WriteMeetsCopyOnRead = "guest write meets copy-on-read in flight",
-    /// Two serialising requests meet.
-    SerialisingMeet = "two serialising requests meet",
-    /// A guest write begins while a stream chunk that overlaps it is being copied.
-    WriteMeetsChunk = "guest write meets a stream chunk",
-    /// A guest read populates the node below a copy-on-read filter.
-    ReadPopulates = "guest read copies on read",
-    /// Copy-on-read found zeroes and wrote them as such.
-    CopyZeroes = "copy-on-read writes zeroes as zeroes",
-    /// A job is cancelled after its last chunk.
-    CancelAfterLastChunk = "cancel after the last chunk",
-    /// A job is cancelled while parked.
-    CancelPaused = "cancel while paused",
-    /// A job is cancelled while waiting for finalize.
-    CancelPending = "cancel while pending",
-    /// A job is paused by the user and goes on.
-    PauseResume = "pause and resume by the user",
-    /// A drained section begins while a request is in flight.
-    DrainBusy = "drain meets requests in flight",
-    /// A request is parked by a drained section and goes on later.
-    RequestParked = "request parked while drained",
-    /// A drained section begins inside another.
-    NestedDrain = "nested drained sections",
-    /// A drained section begins while a job runs.
-    DrainDuringJob = "drain during a job",
-    /// A job parks because of a drained section.
-    JobParkedByDrain = "job parked by a drained section",
-    /// A job's filter goes while a drained section of somebody else is open.
-    CompletionDuringDrain = "job completes while a node is drained",
-    /// A command is refused by a frozen link.
-    RefusedFrozen = "command refused by a frozen link",
-    /// A command is refused by a permission conflict.
-    RefusedPermission = "command refused by a permission conflict",
-    /// A command is refused by an op blocker.
-    RefusedBlocker = "command refused by an op blocker",
-    /// A job verb is refused by the status.
-    RefusedVerb = "job verb refused in this status",
-    /// A job is created and fails at once.
-    JobEarlyFail = "job fails before it starts",
-    /// A backing layer ends before its overlay, and a guest reads across that place.
-    ShortBackingRead = "guest read across the end of a short backing layer",
-    /// A read whose end is not aligned to a sector-long image end.
-    UnalignedTailRead = "guest read of an unaligned tail",
-    /// A stream has nothing to copy somewhere because only layers below its range hold data.
-    ChunkSkipped = "stream skips a chunk",
-    /// A stream copies a chunk.
-    ChunkCopied = "stream copies a chunk",
-    /// A stream with `base`.
-    StreamBase = "stream with base",
-    /// A stream with `base-node`.
-    StreamBaseNode = "stream with base-node",
-    /// A stream with `bottom`.
-    StreamBottom = "stream with bottom",
-    /// A stream of the whole chain.
-    StreamAll = "stream of the whole chain",
-    /// A stream into a node that has an overlay.
-    StreamIntermediate = "stream into an intermediate node",
-    /// A stream that succeeds.
-    StreamSucceeds = "stream succeeds",
-    /// A stream that fails or is cancelled after it copied something.
-    StreamAborts = "stream ends early after copying",
-    /// Two streams run in one layer.
-    TwoStreams = "two streams at once",
-    /// A job with a speed limit runs.
-    SpeedLimited = "job with a speed limit",
-    /// The speed of a running job changes.
-    SpeedChanges = "speed changed while running",
-    /// A job waits for finalize.
-    FinalizePending = "job waits for finalize",
-    /// A concluded job is dismissed by the user.
-    DismissConcluded = "concluded job dismissed",
-    /// An I/O error meets a job.
-    JobError = "job meets an I/O error",
-    /// An I/O error stops a job.
-    JobStopsOnError = "job stops on an error",
-    /// A guest request fails.
-    GuestError = "guest request fails",
-    /// A guest write-zeroes covers stored data.
-    ZeroOverData = "write-zeroes over data",
-    /// A guest discards and later reads the same place.
-    DiscardThenRead = "read after discard",
-    /// A guest writes where the image holds a compressed cluster.
-    CompressedOverwritten = "compressed cluster overwritten",
-    /// A guest write that is not aligned to its node's clusters meets another: padding is read, changed, written.
-    PaddedWrite = "unaligned write is padded",
-    /// A guest writes to a layer that has an overlay.
-    WriteBelow = "guest write to a lower layer",
-    /// A node is deleted and its name used again.
-    NameReused = "node name used again",
-    /// A flush runs beside a write.
-    FlushBesideWrite = "flush beside a write in flight",
-}
-
-/// What was going on when an operation was issued.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Hash)]
-pub enum State {
-    /// Nothing else.
-    Quiet,
-    /// Other guest requests are in flight.
-    Busy,
-    /// A job runs.
-    JobRunning,
-    /// A job is parked.
-    JobPaused,
-    /// A job waits for finalize or dismiss.
-    JobWaiting,
-    /// A drained section is open or opening.
-    Drained,
-    /// A main-context operation is under way.
-    Changing,
-}
-
-const STATES: [(State, &str); 7] = [
-    (State::Quiet, "quiet"),
-    (State::Busy, "busy"),
-    (State::JobRunning, "job-running"),
-    (State::JobPaused, "job-paused"),
-    (State::JobWaiting, "job-waiting"),
-    (State::Drained, "drained"),
-    (State::Changing, "changing"),
-];
-
-const OPERATIONS: [&str; 26] = [
-    "read",
-    "write",
-    "write-fua",
-    "write-zeroes",
-    "write-zeroes-unmap",
-    "discard",
-    "flush",
-    "block-status",
-    "drained-begin",
-    "drained-end",
-    "blockdev-add",
-    "blockdev-del",
-    "block-export-add",
-    "block-export-del",
-    "block-stream",
-    "change-backing-file",
-    "pause",
-    "resume",
-    "cancel",
-    "complete",
-    "finalize",
-    "dismiss",
-    "set-speed",
-    "change",
-    "query",
-    "other",
-];
-
-/// How often each mark and each (operation, state) pair was met.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Counts {
-    marks: Vec<u64>,
-    pairs: Vec<u64>,
-}
-
-impl Default for Counts {
-    fn default() -> Counts {
-        Counts { marks: vec![0; Mark::ALL.len()], pairs: vec![0; OPERATIONS.len() * STATES.len()] }
-    }
-}
-
-impl Counts {
-    /// How often this was met.
-    #[must_use]
-    pub fn of(&self, mark: Mark) -> u64 {
-        self.marks[mark as usize]
-    }
-
-    /// Adds another thread's.
-    pub fn merge(&mut self, other: &Counts) {
-        for (a, b) in self.marks.iter_mut().zip(&other.marks) {
-            *a += b;
-        }
-        for (a, b) in self.pairs.iter_mut().zip(&other.pairs) {
-            *a += b;
-        }
-    }
-
-    /// Every (operation, state) pair that was met: names and count.
-    pub fn pairs(&self) -> impl Iterator<Item = (&'static str, &'static str, u64)> {
-        let states = STATES.len();
-        self.pairs
-            .iter()
-            .enumerate()
-            .filter(|(_, n)| **n > 0)
-            .map(move |(i, n)| (OPERATIONS[i / states], STATES[i % states].1, *n))
-    }
-
-    /// How many pairs there could be.
-    #[must_use]
-    pub fn possible_pairs() -> usize {
-        OPERATIONS.len() * STATES.len()
-    }
-}
-
-/// Marks that were never met.
-#[must_use]
-pub fn unmet(counts: &Counts) -> Vec<Mark> {
-    Mark::ALL.iter().copied().filter(|m| counts.of(*m) == 0).collect()
-}
+use counts::OPERATIONS;
 
 #[derive(Clone, Copy, Debug)]
 struct Request {
@@ -314,17 +95,23 @@ impl Detector {
         self.longest = scenario.images.iter().map(|i| i.size).max().unwrap_or(0);
         let longest = self.longest;
         self.run.short_ends.clear();
-        self.run.short_ends.extend(scenario.images.iter().map(|i| i.size).filter(|s| *s < longest));
+        self.run
+            .short_ends
+            .extend(scenario.images.iter().map(|i| i.size).filter(|s| *s < longest));
         self.run.tails.clear();
-        self.run.tails.extend(scenario.images.iter().map(|i| i.size).filter(|s| s % 512 != 0));
+        self.run
+            .tails
+            .extend(scenario.images.iter().map(|i| i.size).filter(|s| s % 512 != 0));
         self.run.filled.clear();
         if let Some(top) = scenario.images.last().filter(|i| i.format == Format::Qcow2) {
-            self.run.filled.extend(top.fill.iter().map(|f| (f.offset, f.offset + f.length, f.stored)));
+            self.run
+                .filled
+                .extend(top.fill.iter().map(|f| (f.offset, f.offset + f.length, f.stored)));
         }
     }
 
     fn hit(&mut self, mark: Mark) {
-        self.counts.marks[mark as usize] += 1;
+        self.counts.mark(mark);
     }
 
     /// Looks at one record.
@@ -356,11 +143,12 @@ impl Detector {
     }
 
     fn issued(&mut self, scenario: &Scenario, step: StepId) {
-        let Some(s) = scenario.steps.get(step.0 as usize) else { return };
+        let Some(s) = scenario.steps.get(step.0 as usize) else {
+            return;
+        };
         if let Some(operation) = operation(&s.action) {
             let at = OPERATIONS.iter().position(|o| *o == operation).expect("listed");
-            let state = self.state() as usize;
-            self.counts.pairs[at * STATES.len() + state] += 1;
+            self.counts.pair(at, self.state());
         }
         match &s.action {
             Action::Guest { op, .. } => self.guest(step, op),
@@ -387,7 +175,10 @@ impl Detector {
         let Some(range) = range else { return };
         let span = (range.offset, range.offset.saturating_add(range.length));
         let stored = |d: &Detector, kinds: &[Stored]| {
-            d.run.filled.iter().any(|f| kinds.contains(&f.2) && overlaps((f.0, f.1), span))
+            d.run
+                .filled
+                .iter()
+                .any(|f| kinds.contains(&f.2) && overlaps((f.0, f.1), span))
         };
         match op {
             GuestOp::Read(_) => {
@@ -413,8 +204,13 @@ impl Detector {
     }
 
     fn command(&mut self, execute: &str, arguments: &Map<String, Value>) {
-        let id = arguments.get("id").or_else(|| arguments.get("device")).and_then(Value::as_str);
-        let job = id.and_then(|id| self.created.iter().position(|c| c == id)).and_then(|i| self.jobs.get(i).copied());
+        let id = arguments
+            .get("id")
+            .or_else(|| arguments.get("device"))
+            .and_then(Value::as_str);
+        let job = id
+            .and_then(|id| self.created.iter().position(|c| c == id))
+            .and_then(|i| self.jobs.get(i).copied());
         match (verb(execute), job) {
             (Some("cancel"), Some(job)) => match job.status {
                 JobStatus::Paused | JobStatus::Standby => self.hit(Mark::CancelPaused),
@@ -424,8 +220,12 @@ impl Detector {
                 }
                 _ => {}
             },
-            (Some("set-speed"), Some(job)) if job.status == JobStatus::Running => self.hit(Mark::SpeedChanges),
-            (Some("dismiss"), Some(job)) if job.status == JobStatus::Concluded => self.hit(Mark::DismissConcluded),
+            (Some("set-speed"), Some(job)) if job.status == JobStatus::Running => {
+                self.hit(Mark::SpeedChanges);
+            }
+            (Some("dismiss"), Some(job)) if job.status == JobStatus::Concluded => {
+                self.hit(Mark::DismissConcluded);
+            }
             _ => {}
         }
     }
@@ -444,7 +244,9 @@ impl Detector {
                     Err(refusal) => self.refused(&refusal.desc),
                 }
             }
-            Outcome::Read(Err(_)) | Outcome::Done(Err(_)) | Outcome::Status(Err(_)) => self.hit(Mark::GuestError),
+            Outcome::Read(Err(_)) | Outcome::Done(Err(_)) | Outcome::Status(Err(_)) => {
+                self.hit(Mark::GuestError);
+            }
             _ => {}
         }
     }
@@ -472,7 +274,11 @@ impl Detector {
                 (_, _, true) => Mark::StreamBottom,
                 _ => Mark::StreamAll,
             });
-            if arguments.get("speed").and_then(Value::as_i64).is_some_and(|s| s > 0) {
+            if arguments
+                .get("speed")
+                .and_then(Value::as_i64)
+                .is_some_and(|s| s > 0)
+            {
                 self.hit(Mark::SpeedLimited);
             }
             let device = arguments.get("device").and_then(Value::as_str);
@@ -498,15 +304,19 @@ impl Detector {
         match event {
             Event::MainBegin { .. } => self.main += 1,
             Event::MainEnd { .. } => self.main = self.main.saturating_sub(1),
-            Event::NodeAdded { name, .. } => {
-                if self.mirror.was_used(name) {
-                    self.hit(Mark::NameReused);
-                }
-            }
+            Event::NodeAdded { name, .. } if self.mirror.was_used(name) => self.hit(Mark::NameReused),
             Event::DrainBegin { .. } => self.drain(),
             Event::DrainEnd { .. } => self.sections = self.sections.saturating_sub(1),
             Event::BackendResumed { .. } => self.hit(Mark::RequestParked),
-            Event::RequestBegin { request, node, edge, kind, offset, bytes, flags } => {
+            Event::RequestBegin {
+                request,
+                node,
+                edge,
+                kind,
+                offset,
+                bytes,
+                flags,
+            } => {
                 let parent = self.mirror.edge(*edge).and_then(|e| e.parent);
                 let by_job = flags.contains(ReqFlags::PREFETCH);
                 let r = Request {
@@ -526,7 +336,9 @@ impl Detector {
                     self.requests.swap_remove(i);
                 }
             }
-            Event::CopyOnRead { node, zero, offset, .. } => {
+            Event::CopyOnRead {
+                node, zero, offset, ..
+            } => {
                 if *zero {
                     self.hit(Mark::CopyZeroes);
                 }
@@ -538,8 +350,17 @@ impl Detector {
                 }
             }
             Event::JobStatus { job, id, from, to } => self.job_status(*job, id, *from, *to),
-            Event::JobChunk { job, offset, bytes, copied } => {
-                self.hit(if *copied { Mark::ChunkCopied } else { Mark::ChunkSkipped });
+            Event::JobChunk {
+                job,
+                offset,
+                bytes,
+                copied,
+            } => {
+                self.hit(if *copied {
+                    Mark::ChunkCopied
+                } else {
+                    Mark::ChunkSkipped
+                });
                 if let Some(j) = self.jobs.iter_mut().find(|j| j.id == *job) {
                     j.copied |= *copied;
                     j.chunks += 1;
@@ -571,7 +392,10 @@ impl Detector {
         let overlaps = |o: &Request| o.offset < r.offset + r.bytes && r.offset < o.offset + o.bytes;
         if writes
             && !r.flags.contains(ReqFlags::WRITE_UNCHANGED)
-            && self.requests.iter().any(|o| o.node == r.node && o.by_job && overlaps(o))
+            && self
+                .requests
+                .iter()
+                .any(|o| o.node == r.node && o.by_job && overlaps(o))
         {
             self.hit(Mark::WriteMeetsChunk);
         }
@@ -580,9 +404,11 @@ impl Detector {
         }
         if writes && matches!(parent, Some(Parent::Backend(_))) {
             let overlaid = self.mirror.node(r.node).is_some_and(|n| {
-                n.parents
-                    .iter()
-                    .any(|e| self.mirror.edge(*e).is_some_and(|e| e.role.contains(blkcheck_impl::types::Role::COW)))
+                n.parents.iter().any(|e| {
+                    self.mirror
+                        .edge(*e)
+                        .is_some_and(|e| e.role.contains(blkcheck_impl::types::Role::COW))
+                })
             });
             if overlaid {
                 self.hit(Mark::WriteBelow);
@@ -593,7 +419,9 @@ impl Detector {
 
     fn waits(&mut self, request: RequestId, on: RequestId) {
         let find = |id| self.requests.iter().rev().find(|r| r.id == id).copied();
-        let (Some(a), Some(b)) = (find(request), find(on)) else { return };
+        let (Some(a), Some(b)) = (find(request), find(on)) else {
+            return;
+        };
         let reads = |r: Request| r.kind == ReqKind::Read;
         if reads(a) != reads(b) {
             self.hit(Mark::WriteMeetsCopyOnRead);
@@ -609,16 +437,30 @@ impl Detector {
         if from == JobStatus::Undefined {
             // Positions in `created` and `jobs` agree.
             self.created.push(id.to_owned());
-            self.jobs.push(Job { id: job, status: to, copied: false, user_paused: false, chunks: 0, end: 0 });
+            self.jobs.push(Job {
+                id: job,
+                status: to,
+                copied: false,
+                user_paused: false,
+                chunks: 0,
+                end: 0,
+            });
             return;
         }
-        let Some(i) = self.jobs.iter().position(|j| j.id == job) else { return };
+        let Some(i) = self.jobs.iter().position(|j| j.id == job) else {
+            return;
+        };
         self.jobs[i].status = to;
         let j = self.jobs[i];
         match (from, to) {
             (JobStatus::Created, JobStatus::Null) => self.hit(Mark::JobEarlyFail),
             (JobStatus::Created, JobStatus::Running)
-                if self.jobs.iter().filter(|j| j.status == JobStatus::Running).count() > 1 =>
+                if self
+                    .jobs
+                    .iter()
+                    .filter(|j| j.status == JobStatus::Running)
+                    .count()
+                    > 1 =>
             {
                 self.hit(Mark::TwoStreams);
             }
@@ -660,7 +502,9 @@ impl Detector {
 
 /// `pause`, `cancel`, … of either family.
 fn verb(execute: &str) -> Option<&str> {
-    execute.strip_prefix("block-job-").or_else(|| execute.strip_prefix("job-"))
+    execute
+        .strip_prefix("block-job-")
+        .or_else(|| execute.strip_prefix("job-"))
 }
 
 fn operation(action: &Action) -> Option<&'static str> {
@@ -711,11 +555,16 @@ mod tests {
         assert_eq!(unmet(&counts).len(), Mark::ALL.len());
         assert!(Mark::ALL.len() >= 25);
         let json = r#"{"version":1,"grain":64,"images":[],"steps":[{"actor":"m","execute":"block-stream"}]}"#;
-        let refusal =
-            Refusal { class: "GenericError".into(), desc: "Cannot change 'backing' link from 'a' to 'b'".into() };
+        let refusal = Refusal {
+            class: "GenericError".into(),
+            desc: "Cannot change 'backing' link from 'a' to 'b'".into(),
+        };
         let d = detector(
             json,
-            [Record::Issued(StepId(0)), Record::Ended(StepId(0), Outcome::Command(Err(refusal)))],
+            [
+                Record::Issued(StepId(0)),
+                Record::Ended(StepId(0), Outcome::Command(Err(refusal))),
+            ],
         );
         counts.merge(d.counts());
         counts.merge(d.counts());
@@ -728,7 +577,14 @@ mod tests {
     fn jobs_and_drains_are_seen_together() {
         let json = r#"{"version":1,"grain":64,"images":[],"steps":[
             {"actor":"m","execute":"job-cancel","arguments":{"id":"j"}}]}"#;
-        let job = |from, to| Record::Layer(Event::JobStatus { job: JobId(0), id: "j".into(), from, to });
+        let job = |from, to| {
+            Record::Layer(Event::JobStatus {
+                job: JobId(0),
+                id: "j".into(),
+                from,
+                to,
+            })
+        };
         let d = detector(
             json,
             [

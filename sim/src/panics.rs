@@ -37,7 +37,9 @@ pub fn silence() {
             let location = info.location().map_or_else(String::new, ToString::to_string);
             REPORT.with(|report| {
                 // The first one is the cause; panics in destructors follow.
-                report.borrow_mut().get_or_insert(PanicReport { message, location });
+                report
+                    .borrow_mut()
+                    .get_or_insert(PanicReport { message, location });
             });
         }));
     });

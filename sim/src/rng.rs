@@ -46,15 +46,27 @@ impl Rng {
             Stream::Faults => 0x6661_756c_7473_0000,
         };
         // Mixed before use: seeds that follow each other must not give shifted copies of one stream.
-        let mut rng = Rng { state: seed ^ salt, tape: None };
+        let mut rng = Rng {
+            state: seed ^ salt,
+            tape: None,
+        };
         let a = rng.next_u64();
-        Rng { state: a ^ seed.rotate_left(32), tape: None }
+        Rng {
+            state: a ^ seed.rotate_left(32),
+            tape: None,
+        }
     }
 
     /// Numbers from a fuzzer's bytes: small ones take one byte, so that a changed byte changes one decision.
     #[must_use]
     pub fn tape(bytes: &[u8]) -> Rng {
-        Rng { state: 0, tape: Some(Tape { bytes: bytes.to_vec(), at: 0 }) }
+        Rng {
+            state: 0,
+            tape: Some(Tape {
+                bytes: bytes.to_vec(),
+                at: 0,
+            }),
+        }
     }
 
     /// The next 64 bits.
@@ -153,12 +165,21 @@ mod tests {
     fn streams_of_one_seed_differ_and_cover_their_range() {
         let draw = |s| {
             let mut rng = Rng::stream(7, s);
-            std::iter::repeat_with(move || rng.below(6)).take(200).collect::<Vec<_>>()
+            std::iter::repeat_with(move || rng.below(6))
+                .take(200)
+                .collect::<Vec<_>>()
         };
-        let (a, b, c) = (draw(Stream::Workload), draw(Stream::Schedule), draw(Stream::Faults));
+        let (a, b, c) = (
+            draw(Stream::Workload),
+            draw(Stream::Schedule),
+            draw(Stream::Faults),
+        );
         assert!(a != b && b != c && a != c);
         for n in 0..6 {
-            assert!(a.contains(&n) && b.contains(&n) && c.contains(&n), "{n} never drawn in 200");
+            assert!(
+                a.contains(&n) && b.contains(&n) && c.contains(&n),
+                "{n} never drawn in 200"
+            );
         }
     }
 }

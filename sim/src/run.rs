@@ -73,6 +73,8 @@ pub struct Runner {
     issuable: Vec<(u32, u32)>,
     keys: Vec<Key>,
     jobs: Vec<JobState>,
+    /// `wait-job` steps that are not over.
+    job_waits: Vec<StepId>,
     /// Drained sections that are open: (begun by step).
     sections: Vec<StepId>,
     unfinished: u32,
@@ -152,10 +154,13 @@ impl Runner {
         for oracle in &mut *oracles {
             oracle.reset(scenario);
         }
-        let outcome = target.prepare(scenario).map_err(|t| Runner::trouble(t, target, None)).and_then(|()| {
-            self.actors_act(chooser, target, oracles)?;
-            self.finish(target, oracles)
-        });
+        let outcome = target
+            .prepare(scenario)
+            .map_err(|t| Runner::trouble(t, target, None))
+            .and_then(|()| {
+                self.actors_act(chooser, target, oracles)?;
+                self.finish(target, oracles)
+            });
         let violation = match outcome {
             Ok(()) => None,
             Err(Stop::Violation(violation)) => Some(violation),
@@ -184,7 +189,10 @@ impl Runner {
                 }
                 None => {
                     names.push((&step.actor, at));
-                    self.actors.push(Actor { next: at, ..Actor::default() });
+                    self.actors.push(Actor {
+                        next: at,
+                        ..Actor::default()
+                    });
                     names.len() - 1
                 }
             };
@@ -194,6 +202,7 @@ impl Runner {
         let setup = names.iter().position(|(name, _)| *name == crate::generate::SETUP);
         self.setup_actor = setup.map(|at| u32::try_from(at).expect("few actors"));
         self.jobs.clear();
+        self.job_waits.clear();
         self.sections.clear();
         self.incoming.clear();
         self.records.clear();
@@ -207,10 +216,18 @@ impl Runner {
     fn trouble(trouble: Trouble, target: &dyn Target, step: Option<StepId>) -> Stop {
         let (oracle, message) = match trouble {
             Trouble::Unusable(text) => return Stop::Unusable(text),
-            Trouble::Panicked(report) => (OracleName::Panic, format!("{} ({})", report.message, report.location)),
+            Trouble::Panicked(report) => (
+                OracleName::Panic,
+                format!("{} ({})", report.message, report.location),
+            ),
             Trouble::Stuck(what) => (OracleName::Liveness, format!("{what} did not finish")),
         };
-        Stop::Violation(Violation { oracle, message, step, evidence: target.describe() })
+        Stop::Violation(Violation {
+            oracle,
+            message,
+            step,
+            evidence: target.describe(),
+        })
     }
 
     fn actors_act(
@@ -267,14 +284,23 @@ impl Runner {
     fn keyed(&mut self, chooser: &mut dyn Chooser, target: &dyn Target, can: Alternatives) -> u32 {
         self.keys.clear();
         target.keys(&mut self.keys);
-        self.keys.extend(self.issuable.iter().map(|&(_, actor)| Key(2 << 40 | u64::from(actor))));
+        self.keys.extend(
+            self.issuable
+                .iter()
+                .map(|&(_, actor)| Key(2 << 40 | u64::from(actor))),
+        );
         if can.timer {
             self.keys.push(Key(3 << 40));
         }
         chooser.choose_among(ChoiceKind::Next, &self.keys)
     }
 
-    fn happen(&mut self, next: Move, target: &mut dyn Target, oracles: &mut [Box<dyn Oracle>]) -> Result<(), Stop> {
+    fn happen(
+        &mut self,
+        next: Move,
+        target: &mut dyn Target,
+        oracles: &mut [Box<dyn Oracle>],
+    ) -> Result<(), Stop> {
         let moved = target.advance(next);
         // What happened up to a panic is told first: an oracle may know better.
         self.digest(target, oracles)?;
@@ -334,6 +360,8 @@ impl Runner {
             Action::WaitJob { job } => {
                 if self.job_reached(&job.id, &job.status) {
                     self.incoming.push(Record::Ended(step, Outcome::Passed));
+                } else {
+                    self.job_waits.push(step);
                 }
             }
             Action::Command { .. }
@@ -349,7 +377,9 @@ impl Runner {
             None => true,
             Some(job) => {
                 job.status == JobStatus::Null
-                    || finish::STATUSES.iter().any(|&(s, n)| n == status && job.visited >> (s as u16) & 1 == 1)
+                    || finish::STATUSES
+                        .iter()
+                        .any(|&(s, n)| n == status && job.visited >> (s as u16) & 1 == 1)
             }
         }
     }
@@ -375,11 +405,20 @@ impl Runner {
     }
 
     #[inline]
-    fn one(&mut self, record: &Record, target: &dyn Target, oracles: &mut [Box<dyn Oracle>]) -> Result<(), Violation> {
+    fn one(
+        &mut self,
+        record: &Record,
+        target: &dyn Target,
+        oracles: &mut [Box<dyn Oracle>],
+    ) -> Result<(), Violation> {
         self.hash.record(record);
         self.trace.push(self.now, self.hash, self.steps, record);
         self.note(record);
-        let view = View { scenario: &self.scenario, now: self.now, layer: target.layer() };
+        let view = View {
+            scenario: &self.scenario,
+            now: self.now,
+            layer: target.layer(),
+        };
         self.now += 1;
         for oracle in oracles {
             oracle.record(&view, record)?;
@@ -404,29 +443,43 @@ impl Runner {
             Action::DrainEnd { node } if *outcome == Outcome::Passed => {
                 let same = |begun: &StepId| {
                     let begun = &self.scenario.steps[begun.0 as usize];
-                    begun.actor == entry.actor && matches!(&begun.action, Action::DrainBegin { node: n } if n == node)
+                    begun.actor == entry.actor
+                        && matches!(&begun.action, Action::DrainBegin { node: n } if n == node)
                 };
-                let at = self.sections.iter().rposition(same).expect("the target ends open sections only");
+                let at = self
+                    .sections
+                    .iter()
+                    .rposition(same)
+                    .expect("the target ends open sections only");
                 self.sections.remove(at);
             }
             _ => {}
         }
-        let Some(&actor) = self.actor_of.get(step.0 as usize) else { return };
+        let Some(&actor) = self.actor_of.get(step.0 as usize) else {
+            return;
+        };
         let state = &mut self.actors[actor as usize];
         if state.waiting == Some(step) {
             state.waiting = None;
         } else {
             state.in_flight -= 1;
         }
-        if let (Some(waiting), 0) = (state.waiting, state.in_flight) {
-            if matches!(self.scenario.steps[waiting.0 as usize].action, Action::Settle { .. }) {
-                self.incoming.push(Record::Ended(waiting, Outcome::Passed));
-            }
+        if let (Some(waiting), 0) = (state.waiting, state.in_flight)
+            && matches!(
+                self.scenario.steps[waiting.0 as usize].action,
+                Action::Settle { .. }
+            )
+        {
+            self.incoming.push(Record::Ended(waiting, Outcome::Passed));
         }
     }
 
     fn job_status(&mut self, id: &Rc<str>, to: JobStatus) {
-        match self.jobs.iter_mut().rfind(|j| j.id == *id && j.status != JobStatus::Null) {
+        match self
+            .jobs
+            .iter_mut()
+            .rfind(|j| j.id == *id && j.status != JobStatus::Null)
+        {
             Some(job) => {
                 job.status = to;
                 job.visited |= 1 << (to as u16);
@@ -434,30 +487,35 @@ impl Runner {
             }
             None => {
                 let (id, visited) = (Rc::clone(id), 1 << (to as u16));
-                self.jobs.push(JobState { id, status: to, visited, pushes: 0 });
+                self.jobs.push(JobState {
+                    id,
+                    status: to,
+                    visited,
+                    pushes: 0,
+                });
             }
         }
-        for (at, actor) in self.actor_of.iter().enumerate() {
-            // Also steps that do not hold up their actor; those are rare, and ended ones are not waiting any more.
-            let state = &self.actors[*actor as usize];
-            if state.waiting.is_none_or(|w| w.0 as usize != at) {
-                continue;
+        let mut waits = std::mem::take(&mut self.job_waits);
+        waits.retain(|&step| {
+            let Action::WaitJob { job } = &self.scenario.steps[step.0 as usize].action else {
+                unreachable!("only wait-job steps are here")
+            };
+            let over = self.job_reached(&job.id, &job.status);
+            if over {
+                self.incoming.push(Record::Ended(step, Outcome::Passed));
             }
-            if let Action::WaitJob { job } = &self.scenario.steps[at].action {
-                let over = Record::Ended(StepId(u32::try_from(at).expect("few steps")), Outcome::Passed);
-                // Two changes of status may come before the first one's end is taken in.
-                if self.job_reached(&job.id, &job.status) && !self.incoming.contains(&over) {
-                    self.incoming.push(over);
-                }
-            }
-        }
+            !over
+        });
+        self.job_waits = waits;
     }
 
     /// Nothing can happen: removes what the scenario left standing. False when there is nothing (more) to remove.
     fn clear_away(&mut self, target: &mut dyn Target, oracles: &mut [Box<dyn Oracle>]) -> Result<bool, Stop> {
         if let Some(&begun) = self.sections.last() {
             let Step { actor, action, .. } = &self.scenario.steps[begun.0 as usize];
-            let Action::DrainBegin { node } = action else { unreachable!("a section is begun by drained-begin") };
+            let Action::DrainBegin { node } = action else {
+                unreachable!("a section is begun by drained-begin")
+            };
             let (actor, action) = (actor.clone(), Action::DrainEnd { node: node.clone() });
             self.extra(actor, action, target, oracles)?;
             return Ok(true);
@@ -469,11 +527,16 @@ impl Runner {
         }
         for at in 0..self.jobs.len() {
             let job = &mut self.jobs[at];
-            let Some(command) = push(job.status, job.pushes) else { continue };
+            let Some(command) = push(job.status, job.pushes) else {
+                continue;
+            };
             job.pushes += 1;
             let mut arguments = Map::new();
             arguments.insert("id".into(), Value::String(job.id.to_string()));
-            let action = Action::Command { execute: command.into(), arguments };
+            let action = Action::Command {
+                execute: command.into(),
+                arguments,
+            };
             self.extra("runner".into(), action, target, oracles)?;
             return Ok(true);
         }
@@ -481,7 +544,11 @@ impl Runner {
     }
 
     fn waits_for_extra(&self) -> bool {
-        let in_file: u32 = self.actors.iter().map(|a| a.in_flight + u32::from(a.waiting.is_some())).sum();
+        let in_file: u32 = self
+            .actors
+            .iter()
+            .map(|a| a.in_flight + u32::from(a.waiting.is_some()))
+            .sum();
         self.unfinished > in_file
     }
 
@@ -493,7 +560,11 @@ impl Runner {
         oracles: &mut [Box<dyn Oracle>],
     ) -> Result<(), Stop> {
         let step = StepId(u32::try_from(self.scenario.steps.len()).expect("few steps"));
-        self.scenario.steps.push(Step { actor, action, wait: true });
+        self.scenario.steps.push(Step {
+            actor,
+            action,
+            wait: true,
+        });
         self.issue(step, target);
         Ok(self.digest(target, oracles)?)
     }
@@ -508,36 +579,62 @@ impl Runner {
     }
 
     fn hangs(&mut self, why: &str, target: &mut dyn Target, oracles: &mut [Box<dyn Oracle>]) -> Stop {
-        let view = View { scenario: &self.scenario, now: self.now, layer: target.layer() };
+        let view = View {
+            scenario: &self.scenario,
+            now: self.now,
+            layer: target.layer(),
+        };
         for oracle in oracles {
             if let Err(violation) = oracle.stuck(&view) {
                 return Stop::Violation(violation);
             }
         }
         let jobs = self.jobs.iter().filter(|j| j.status != JobStatus::Null);
-        let mut evidence: Vec<String> =
-            jobs.map(|j| format!("job '{}' is {}", j.id, finish::status_name(j.status))).collect();
+        let mut evidence: Vec<String> = jobs
+            .map(|j| format!("job '{}' is {}", j.id, finish::status_name(j.status)))
+            .collect();
         let waiting = self.actors.iter().filter_map(|a| a.waiting);
-        evidence.extend(waiting.map(|s| format!("step {} ({}) is not done", s.0, self.scenario.steps[s.0 as usize].actor)));
+        evidence.extend(waiting.map(|s| {
+            format!(
+                "step {} ({}) is not done",
+                s.0, self.scenario.steps[s.0 as usize].actor
+            )
+        }));
         evidence.extend(target.describe());
         let step = self.actors.iter().find_map(|a| a.waiting);
-        Stop::Violation(Violation { oracle: OracleName::Liveness, message: why.into(), step, evidence })
+        Stop::Violation(Violation {
+            oracle: OracleName::Liveness,
+            message: why.into(),
+            step,
+            evidence,
+        })
     }
 
     fn finish(&mut self, target: &mut dyn Target, oracles: &mut [Box<dyn Oracle>]) -> Result<(), Stop> {
         let nodes = target.contents();
         self.digest(target, oracles)?;
         let nodes = nodes.map_err(|trouble| Runner::trouble(trouble, target, None))?;
-        let view = View { scenario: &self.scenario, now: self.now, layer: target.layer() };
+        let view = View {
+            scenario: &self.scenario,
+            now: self.now,
+            layer: target.layer(),
+        };
         finish::quiescent(&nodes, &view, oracles)?;
         let left = target.close();
         self.digest(target, oracles)?;
         let left = left.map_err(|trouble| Runner::trouble(trouble, target, None))?;
         finish::leftovers(&left)?;
         let files = target.closed_files();
-        let view = View { scenario: &self.scenario, now: self.now, layer: target.layer() };
+        let view = View {
+            scenario: &self.scenario,
+            now: self.now,
+            layer: target.layer(),
+        };
         let sound = finish::closed(&files, &view, oracles)?;
-        let sound: Vec<(&str, &[u8])> = sound.iter().map(|(name, bytes)| (&name[..], &bytes[..])).collect();
+        let sound: Vec<(&str, &[u8])> = sound
+            .iter()
+            .map(|(name, bytes)| (&name[..], &bytes[..]))
+            .collect();
         target.judge(&sound)?;
         Ok(())
     }
@@ -551,7 +648,11 @@ fn push(status: JobStatus, pushes: u8) -> Option<&'static str> {
         (JobStatus::Ready, 0) => Some("job-complete"),
         (JobStatus::Paused | JobStatus::Standby, 0) => Some("job-resume"),
         (
-            JobStatus::Created | JobStatus::Paused | JobStatus::Standby | JobStatus::Ready | JobStatus::Pending,
+            JobStatus::Created
+            | JobStatus::Paused
+            | JobStatus::Standby
+            | JobStatus::Ready
+            | JobStatus::Pending,
             ..PUSHES,
         ) => Some("job-cancel"),
         _ => None,

@@ -23,11 +23,17 @@ fn a_stream_under_guest_io_ends_well_in_every_order() {
     runner.keep_records(true);
     let sequential = run(&mut runner, &mut target, &mut Recorded::new(&[]));
     assert_eq!(sequential.violation, None);
-    let refused: Vec<&Record> =
-        runner.records().iter().filter(|r| matches!(r, Record::Ended(_, Outcome::Command(Err(_))))).collect();
+    let refused: Vec<&Record> = runner
+        .records()
+        .iter()
+        .filter(|r| matches!(r, Record::Ended(_, Outcome::Command(Err(_)))))
+        .collect();
     assert!(refused.is_empty(), "{refused:?}");
     let copied = |r: &&Record| matches!(r, Record::Layer(Event::JobChunk { copied: true, .. }));
-    assert!(runner.records().iter().filter(copied).count() > 0, "the stream copied something");
+    assert!(
+        runner.records().iter().filter(copied).count() > 0,
+        "the stream copied something"
+    );
     runner.keep_records(false);
     let mut hashes = std::collections::BTreeSet::new();
     for seed in 0..200 {
@@ -37,7 +43,11 @@ fn a_stream_under_guest_io_ends_well_in_every_order() {
         let pct = run(&mut runner, &mut target, &mut Pct::new(3, seed));
         assert_eq!(pct.violation, None, "pct seed {seed}");
     }
-    assert!(hashes.len() > 190, "seeds give different interleavings: {}", hashes.len());
+    assert!(
+        hashes.len() > 190,
+        "seeds give different interleavings: {}",
+        hashes.len()
+    );
 }
 
 #[test]
@@ -45,7 +55,9 @@ fn every_oracle_agrees_with_every_order() {
     let (mut runner, mut target) = (Runner::new(), SimTarget::new());
     let mut oracles = crate::oracle::all();
     for seed in 0..400 {
-        let result = runner.run(&scenario(), &mut Random::new(seed), &mut target, &mut oracles).expect("usable");
+        let result = runner
+            .run(&scenario(), &mut Random::new(seed), &mut target, &mut oracles)
+            .expect("usable");
         assert_eq!(result.violation, None, "seed {seed}");
     }
 }
@@ -68,7 +80,11 @@ fn recorded_choices_replay_exactly() {
     let (mut runner, mut target) = (Runner::new(), SimTarget::new());
     let mut log = Vec::new();
     for seed in 0..10 {
-        let first = run(&mut runner, &mut target, &mut Recording::new(Random::new(seed), &mut log));
+        let first = run(
+            &mut runner,
+            &mut target,
+            &mut Recording::new(Random::new(seed), &mut log),
+        );
         let second = run(&mut runner, &mut target, &mut Recorded::new(&log));
         assert_eq!(first, second);
     }
@@ -84,22 +100,40 @@ fn an_injected_difference_is_named() {
     assert_eq!(first_difference(&first, runner.trace()), None);
     let mut other = scenario();
     // The last guest step, and nothing before it, asks for something else.
-    let at = other.steps.iter().rposition(|s| matches!(s.action, Action::Guest { .. })).expect("a guest step");
-    let Action::Guest { op, .. } = &mut other.steps[at].action else { unreachable!("found as one") };
+    let at = other
+        .steps
+        .iter()
+        .rposition(|s| matches!(s.action, Action::Guest { .. }))
+        .expect("a guest step");
+    let Action::Guest { op, .. } = &mut other.steps[at].action else {
+        unreachable!("found as one")
+    };
     *op = crate::scenario::GuestOp::Flush;
-    runner.run(&other, &mut Random::new(1), &mut target, &mut []).expect("usable");
+    runner
+        .run(&other, &mut Random::new(1), &mut target, &mut [])
+        .expect("usable");
     let difference = first_difference(&first, runner.trace()).expect("differs");
     assert!(difference.exact && difference.at > 0);
-    let before = |t: &Trace| t.points().nth(usize::try_from(difference.at - 1).expect("small")).cloned();
+    let before = |t: &Trace| {
+        t.points()
+            .nth(usize::try_from(difference.at - 1).expect("small"))
+            .cloned()
+    };
     assert_eq!(before(&first), before(runner.trace()));
 }
 
 fn steps(text: &str) -> Scenario {
     let mut scenario = scenario();
-    let setup = scenario.steps.iter().take_while(|s| matches!(s.action, Action::Command { .. })).count();
+    let setup = scenario
+        .steps
+        .iter()
+        .take_while(|s| matches!(s.action, Action::Command { .. }))
+        .count();
     scenario.steps.truncate(setup - 1);
     let more = format!(r#"{{"version":1,"grain":64,"images":[],"steps":[{text}]}}"#);
-    scenario.steps.extend(parse("more", more.as_bytes()).expect("valid").steps);
+    scenario
+        .steps
+        .extend(parse("more", more.as_bytes()).expect("valid").steps);
     scenario
 }
 
@@ -114,7 +148,9 @@ fn what_does_not_exist_is_an_outcome() {
     );
     let (mut runner, mut target) = (Runner::new(), SimTarget::new());
     runner.keep_records(true);
-    let result = runner.run(&scenario, &mut Recorded::new(&[]), &mut target, &mut []).expect("usable");
+    let result = runner
+        .run(&scenario, &mut Recorded::new(&[]), &mut target, &mut [])
+        .expect("usable");
     assert_eq!(result.violation, None);
     let ended = |r: &Record| match r {
         Record::Ended(step, outcome) if step.0 as usize + 5 >= scenario.steps.len() => Some(outcome.clone()),
@@ -126,7 +162,12 @@ fn what_does_not_exist_is_an_outcome() {
         desc: "The command no-such-command has not been found".into(),
     };
     assert_eq!(outcomes.len(), 5);
-    for expected in [Outcome::NoExport, Outcome::NoNode, Outcome::Passed, Outcome::Command(Err(missing))] {
+    for expected in [
+        Outcome::NoExport,
+        Outcome::NoNode,
+        Outcome::Passed,
+        Outcome::Command(Err(missing)),
+    ] {
         assert!(outcomes.contains(&expected), "{expected:?} in {outcomes:?}");
     }
 }
@@ -143,13 +184,51 @@ fn standing_jobs_and_open_sections_are_cleared_away() {
     );
     let (mut runner, mut target) = (Runner::new(), SimTarget::new());
     for seed in 0..50 {
-        let result = runner.run(&scenario, &mut Random::new(seed), &mut target, &mut []).expect("usable");
+        let result = runner
+            .run(&scenario, &mut Random::new(seed), &mut target, &mut [])
+            .expect("usable");
         assert_eq!(result.violation, None, "seed {seed}");
         let extra: Vec<String> = runner.scenario().steps[scenario.steps.len()..]
             .iter()
             .map(crate::scenario::listing::action)
             .collect();
         assert!(extra.iter().any(|s| s.contains("drained-end")), "{extra:?}");
-        assert!(extra.iter().any(|s| s.starts_with("job-resume") || s.starts_with("job-cancel")), "{extra:?}");
+        assert!(
+            extra
+                .iter()
+                .any(|s| s.starts_with("job-resume") || s.starts_with("job-cancel")),
+            "{extra:?}"
+        );
     }
+}
+
+/// A `wait-job` in flight ends when its job does, and the actor's later steps do not wait for it.
+#[test]
+fn a_wait_that_holds_up_nobody_ends_too() {
+    let scenario = steps(
+        r#"{"actor":"m","execute":"block-stream","arguments":{"job-id":"s","device":"top"}},
+           {"actor":"m","wait-job":{"id":"s","status":"null"},"wait":false},
+           {"actor":"m","wait-job":{"id":"s","status":"concluded"},"wait":false},
+           {"actor":"m","execute":"query-jobs"},
+           {"actor":"m","settle":{}}"#,
+    );
+    let (mut runner, mut target) = (Runner::new(), SimTarget::new());
+    runner.keep_records(true);
+    let ended = |r: &Record| match r {
+        Record::Ended(step, _) => (step.0 as usize + 5).checked_sub(scenario.steps.len()),
+        _ => None,
+    };
+    let mut overtaken = 0;
+    for seed in 0..50 {
+        let result = runner
+            .run(&scenario, &mut Random::new(seed), &mut target, &mut [])
+            .expect("usable");
+        assert_eq!(result.violation, None, "seed {seed}");
+        let order: Vec<usize> = runner.records().iter().filter_map(ended).collect();
+        let place = |step| order.iter().position(|&s| s == step).expect("every step ends");
+        assert_eq!(order.len(), 5, "each step ends once: {order:?}");
+        assert!(place(2) <= place(1) + 1 && place(4) == 4, "{order:?}");
+        overtaken += u32::from(place(3) < place(1));
+    }
+    assert!(overtaken > 0, "the query never came before the job's end");
 }

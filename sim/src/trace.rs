@@ -54,7 +54,12 @@ impl Fold {
     }
 
     fn errno<T>(&mut self, result: &Result<T, i32>) {
-        self.word(result.as_ref().err().map_or(u64::MAX, |&e| u64::from(e.unsigned_abs())));
+        self.word(
+            result
+                .as_ref()
+                .err()
+                .map_or(u64::MAX, |&e| u64::from(e.unsigned_abs())),
+        );
     }
 
     fn json(&mut self, value: &Value) {
@@ -157,7 +162,13 @@ impl Fold {
             | Event::DrainBegin { node }
             | Event::Drained { node }
             | Event::DrainEnd { node } => self.pair(0, node.0),
-            Event::EdgeSet { edge, parent, role, from, to } => {
+            Event::EdgeSet {
+                edge,
+                parent,
+                role,
+                from,
+                to,
+            } => {
                 self.pair(edge.0, u32::from(role.bits()));
                 self.parent(*parent);
                 self.pair(from.map_or(u32::MAX, |n| n.0), to.map_or(u32::MAX, |n| n.0));
@@ -170,7 +181,15 @@ impl Fold {
             | Event::BackendQueued { backend }
             | Event::BackendResumed { backend }
             | Event::BackendEnd { backend } => self.pair(0, backend.0),
-            Event::RequestBegin { request, node, edge, kind, offset, bytes, flags } => {
+            Event::RequestBegin {
+                request,
+                node,
+                edge,
+                kind,
+                offset,
+                bytes,
+                flags,
+            } => {
                 self.word(request.0);
                 self.pair(node.0, edge.0);
                 self.pair(*kind as u32, u32::from(flags.bits()));
@@ -181,11 +200,20 @@ impl Fold {
                 self.word(request.0);
                 self.word(on.0);
             }
-            Event::RequestEnd { request, node, result } => {
+            Event::RequestEnd {
+                request,
+                node,
+                result,
+            } => {
                 self.word(request.0);
                 self.pair(node.0, result.err().map_or(0, |e| e.0.unsigned_abs()));
             }
-            Event::CopyOnRead { node, offset, bytes, zero } => {
+            Event::CopyOnRead {
+                node,
+                offset,
+                bytes,
+                zero,
+            } => {
                 self.pair(node.0, u32::from(*zero));
                 self.word(*offset);
                 self.word(*bytes);
@@ -195,7 +223,12 @@ impl Fold {
                 self.pair(job.0, (*from as u32) << 8 | *to as u32);
             }
             Event::JobPauseCount { job, count } => self.pair(job.0, *count),
-            Event::JobChunk { job, offset, bytes, copied } => {
+            Event::JobChunk {
+                job,
+                offset,
+                bytes,
+                copied,
+            } => {
                 self.pair(job.0, u32::from(*copied));
                 self.word(*offset);
                 self.word(*bytes);
@@ -262,7 +295,10 @@ impl Trace {
     /// Keeps the last `capacity` records; 0 keeps nothing and costs nothing.
     #[must_use]
     pub fn with_capacity(capacity: usize) -> Trace {
-        Trace { ring: std::collections::VecDeque::new(), capacity }
+        Trace {
+            ring: std::collections::VecDeque::new(),
+            capacity,
+        }
     }
 
     pub(crate) fn clear(&mut self) {
@@ -277,7 +313,12 @@ impl Trace {
         if self.ring.len() == self.capacity {
             self.ring.pop_front();
         }
-        self.ring.push_back(Point { at, hash: hash.value(), step, record: record.clone() });
+        self.ring.push_back(Point {
+            at,
+            hash: hash.value(),
+            step,
+            record: record.clone(),
+        });
     }
 
     /// What is kept, oldest first.
@@ -308,10 +349,19 @@ pub struct Difference {
 impl std::fmt::Display for Difference {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let side = |point: &Option<Point>| {
-            point.as_ref().map_or_else(|| "the run was over".to_owned(), |p| format!("step {}: {:?}", p.step, p.record))
+            point.as_ref().map_or_else(
+                || "the run was over".to_owned(),
+                |p| format!("step {}: {:?}", p.step, p.record),
+            )
         };
         let earlier = if self.exact { "" } else { " or before" };
-        write!(f, "record {}{earlier}: first {}; then {}", self.at, side(&self.first), side(&self.second))
+        write!(
+            f,
+            "record {}{earlier}: first {}; then {}",
+            self.at,
+            side(&self.first),
+            side(&self.second)
+        )
     }
 }
 
@@ -330,7 +380,12 @@ pub fn first_difference(first: &Trace, second: &Trace) -> Option<Difference> {
         if a.map(|p| p.hash) != b.map(|p| p.hash) {
             // At the very start of a run, or after a point that was equal.
             let exact = at == 0 || at > from;
-            return Some(Difference { at, first: a.cloned(), second: b.cloned(), exact });
+            return Some(Difference {
+                at,
+                first: a.cloned(),
+                second: b.cloned(),
+                exact,
+            });
         }
     }
     None
@@ -353,10 +408,14 @@ mod tests {
 
     #[test]
     fn the_first_difference_is_found_although_later_records_are_equal_again() {
-        let difference = first_difference(&trace(&[1, 2, 3, 4], 100), &trace(&[1, 9, 3, 4], 100)).expect("differ");
+        let difference =
+            first_difference(&trace(&[1, 2, 3, 4], 100), &trace(&[1, 9, 3, 4], 100)).expect("differ");
         assert_eq!((difference.at, difference.exact), (1, true));
         assert_eq!(difference.first.expect("there").record, Record::Issued(StepId(2)));
-        assert_eq!(difference.second.expect("there").record, Record::Issued(StepId(9)));
+        assert_eq!(
+            difference.second.expect("there").record,
+            Record::Issued(StepId(9))
+        );
         assert_eq!(first_difference(&trace(&[1, 2], 9), &trace(&[1, 2], 9)), None);
     }
 

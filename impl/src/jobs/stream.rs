@@ -160,6 +160,8 @@ impl Layer {
         self.node(filter).implicit.set(name.is_none());
         if let Err(refusal) = self.replace_node(plan.bs, filter).await {
             self.unhold(filter);
+            // It still may write to the device, which could not become read-only again.
+            self.reap().await;
             return Err(refusal.prefixed("Could not replace node: "));
         }
         Ok(filter)
@@ -266,17 +268,45 @@ impl Layer {
     fn find_backing_image(&self, bs: NodeId, name: &str) -> Option<NodeId> {
         let mut at = self.skip_filters(bs);
         while let Some(below) = self.backing_chain_next(at) {
-            let overlay = self.node(at);
-            let header = overlay.driver().backing_header().map(|(file, _)| file);
-            let filename = self.node_filename(below);
-            // Relative names count from the directory of the overlay, as in its header.
-            let absolute = combine_filename(&self.node_filename(at), name);
-            if header.as_deref() == Some(name) || filename == name || filename == absolute {
+            let direct = self.cow(at).expect("it has a chain below");
+            let exact = self.exact_filename(direct);
+            let found = if self.backing_overridden(at) {
+                exact.as_deref() == Some(name)
+            } else {
+                // Relative names count from the directory of the overlay, as in its header.
+                exact.is_some_and(|exact| exact == combine_filename(&self.node_filename(at), name))
+            };
+            if found {
                 return Some(below);
             }
             at = below;
         }
         None
+    }
+
+    /// The name by which opening gives this very node with all that is below it; `None` where there is no such name,
+    /// since the node has options or a backing node that no header names (QEMU shows such nodes as `json:`).
+    fn exact_filename(&self, node: NodeId) -> Option<String> {
+        let subject = self.node(node);
+        if subject.facts.is_filter {
+            let child = self.filter_or_cow(node).filter(|_| subject.implicit.get())?;
+            return self.exact_filename(child);
+        }
+        let windowed = |key| subject.facts.name == "raw" && subject.options.borrow().contains_key(key);
+        if windowed("offset") || windowed("size") {
+            return None;
+        }
+        (!self.backing_overridden(node)).then(|| self.node_filename(node)).filter(|name| !name.is_empty())
+    }
+
+    /// Whether the backing node is another one than the header names.
+    fn backing_overridden(&self, node: NodeId) -> bool {
+        let header = self.node(node).driver().backing_header();
+        let named = header.map(|(file, _)| combine_filename(&self.node_filename(node), &file));
+        match self.cow(node) {
+            None => named.is_some(),
+            Some(backing) => named.is_none() || self.exact_filename(backing) != named,
+        }
     }
 
     /// The name by which a header would refer to the node's content.

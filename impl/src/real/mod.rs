@@ -116,6 +116,7 @@ impl RealEnv {
     ///
     /// # Errors
     /// When the engine cannot be set up: io_uring asked for and not permitted, or out of descriptors.
+    #[expect(clippy::disallowed_methods, reason = "this is where real time comes from")]
     pub fn new(options: RealOptions) -> std::io::Result<RealEnv> {
         let runtime = match options.engine {
             Engine::Threads => runtime(Some(DriverType::Poll)),

@@ -96,7 +96,11 @@ pub fn build(image: &Image, index: u16, grain: u32, out: &mut Vec<u8>) {
 
 /// The ranges of a raw image's file that are not holes: (offset, bytes).
 pub fn raw_data(image: &Image) -> impl Iterator<Item = (u64, u64)> + '_ {
-    image.fill.iter().filter(|f: &&Fill| f.stored == Stored::Data).map(|f| (f.offset, f.length))
+    image
+        .fill
+        .iter()
+        .filter(|f: &&Fill| f.stored == Stored::Data)
+        .map(|f| (f.offset, f.length))
 }
 
 /// Compressed clusters, one after another, relative to the start of their area.
@@ -116,7 +120,7 @@ impl Packed {
         let length = blob.len() as u64;
         assert!(length < cluster_size, "stamps compress");
         let mut start = self.bytes.len() as u64;
-        if start % cluster_size != 0 && self.counts.last().is_some_and(|&n| n >= max_refcount) {
+        if !start.is_multiple_of(cluster_size) && self.counts.last().is_some_and(|&n| n >= max_refcount) {
             start = start.next_multiple_of(cluster_size);
         }
         let (first, end) = (start / cluster_size, (start + length).div_ceil(cluster_size));
@@ -168,7 +172,10 @@ impl<'a> Layout<'a> {
         tables.dedup();
         let l1_entries = image.size.div_ceil(size * l2_entries).max(1);
         let l1_clusters = (l1_entries * 8).div_ceil(size);
-        let hosts = forms.iter().filter(|f| matches!(f.1, Stored::Data | Stored::ZeroAllocated)).count() as u64;
+        let hosts = forms
+            .iter()
+            .filter(|f| matches!(f.1, Stored::Data | Stored::ZeroAllocated))
+            .count() as u64;
         let payload = 1 + l1_clusters + tables.len() as u64 + hosts + packed.counts.len() as u64;
         let per_block = size * 8 / u64::from(image.refcount_bits);
         // Refcount blocks count themselves and the table, so their number is a fixed point.
@@ -239,7 +246,10 @@ impl<'a> Layout<'a> {
         // The end mark is eight zero bytes.
         at += 8;
         if let Some(backing) = &self.image.backing_file {
-            assert!(at + backing.len() <= 1 << self.bits, "validated: the header fits its cluster");
+            assert!(
+                at + backing.len() <= 1 << self.bits,
+                "validated: the header fits its cluster"
+            );
             put64(out, 8, at as u64);
             put32(out, 16, u32::try_from(backing.len()).expect("validated"));
             out[at..at + backing.len()].copy_from_slice(backing.as_bytes());

@@ -33,7 +33,12 @@ const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
 pub fn check(bytes: &[u8]) -> Vec<Problem> {
     let image = match Qcow2::parse(bytes) {
         Ok(image) => image,
-        Err(text) => return vec![Problem { severity: Severity::Corruption, text }],
+        Err(text) => {
+            return vec![Problem {
+                severity: Severity::Corruption,
+                text,
+            }];
+        }
     };
     let clusters = (bytes.len() as u64).div_ceil(image.cluster_size());
     let mut check = Check {
@@ -58,24 +63,35 @@ struct Check<'a> {
 
 impl Check<'_> {
     fn corrupt(&mut self, text: String) {
-        self.problems.push(Problem { severity: Severity::Corruption, text });
+        self.problems.push(Problem {
+            severity: Severity::Corruption,
+            text,
+        });
     }
 
     fn walk(&mut self) {
         let size = self.image.cluster_size();
         if self.image.incompatible != 0 {
-            self.corrupt(format!("incompatible features {:#x} are set after close", self.image.incompatible));
+            self.corrupt(format!(
+                "incompatible features {:#x} are set after close",
+                self.image.incompatible
+            ));
         }
         if self.image.snapshots != 0 {
             self.corrupt(format!("{} snapshots that nobody made", self.image.snapshots));
         }
         self.claim(0, size, "header");
-        let (table, clusters) = (self.image.refcount_table, u64::from(self.image.refcount_table_clusters));
+        let (table, clusters) = (
+            self.image.refcount_table,
+            u64::from(self.image.refcount_table_clusters),
+        );
         self.claim(table, clusters * size, "refcount table");
         let l1_bytes = u64::from(self.image.l1_size) * 8;
         self.claim(self.image.l1_offset, l1_bytes, "L1 table");
         for i in 0..clusters * size / 8 {
-            let Some(block) = be64(self.image.bytes, table + i * 8) else { break };
+            let Some(block) = be64(self.image.bytes, table + i * 8) else {
+                break;
+            };
             if block & 0x1ff != 0 {
                 self.corrupt(format!("refcount table entry {i} has reserved bits: {block:#x}"));
             } else if block != 0 {
@@ -84,7 +100,10 @@ impl Check<'_> {
         }
         let needed = self.image.clusters().div_ceil(size / 8);
         if u64::from(self.image.l1_size) < needed {
-            self.corrupt(format!("the L1 table has {} entries, {needed} are needed", self.image.l1_size));
+            self.corrupt(format!(
+                "the L1 table has {} entries, {needed} are needed",
+                self.image.l1_size
+            ));
         }
         for i in 0..u64::from(self.image.l1_size) {
             match self.image.l1_entry(i) {
@@ -128,8 +147,9 @@ impl Check<'_> {
                     match self.used.get_mut(to_usize(host)) {
                         Some(used) => *used += 1,
                         None => {
-                            return self
-                                .corrupt(format!("compressed guest cluster {cluster} is past the end of the file"));
+                            return self.corrupt(format!(
+                                "compressed guest cluster {cluster} is past the end of the file"
+                            ));
                         }
                     }
                 }
@@ -145,7 +165,8 @@ impl Check<'_> {
                 }
                 // The last cluster of the file may be short, it must not be missing.
                 if self.claim(host, 1, "data cluster") {
-                    self.copied.push((host / size, entry & COPIED != 0, "data cluster"));
+                    self.copied
+                        .push((host / size, entry & COPIED != 0, "data cluster"));
                 }
             }
         }
@@ -157,7 +178,9 @@ impl Check<'_> {
         let end = offset.checked_add(bytes);
         let inside = end.is_some_and(|end| end.div_ceil(size) <= self.used.len() as u64);
         if !offset.is_multiple_of(size) || !inside {
-            self.corrupt(format!("{what} at {offset:#x} (+{bytes:#x}) is unaligned or past the end of the file"));
+            self.corrupt(format!(
+                "{what} at {offset:#x} (+{bytes:#x}) is unaligned or past the end of the file"
+            ));
             return false;
         }
         for cluster in offset / size..(offset + bytes).div_ceil(size) {
@@ -196,20 +219,30 @@ impl Check<'_> {
             let (used, counted) = (self.used[to_usize(cluster)], self.refcount(cluster));
             let offset = cluster * size;
             if counted > used {
-                let text = format!("host cluster at {offset:#x} is used {used} times, its refcount is {counted}");
-                self.problems.push(Problem { severity: Severity::Leak, text });
+                let text =
+                    format!("host cluster at {offset:#x} is used {used} times, its refcount is {counted}");
+                self.problems.push(Problem {
+                    severity: Severity::Leak,
+                    text,
+                });
             } else if counted < used {
-                self.corrupt(format!("host cluster at {offset:#x} is used {used} times, its refcount is {counted}"));
+                self.corrupt(format!(
+                    "host cluster at {offset:#x} is used {used} times, its refcount is {counted}"
+                ));
             }
         }
         for (cluster, flag, what) in std::mem::take(&mut self.copied) {
             let (used, counted) = (self.used[to_usize(cluster)], self.refcount(cluster));
             let offset = cluster * size;
             if used > 1 {
-                self.corrupt(format!("{what} at {offset:#x} overlaps something else: used {used} times"));
+                self.corrupt(format!(
+                    "{what} at {offset:#x} overlaps something else: used {used} times"
+                ));
             }
             if flag != (counted == 1) {
-                self.corrupt(format!("{what} at {offset:#x}: COPIED is {flag}, the refcount {counted}"));
+                self.corrupt(format!(
+                    "{what} at {offset:#x}: COPIED is {flag}, the refcount {counted}"
+                ));
             }
         }
     }

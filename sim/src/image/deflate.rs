@@ -36,9 +36,35 @@ impl Bits<'_> {
     fn length(&mut self, length: u32) {
         // (first length, extra bits) of symbols 257 ...
         const LENGTHS: [(u32, u32); 29] = [
-            (3, 0), (4, 0), (5, 0), (6, 0), (7, 0), (8, 0), (9, 0), (10, 0), (11, 1), (13, 1), (15, 1), (17, 1),
-            (19, 2), (23, 2), (27, 2), (31, 2), (35, 3), (43, 3), (51, 3), (59, 3), (67, 4), (83, 4), (99, 4),
-            (115, 4), (131, 5), (163, 5), (195, 5), (227, 5), (258, 0),
+            (3, 0),
+            (4, 0),
+            (5, 0),
+            (6, 0),
+            (7, 0),
+            (8, 0),
+            (9, 0),
+            (10, 0),
+            (11, 1),
+            (13, 1),
+            (15, 1),
+            (17, 1),
+            (19, 2),
+            (23, 2),
+            (27, 2),
+            (31, 2),
+            (35, 3),
+            (43, 3),
+            (51, 3),
+            (59, 3),
+            (67, 4),
+            (83, 4),
+            (99, 4),
+            (115, 4),
+            (131, 5),
+            (163, 5),
+            (195, 5),
+            (227, 5),
+            (258, 0),
         ];
         let at = LENGTHS.partition_point(|&(first, _)| first <= length) - 1;
         let (first, extra) = LENGTHS[at];
@@ -55,13 +81,19 @@ impl Bits<'_> {
 
 /// Appends `data`, compressed, to `out`.
 pub(super) fn deflate(data: &[u8], out: &mut Vec<u8>) {
-    let mut bits = Bits { out, word: 0, count: 0 };
+    let mut bits = Bits {
+        out,
+        word: 0,
+        count: 0,
+    };
     bits.put(1, 1);
     bits.put(1, 2);
     let mut at = 0;
     while at < data.len() {
         let longest = if at < 16 { 0 } else { (data.len() - at).min(258) };
-        let length = (0..longest).take_while(|&i| data[at + i] == data[at + i - 16]).count();
+        let length = (0..longest)
+            .take_while(|&i| data[at + i] == data[at + i - 16])
+            .count();
         if length >= 3 {
             bits.length(u32::try_from(length).expect("at most 258"));
             bits.distance_16();
@@ -83,7 +115,11 @@ mod tests {
 
     #[test]
     fn an_independent_inflater_reads_it_back() {
-        let mut cases: Vec<Vec<u8>> = vec![vec![0; 512], (0..=255).cycle().take(4096).collect(), vec![200; 275]];
+        let mut cases: Vec<Vec<u8>> = vec![
+            vec![0; 512],
+            (0..=255).cycle().take(4096).collect(),
+            vec![200; 275],
+        ];
         for grain in [16, 64, 512] {
             let mut stamped = vec![0; 65536];
             fill(&mut stamped[512..], 512, grain, Source::Step(StepId(77)));
@@ -92,7 +128,10 @@ mod tests {
         for data in cases {
             let mut packed = Vec::new();
             deflate(&data, &mut packed);
-            assert_eq!(miniz_oxide::inflate::decompress_to_vec(&packed).expect("valid"), data);
+            assert_eq!(
+                miniz_oxide::inflate::decompress_to_vec(&packed).expect("valid"),
+                data
+            );
         }
     }
 

@@ -3,6 +3,8 @@
 //! Rules: every number in the file is distrusted; what cannot be read is an error text, never a panic. Supported is what
 //! a run can produce: versions 2 and 3, standard L2 entries, deflate, no snapshots.
 
+use miniz_oxide::inflate::core::{DecompressorOxide, decompress, inflate_flags};
+
 use super::to_usize;
 use crate::scenario::Format;
 
@@ -52,12 +54,16 @@ pub enum Mapping {
 
 pub(super) fn be32(bytes: &[u8], at: u64) -> Option<u32> {
     let at = usize::try_from(at).ok()?;
-    Some(u32::from_be_bytes(bytes.get(at..at.checked_add(4)?)?.try_into().ok()?))
+    Some(u32::from_be_bytes(
+        bytes.get(at..at.checked_add(4)?)?.try_into().ok()?,
+    ))
 }
 
 pub(super) fn be64(bytes: &[u8], at: u64) -> Option<u64> {
     let at = usize::try_from(at).ok()?;
-    Some(u64::from_be_bytes(bytes.get(at..at.checked_add(8)?)?.try_into().ok()?))
+    Some(u64::from_be_bytes(
+        bytes.get(at..at.checked_add(8)?)?.try_into().ok()?,
+    ))
 }
 
 impl<'a> Qcow2<'a> {
@@ -72,8 +78,11 @@ impl<'a> Qcow2<'a> {
         if !(2..=3).contains(&version) {
             return Err(format!("version {version}"));
         }
-        let (incompatible, refcount_order, header_length) =
-            if version == 3 { (long(72)?, word(96)?, word(100)?) } else { (0, 4, 72) };
+        let (incompatible, refcount_order, header_length) = if version == 3 {
+            (long(72)?, word(96)?, word(100)?)
+        } else {
+            (0, 4, 72)
+        };
         let image = Qcow2 {
             bytes,
             version,
@@ -120,7 +129,10 @@ impl<'a> Qcow2<'a> {
         if index >= u64::from(self.l1_size) {
             return Ok(0);
         }
-        let at = self.l1_offset.checked_add(index * 8).ok_or("the L1 table is out of range")?;
+        let at = self
+            .l1_offset
+            .checked_add(index * 8)
+            .ok_or("the L1 table is out of range")?;
         be64(self.bytes, at).ok_or_else(|| format!("L1 entry {index} is past the end of the file"))
     }
 
@@ -154,7 +166,12 @@ impl<'a> Qcow2<'a> {
 
     /// Reads one guest cluster that this layer decides into `buf` (a whole cluster, or the last one's part); false
     /// when it does not.
-    fn read_cluster(&self, cluster: u64, buf: &mut [u8]) -> Result<bool, String> {
+    fn read_cluster(
+        &self,
+        cluster: u64,
+        buf: &mut [u8],
+        inflater: &mut DecompressorOxide,
+    ) -> Result<bool, String> {
         match self.mapping(cluster)? {
             Mapping::Unallocated => return Ok(false),
             Mapping::Zero(_) => buf.fill(0),
@@ -169,7 +186,7 @@ impl<'a> Qcow2<'a> {
                 let start = to_usize(offset).min(self.bytes.len());
                 let end = to_usize(offset + space).min(self.bytes.len());
                 let mut whole = vec![0; to_usize(self.cluster_size())];
-                inflate(&self.bytes[start..end], &mut whole)
+                inflate(inflater, &self.bytes[start..end], &mut whole)
                     .map_err(|e| format!("compressed cluster {cluster}: {e}"))?;
                 buf.copy_from_slice(&whole[..buf.len()]);
             }
@@ -178,12 +195,15 @@ impl<'a> Qcow2<'a> {
     }
 }
 
-fn inflate(packed: &[u8], out: &mut [u8]) -> Result<(), String> {
-    use miniz_oxide::inflate::core::{DecompressorOxide, decompress, inflate_flags};
-    let mut state = Box::<DecompressorOxide>::default();
+fn inflate(state: &mut DecompressorOxide, packed: &[u8], out: &mut [u8]) -> Result<(), String> {
+    state.init();
     let flags = inflate_flags::TINFL_FLAG_USING_NON_WRAPPING_OUTPUT_BUF;
-    let (status, _, written) = decompress(&mut state, packed, out, 0, flags);
-    if written == out.len() { Ok(()) } else { Err(format!("{written} bytes, then {status:?}")) }
+    let (status, _, written) = decompress(state, packed, out, 0, flags);
+    if written == out.len() {
+        Ok(())
+    } else {
+        Err(format!("{written} bytes, then {status:?}"))
+    }
 }
 
 fn text(bytes: &[u8], offset: u64, length: u32) -> Result<Option<String>, String> {
@@ -191,8 +211,12 @@ fn text(bytes: &[u8], offset: u64, length: u32) -> Result<Option<String>, String
         return Ok(None);
     }
     let start = usize::try_from(offset).map_err(|_| "backing file name out of range")?;
-    let end = start.checked_add(length as usize).ok_or("backing file name out of range")?;
-    let name = bytes.get(start..end).ok_or("backing file name past the end of the file")?;
+    let end = start
+        .checked_add(length as usize)
+        .ok_or("backing file name out of range")?;
+    let name = bytes
+        .get(start..end)
+        .ok_or("backing file name past the end of the file")?;
     Ok(Some(String::from_utf8_lossy(name).into_owned()))
 }
 
@@ -221,61 +245,107 @@ pub struct Content {
     pub allocated: Vec<(u64, bool)>,
 }
 
-impl Content {
-    fn run(&mut self, bytes: u64, allocated: bool) {
-        match self.allocated.last_mut() {
-            Some((length, same)) if *same == allocated => *length += bytes,
-            _ => self.allocated.push((bytes, allocated)),
-        }
-    }
-}
-
 /// Files by name.
 pub trait Files {
     /// The bytes and the format of a file.
     fn file(&self, name: &str) -> Option<(&[u8], Format)>;
 }
 
-/// Content of the image file `name` through its backing chain. Backing files that cannot be found are an error.
-pub fn content(files: &dyn Files, name: &str) -> Result<Content, String> {
-    layer(files, name, 0)
+/// Reads images, each one once however many chains it is in.
+pub struct Reader<'a> {
+    files: &'a dyn Files,
+    done: Vec<(String, Result<Content, String>)>,
+    inflater: Box<DecompressorOxide>,
 }
 
-fn layer(files: &dyn Files, name: &str, depth: u32) -> Result<Content, String> {
-    if depth > MAX_DEPTH {
-        return Err(format!("'{name}': the backing chain is a circle"));
+impl std::fmt::Debug for Reader<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Reader({} files read)", self.done.len())
     }
-    let (bytes, format) = files.file(name).ok_or_else(|| format!("no file '{name}'"))?;
-    let mut content = Content::default();
-    if format == Format::Raw {
-        content.bytes.extend_from_slice(bytes);
-        if !bytes.is_empty() {
-            content.run(bytes.len() as u64, true);
-        }
-        return Ok(content);
-    }
-    let image = Qcow2::parse(bytes).map_err(|e| format!("'{name}': {e}"))?;
-    if let Some(backing) = &image.backing_file {
-        content.bytes = layer(files, &backing_name(backing), depth + 1)?.bytes;
-    }
-    content.bytes.resize(to_usize(image.size), 0);
-    let size = to_usize(image.cluster_size());
-    for (cluster, part) in content.bytes.chunks_mut(size).enumerate() {
-        let allocated =
-            image.read_cluster(cluster as u64, part).map_err(|e| format!("'{name}': {e}"))?;
-        let length = part.len() as u64;
-        match content.allocated.last_mut() {
-            Some((run, same)) if *same == allocated => *run += length,
-            _ => content.allocated.push((length, allocated)),
+}
+
+impl<'a> Reader<'a> {
+    /// Over these files, which do not change meanwhile.
+    #[must_use]
+    pub fn new(files: &'a dyn Files) -> Reader<'a> {
+        Reader {
+            files,
+            done: Vec::new(),
+            inflater: Box::default(),
         }
     }
-    Ok(content)
+
+    /// Content of the image file `name` through its backing chain. Backing files that cannot be found are an error.
+    ///
+    /// # Errors
+    /// What is wrong with the image or one below it.
+    pub fn content(&mut self, name: &str) -> Result<&Content, String> {
+        let at = self.layer(name, 0);
+        self.done[at].1.as_ref().map_err(Clone::clone)
+    }
+
+    fn layer(&mut self, name: &str, depth: u32) -> usize {
+        if let Some(at) = self.done.iter().position(|(done, _)| done == name) {
+            return at;
+        }
+        let content = self.read(name, depth);
+        self.done.push((name.to_owned(), content));
+        self.done.len() - 1
+    }
+
+    fn read(&mut self, name: &str, depth: u32) -> Result<Content, String> {
+        if depth > MAX_DEPTH {
+            return Err(format!("'{name}': the backing chain is a circle"));
+        }
+        let (bytes, format) = self.files.file(name).ok_or_else(|| format!("no file '{name}'"))?;
+        let mut content = Content::default();
+        if format == Format::Raw {
+            content.bytes.extend_from_slice(bytes);
+            if !bytes.is_empty() {
+                content.allocated.push((bytes.len() as u64, true));
+            }
+            return Ok(content);
+        }
+        let image = Qcow2::parse(bytes).map_err(|e| format!("'{name}': {e}"))?;
+        if let Some(backing) = &image.backing_file {
+            let below = self.layer(&backing_name(backing), depth + 1);
+            let below = self.done[below].1.as_ref().map_err(Clone::clone)?;
+            let shared = below.bytes.len().min(to_usize(image.size));
+            content.bytes.reserve_exact(to_usize(image.size));
+            content.bytes.extend_from_slice(&below.bytes[..shared]);
+        }
+        content.bytes.resize(to_usize(image.size), 0);
+        let size = to_usize(image.cluster_size());
+        for (cluster, part) in content.bytes.chunks_mut(size).enumerate() {
+            let allocated = image
+                .read_cluster(cluster as u64, part, &mut self.inflater)
+                .map_err(|e| format!("'{name}': {e}"))?;
+            let length = part.len() as u64;
+            match content.allocated.last_mut() {
+                Some((run, same)) if *same == allocated => *run += length,
+                _ => content.allocated.push((length, allocated)),
+            }
+        }
+        Ok(content)
+    }
+}
+
+/// Content of one image file through its backing chain; see [`Reader::content`].
+///
+/// # Errors
+/// What is wrong with the image or one below it.
+pub fn content(files: &dyn Files, name: &str) -> Result<Content, String> {
+    Reader::new(files).content(name).cloned()
 }
 
 /// The file name in a backing file string, which may be a `json:` description of a node.
 fn backing_name(backing: &str) -> String {
-    let Some(json) = backing.strip_prefix("json:") else { return backing.to_owned() };
-    let Ok(mut value) = serde_json::from_str::<serde_json::Value>(json) else { return backing.to_owned() };
+    let Some(json) = backing.strip_prefix("json:") else {
+        return backing.to_owned();
+    };
+    let Ok(mut value) = serde_json::from_str::<serde_json::Value>(json) else {
+        return backing.to_owned();
+    };
     loop {
         for key in ["filename", "file.filename"] {
             if let Some(name) = value.get(key).and_then(serde_json::Value::as_str) {

@@ -17,7 +17,14 @@ fn image(file: &str, size: u64, cluster_size: u32, fills: &[(u64, u64, Stored)])
         refcount_bits: 16,
         backing_file: None,
         backing_format: None,
-        fill: fills.iter().map(|&(offset, length, stored)| Fill { offset, length, stored }).collect(),
+        fill: fills
+            .iter()
+            .map(|&(offset, length, stored)| Fill {
+                offset,
+                length,
+                stored,
+            })
+            .collect(),
     }
 }
 
@@ -57,17 +64,30 @@ fn shapes() -> Vec<Vec<Image>> {
                 (7 * c, c / 2, Data),
             ];
             if compat == 3 {
-                fills.extend([(5 * c, 2 * c, ZeroAllocated), (7 * c, 64, Zero), (8 * c, 2 * c, Zero)]);
+                fills.extend([
+                    (5 * c, 2 * c, ZeroAllocated),
+                    (7 * c, 64, Zero),
+                    (8 * c, 2 * c, Zero),
+                ]);
             }
             let mut top = image("top", 70 * c + 512, cluster, &fills);
             (top.compat, top.refcount_bits) = (compat, refcount_bits);
-            top.fill.push(Fill { offset: 70 * c, length: 512, stored: Data });
+            top.fill.push(Fill {
+                offset: 70 * c,
+                length: 512,
+                stored: Data,
+            });
             top.backing_file = Some("mid".into());
             top.backing_format = Some("qcow2".into());
             let mut mid = image("mid", 80 * c, cluster, &[(6 * c, 20 * c, Data)]);
             mid.backing_file = Some("base".into());
             mid.backing_format = Some("raw".into());
-            let mut base = image("base", 9 * c + 512, cluster, &[(0, 2 * c, Data), (9 * c, 512, Data)]);
+            let mut base = image(
+                "base",
+                9 * c + 512,
+                cluster,
+                &[(0, 2 * c, Data), (9 * c, 512, Data)],
+            );
             base.format = Format::Raw;
             shapes.push(vec![base, mid, top]);
         }
@@ -79,7 +99,11 @@ fn shapes() -> Vec<Vec<Image>> {
 fn every_shape_is_clean_and_reads_as_filled() {
     for images in shapes() {
         // Large clusters only once: their images have tens of megabytes.
-        let grains: &[u32] = if images[2].cluster_size > 4096 { &[64] } else { &[16, 64, 4096] };
+        let grains: &[u32] = if images[2].cluster_size > 4096 {
+            &[64]
+        } else {
+            &[16, 64, 4096]
+        };
         for &grain in grains {
             let files = built(&images, grain);
             for image in &images[1..] {
@@ -105,9 +129,18 @@ fn every_shape_is_clean_and_reads_as_filled() {
 #[test]
 fn later_fills_cover_earlier_ones_and_forms_follow() {
     use Stored::{Compressed, Data, Zero, ZeroAllocated};
-    let fills = [(0, 1024, Data), (0, 64, Zero), (512, 512, ZeroAllocated), (1024, 64, Zero), (1024, 64, Compressed)];
+    let fills = [
+        (0, 1024, Data),
+        (0, 64, Zero),
+        (512, 512, ZeroAllocated),
+        (1024, 64, Zero),
+        (1024, 64, Compressed),
+    ];
     let image = image("a", 4096, 512, &fills);
-    assert_eq!(super::build::forms(&image), [(0, Data), (1, ZeroAllocated), (2, Compressed)]);
+    assert_eq!(
+        super::build::forms(&image),
+        [(0, Data), (1, ZeroAllocated), (2, Compressed)]
+    );
     let files = built(&[image], 64);
     let Content { bytes, allocated } = content(&files, "a").expect("readable");
     let zero = |range: std::ops::Range<usize>| bytes[range].iter().all(|&b| b == 0);
@@ -115,10 +148,32 @@ fn later_fills_cover_earlier_ones_and_forms_follow() {
     assert_eq!(allocated, [(1536, true), (2560, false)]);
 }
 
+/// One reader for a whole chain says the same as one per image, in any order; circles and gaps are errors.
+#[test]
+fn images_are_read_once_and_wrong_chains_are_errors() {
+    let images = &shapes()[0];
+    let files = built(images, 64);
+    let mut reader = super::read::Reader::new(&files);
+    for name in ["mid", "top", "base", "mid"] {
+        assert_eq!(reader.content(name).cloned(), content(&files, name), "{name}");
+    }
+    let mut circle = images.clone();
+    (circle[1].backing_file, circle[1].backing_format) = (Some("top".into()), None);
+    let text = content(&built(&circle, 64), "top").expect_err("a circle");
+    assert!(text.contains("circle"), "{text}");
+    let text = content(&built(&images[1..], 64), "top").expect_err("a gap");
+    assert!(text.contains("no file 'base'"), "{text}");
+}
+
 /// Each kind of damage is seen, and is called what it is.
 #[test]
 fn the_checker_sees_damage() {
-    let base = image("a", 1 << 16, 512, &[(0, 2048, Stored::Data), (2048, 512, Stored::Compressed)]);
+    let base = image(
+        "a",
+        1 << 16,
+        512,
+        &[(0, 2048, Stored::Data), (2048, 512, Stored::Compressed)],
+    );
     let mut clean = Vec::new();
     build(&base, 0, 64, &mut clean);
     // Clusters: 0 header, 1 refcount table, 2 refcount block, 3 L1, 4 L2, 5.. data, 9 compressed.
@@ -126,17 +181,31 @@ fn the_checker_sees_damage() {
     let damaged = |at: usize, value: &[u8]| {
         let mut bytes = clean.clone();
         bytes[at..at + value.len()].copy_from_slice(value);
-        check(&bytes).into_iter().map(|p| (p.severity, p.text)).collect::<Vec<_>>()
+        check(&bytes)
+            .into_iter()
+            .map(|p| (p.severity, p.text))
+            .collect::<Vec<_>>()
     };
     let has = |problems: &[(Severity, String)], severity, text: &str| {
-        assert!(problems.iter().any(|(s, t)| *s == severity && t.contains(text)), "{text}: {problems:?}");
+        assert!(
+            problems.iter().any(|(s, t)| *s == severity && t.contains(text)),
+            "{text}: {problems:?}"
+        );
     };
     assert_eq!(check(&clean), []);
     let too_high = damaged(2 * 512 + 2 * 5 + 1, &[2]);
     has(&too_high, Severity::Leak, "used 1 times, its refcount is 2");
     has(&too_high, Severity::Corruption, "COPIED is true");
-    has(&damaged(2 * 512 + 2 * 5 + 1, &[0]), Severity::Corruption, "its refcount is 0");
-    has(&damaged(l2, &clean[l2 + 8..l2 + 16]), Severity::Corruption, "overlaps");
+    has(
+        &damaged(2 * 512 + 2 * 5 + 1, &[0]),
+        Severity::Corruption,
+        "its refcount is 0",
+    );
+    has(
+        &damaged(l2, &clean[l2 + 8..l2 + 16]),
+        Severity::Corruption,
+        "overlaps",
+    );
     has(&damaged(l2, &[0]), Severity::Corruption, "COPIED is false");
     has(&damaged(l2 + 4, &[0xff]), Severity::Corruption, "past the end");
     has(&damaged(l2 + 7, &[4]), Severity::Corruption, "reserved bits");
@@ -148,7 +217,12 @@ fn the_checker_sees_damage() {
 #[test]
 fn hostile_bytes_never_panic() {
     let mut rng = crate::rng::Rng::stream(1, crate::rng::Stream::Workload);
-    let base = image("a", 1 << 16, 512, &[(0, 2048, Stored::Data), (2048, 512, Stored::Compressed)]);
+    let base = image(
+        "a",
+        1 << 16,
+        512,
+        &[(0, 2048, Stored::Data), (2048, 512, Stored::Compressed)],
+    );
     let mut clean = Vec::new();
     build(&base, 0, 64, &mut clean);
     let mut noticed = 0;
@@ -160,7 +234,14 @@ fn hostile_bytes_never_panic() {
             let at = rng.below(u32::try_from(limit).expect("small")) as usize;
             bytes[at] = rng.next_u64().to_le_bytes()[0];
         }
-        bytes.truncate(if rng.one_in(4) { rng.below(6000) as usize } else { usize::MAX }.min(bytes.len()));
+        bytes.truncate(
+            if rng.one_in(4) {
+                rng.below(6000) as usize
+            } else {
+                usize::MAX
+            }
+            .min(bytes.len()),
+        );
         noticed += u32::from(!check(&bytes).is_empty());
         let _ = content(&Built(vec![("a".into(), Format::Qcow2, bytes)]), "a");
     }
@@ -183,8 +264,13 @@ fn qemu_img_agrees() {
             std::fs::write(dir.path().join(name), bytes).expect("written");
         }
         let run = |args: &[&str]| {
-            let output = Command::new("qemu-img").args(args).current_dir(dir.path()).output().expect("runs");
-            let text = String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout);
+            let output = Command::new("qemu-img")
+                .args(args)
+                .current_dir(dir.path())
+                .output()
+                .expect("runs");
+            let text = String::from_utf8_lossy(&output.stderr).into_owned()
+                + &String::from_utf8_lossy(&output.stdout);
             assert!(output.status.success(), "{args:?} on {:?}: {text}", images[2]);
             output.stdout
         };
@@ -195,12 +281,16 @@ fn qemu_img_agrees() {
         let flat = std::fs::read(dir.path().join("flat")).expect("converted");
         let top = content(&files, "top").expect("readable");
         assert!(flat == top.bytes, "content of {:?}", images[2]);
-        let map: serde_json::Value = serde_json::from_slice(&run(&["map", "--output=json", "top"])).expect("JSON");
+        let map: serde_json::Value =
+            serde_json::from_slice(&run(&["map", "--output=json", "top"])).expect("JSON");
         let mut at = 0;
         let mut own = top.allocated.iter();
         let (mut end, mut allocated) = (0, false);
         for extent in map.as_array().expect("array") {
-            let (start, length) = (extent["start"].as_u64().expect("u64"), extent["length"].as_u64().expect("u64"));
+            let (start, length) = (
+                extent["start"].as_u64().expect("u64"),
+                extent["length"].as_u64().expect("u64"),
+            );
             assert_eq!(start, at);
             let mut rest = length;
             while rest > 0 {

@@ -58,11 +58,22 @@ fn index(v: u64) -> usize {
 
 impl Layer {
     fn new(image: &crate::scenario::Image) -> Layer {
-        let cluster = if image.format == Format::Raw { image.size.max(1) } else { u64::from(image.cluster_size) };
+        let cluster = if image.format == Format::Raw {
+            image.size.max(1)
+        } else {
+            u64::from(image.cluster_size)
+        };
         let clusters = index(image.size.div_ceil(cluster));
         let may = allocation(image, cluster, clusters);
         let must = may.clone();
-        Layer { format: Some(image.format), cluster, size: image.size, may, must, wild: vec![false; clusters] }
+        Layer {
+            format: Some(image.format),
+            cluster,
+            size: image.size,
+            may,
+            must,
+            wild: vec![false; clusters],
+        }
     }
 
     fn clusters(&self, start: u64, end: u64) -> std::ops::Range<usize> {
@@ -91,22 +102,33 @@ impl Bottom {
         }
         let graph = &world.graph;
         let node = graph.skip_filters(job.stream.device);
-        let Some(top) = Data::disk_of(scenario, world, node) else { return };
+        let Some(top) = Data::disk_of(scenario, world, node) else {
+            return;
+        };
         if let Some(range) = range_of(scenario, world, node, job.stream.base_overlay) {
-            self.streams.push(Stream { id: Rc::clone(&job.id), top, range });
+            self.streams.push(Stream {
+                id: Rc::clone(&job.id),
+                top,
+                range,
+            });
         }
     }
 
     /// A job completed.
     pub(crate) fn completed(&mut self, id: &str, outcome: JobOutcome) {
-        let Some(at) = self.streams.iter().position(|s| &*s.id == id) else { return };
+        let Some(at) = self.streams.iter().position(|s| &*s.id == id) else {
+            return;
+        };
         let Stream { top, range, .. } = self.streams.remove(at);
         if outcome != JobOutcome::Success || self.layers[top].format != Some(Format::Qcow2) {
             return;
         }
         let cluster = self.layers[top].cluster;
         for c in 0..self.layers[top].may.len() {
-            let (start, end) = (c as u64 * cluster, ((c as u64 + 1) * cluster).min(self.layers[top].size));
+            let (start, end) = (
+                c as u64 * cluster,
+                ((c as u64 + 1) * cluster).min(self.layers[top].size),
+            );
             let mut end_seen = end;
             for &lower in &range {
                 let layer = &self.layers[lower];
@@ -147,7 +169,9 @@ impl Bottom {
 
     /// A guest request is over.
     pub(crate) fn ended(&mut self, step: StepId, outcome: &Outcome) {
-        let Some(at) = self.writes.iter().position(|w| w.0 == step) else { return };
+        let Some(at) = self.writes.iter().position(|w| w.0 == step) else {
+            return;
+        };
         let (_, disk, start, end) = self.writes.swap_remove(at);
         if matches!(outcome, Outcome::Done(Ok(()))) {
             let layer = &mut self.layers[disk];
@@ -165,9 +189,18 @@ impl Bottom {
         mirror: &Mirror,
         event: &Event,
     ) -> Result<(), Violation> {
-        let Event::CopyOnRead { node, offset, bytes, .. } = event else { return Ok(()) };
-        let Some(node) = world.graph.find(mirror.name(*node)) else { return Ok(()) };
-        let Some(disk) = Data::disk_of(scenario, world, node) else { return Ok(()) };
+        let Event::CopyOnRead {
+            node, offset, bytes, ..
+        } = event
+        else {
+            return Ok(());
+        };
+        let Some(node) = world.graph.find(mirror.name(*node)) else {
+            return Ok(());
+        };
+        let Some(disk) = Data::disk_of(scenario, world, node) else {
+            return Ok(());
+        };
         let end = offset + bytes;
         let verdict = self.allowed(scenario, world, node, disk, *offset, end);
         let layer = &mut self.layers[disk];
@@ -204,16 +237,23 @@ impl Bottom {
         }
         let top = &self.layers[disk];
         for c in top.clusters(start, end) {
-            let (from, to) = (c as u64 * top.cluster, ((c as u64 + 1) * top.cluster).min(top.size));
+            let (from, to) = (
+                c as u64 * top.cluster,
+                ((c as u64 + 1) * top.cluster).min(top.size),
+            );
             let held = |lower: &usize| {
                 let layer = &self.layers[*lower];
                 to > layer.size || Layer::holds(&layer.may, layer.clusters(from, to))
             };
             if !ranges.iter().flatten().any(held) {
                 let name = world.graph.name(node);
-                let message =
-                    format!("copy-on-read copies {from:#x}..{to:#x} into node '{name}', which no layer down to bottom holds");
-                let layers = ranges.iter().flatten().map(|l| format!("down to bottom: image {}", scenario.images[*l].file));
+                let message = format!(
+                    "copy-on-read copies {from:#x}..{to:#x} into node '{name}', which no layer down to bottom holds"
+                );
+                let layers = ranges
+                    .iter()
+                    .flatten()
+                    .map(|l| format!("down to bottom: image {}", scenario.images[*l].file));
                 return Err(violation(OracleName::Bottom, None, message, layers.collect()));
             }
         }
@@ -228,11 +268,15 @@ impl Bottom {
         contents: &[FinalContent<'_>],
     ) -> Result<(), Violation> {
         for content in contents {
-            let Some(node) = world.graph.find(content.name) else { continue };
+            let Some(node) = world.graph.find(content.name) else {
+                continue;
+            };
             if world.graph.node(node).driver != Driver::Qcow2 {
                 continue;
             }
-            let Some(disk) = Data::disk_of(view.scenario, world, node).filter(|d| data.is_known(*d)) else { continue };
+            let Some(disk) = Data::disk_of(view.scenario, world, node).filter(|d| data.is_known(*d)) else {
+                continue;
+            };
             self.final_allocation(disk, content)?;
         }
         Ok(())
@@ -245,12 +289,20 @@ impl Bottom {
             let clusters = layer.clusters(at, at + bytes);
             at += bytes;
             let flags = if *allocated { &layer.may } else { &layer.must };
-            let Some(c) = clusters.clone().find(|c| flags[*c] != *allocated) else { continue };
+            let Some(c) = clusters.clone().find(|c| flags[*c] != *allocated) else {
+                continue;
+            };
             let place = c as u64 * layer.cluster;
             let message = if *allocated {
-                format!("node '{}' holds {place:#x}, which nobody wrote or had to copy there", content.name)
+                format!(
+                    "node '{}' holds {place:#x}, which nobody wrote or had to copy there",
+                    content.name
+                )
             } else {
-                format!("node '{}' does not hold {place:#x}, which it must hold by now", content.name)
+                format!(
+                    "node '{}' does not hold {place:#x}, which it must hold by now",
+                    content.name
+                )
             };
             return Err(violation(OracleName::Bottom, None, message, Vec::new()));
         }
@@ -313,7 +365,9 @@ mod tests {
         for file in ["base", "mid", "top"] {
             let leaf = json!({"driver": "file", "filename": file});
             let node = json!({"driver": "qcow2", "node-name": file, "file": leaf, "backing": below});
-            world.execute(&Command::new("blockdev-add", &node)).expect("opens");
+            world
+                .execute(&Command::new("blockdev-add", &node))
+                .expect("opens");
             below = json!(file);
         }
         let cor = json!({"driver": "copy-on-read", "node-name": "cor", "file": "top", "bottom": bottom});
@@ -329,7 +383,12 @@ mod tests {
         mirror.apply(&added(0, "top", "qcow2")).expect("added");
         let mut oracle = Bottom::default();
         oracle.reset(&scenario);
-        let event = Event::CopyOnRead { node: Id(0), offset, bytes, zero: false };
+        let event = Event::CopyOnRead {
+            node: Id(0),
+            offset,
+            bytes,
+            zero: false,
+        };
         oracle.event(&scenario, &world, &mirror, &event)
     }
 
@@ -337,9 +396,17 @@ mod tests {
     fn the_rest_of_a_cluster_may_be_copied_but_nothing_from_below_bottom() {
         assert_eq!(copy("mid", 0, 1024), Ok(()));
         let v = copy("mid", 0, 2048).expect_err("the second cluster is in base only");
-        assert!(v.message.starts_with("copy-on-read copies 0x400..0x800 into node 'top'"), "{}", v.message);
+        assert!(
+            v.message
+                .starts_with("copy-on-read copies 0x400..0x800 into node 'top'"),
+            "{}",
+            v.message
+        );
         assert_eq!(copy("base", 0, 4096), Ok(()));
-        assert!(copy("top", 0, 1024).is_err(), "with bottom the node itself nothing is copied");
+        assert!(
+            copy("top", 0, 1024).is_err(),
+            "with bottom the node itself nothing is copied"
+        );
     }
 
     #[test]
@@ -347,20 +414,47 @@ mod tests {
         let scenario = scenario();
         let mut oracle = Bottom::default();
         let judge = |oracle: &Bottom, allocated: &[(u64, bool)]| {
-            oracle.final_allocation(2, &FinalContent { name: "top", bytes: &[], allocated })
+            oracle.final_allocation(
+                2,
+                &FinalContent {
+                    name: "top",
+                    bytes: &[],
+                    allocated,
+                },
+            )
         };
         oracle.reset(&scenario);
         assert_eq!(judge(&oracle, &[(4096, false)]), Ok(()));
-        assert!(judge(&oracle, &[(1024, true), (3072, false)]).expect_err("from nowhere").message.contains("nobody"));
-        let write = GuestOp::Write(crate::scenario::Range { offset: 1024, length: 64 });
+        assert!(
+            judge(&oracle, &[(1024, true), (3072, false)])
+                .expect_err("from nowhere")
+                .message
+                .contains("nobody")
+        );
+        let write = GuestOp::Write(crate::scenario::Range {
+            offset: 1024,
+            length: 64,
+        });
         oracle.issued(StepId(0), 2, &write);
         assert_eq!(judge(&oracle, &[(4096, false)]), Ok(()), "not ended yet");
         oracle.ended(StepId(0), &Outcome::Done(Ok(())));
-        assert!(judge(&oracle, &[(4096, false)]).expect_err("lost").message.contains("must hold"));
-        oracle.streams.push(Stream { id: "j".into(), top: 2, range: vec![1] });
+        assert!(
+            judge(&oracle, &[(4096, false)])
+                .expect_err("lost")
+                .message
+                .contains("must hold")
+        );
+        oracle.streams.push(Stream {
+            id: "j".into(),
+            top: 2,
+            range: vec![1],
+        });
         oracle.completed("j", JobOutcome::Success);
         oracle.layers[2].may[0] = true;
-        assert!(judge(&oracle, &[(1024, false), (1024, true), (2048, false)]).is_err(), "mid's cluster is missing");
+        assert!(
+            judge(&oracle, &[(1024, false), (1024, true), (2048, false)]).is_err(),
+            "mid's cluster is missing"
+        );
         assert_eq!(judge(&oracle, &[(2048, true), (2048, false)]), Ok(()));
     }
 }

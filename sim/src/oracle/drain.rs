@@ -72,6 +72,9 @@ impl Drain {
             Event::MainBegin { .. } => self.main += 1,
             Event::MainEnd { .. } => self.main = self.main.saturating_sub(1),
             Event::DrainBegin { node } => self.node(*node).begun += 1,
+            // Whoever drains a node that is closed meanwhile has nothing to hold any more.
+            Event::Drained { node } | Event::DrainEnd { node }
+                if self.mirror.node(*node).is_some_and(|n| !n.live) => {}
             Event::Drained { node } => return self.drained(*node),
             Event::DrainEnd { node } => return self.ended(*node),
             Event::BackendBegin { backend } => {
@@ -80,7 +83,14 @@ impl Drain {
             }
             Event::BackendResumed { backend } => return self.backend_starts(*backend, "resumes"),
             Event::BackendEnd { backend } => *self.backend(*backend) -= 1,
-            Event::RequestBegin { request, node, kind, offset, bytes, .. } => {
+            Event::RequestBegin {
+                request,
+                node,
+                kind,
+                offset,
+                bytes,
+                ..
+            } => {
                 self.node(*node).requests += 1;
                 self.live.push((*request, *node));
                 if self.sections > 0
@@ -88,7 +98,9 @@ impl Drain {
                     && let Some(below) = self.section_below(*node)
                 {
                     let (name, below) = (self.mirror.name(*node), self.mirror.name(below));
-                    let message = format!("{kind:?} {offset:#x}+{bytes:#x} begins on node '{name}' while node '{below}' is drained");
+                    let message = format!(
+                        "{kind:?} {offset:#x}+{bytes:#x} begins on node '{name}' while node '{below}' is drained"
+                    );
                     return Err(self.wrong(message, Vec::new()));
                 }
             }
@@ -114,34 +126,52 @@ impl Drain {
         if self.sections == 0 {
             return Ok(());
         }
-        let Some(root) = self.mirror.root_of(backend) else { return Ok(()) };
-        let Some(below) = self.section_below(root) else { return Ok(()) };
+        let Some(root) = self.mirror.root_of(backend) else {
+            return Ok(());
+        };
+        let Some(below) = self.section_below(root) else {
+            return Ok(());
+        };
         let (root, below) = (self.mirror.name(root), self.mirror.name(below));
-        let message = format!("the backend {backend:?} on node '{root}' {what} a request while node '{below}' is drained");
+        let message = format!(
+            "the backend {backend:?} on node '{root}' {what} a request while node '{below}' is drained"
+        );
         Err(self.wrong(message, Vec::new()))
     }
 
     fn drained(&mut self, node: NodeId) -> Result<(), Violation> {
         let n = self.node(node);
         if n.drained >= n.begun {
-            let message = format!("a drained section of node '{}' returns that nobody began", self.mirror.name(node));
+            let message = format!(
+                "a drained section of node '{}' returns that nobody began",
+                self.mirror.name(node)
+            );
             return Err(self.wrong(message, Vec::new()));
         }
         n.drained += 1;
         self.sections += 1;
-        let (nodes, backends) = (std::mem::take(&mut self.nodes), std::mem::take(&mut self.backends));
+        let (nodes, backends) = (
+            std::mem::take(&mut self.nodes),
+            std::mem::take(&mut self.backends),
+        );
         let mut busy = None;
         self.mirror.up(node, |mirror, above| {
             let requests = nodes.get(above.0 as usize).map_or(0, |n| n.requests);
             if requests > 0 {
-                busy = Some(format!("{requests} requests are in flight on node '{}'", mirror.name(above)));
+                busy = Some(format!(
+                    "{requests} requests are in flight on node '{}'",
+                    mirror.name(above)
+                ));
                 return false;
             }
             for &edge in mirror.node(above).map_or(&[][..], |n| &n.parents) {
                 if let Some(Parent::Backend(b)) = mirror.edge(edge).and_then(|e| e.parent)
                     && backends.get(b.0 as usize).is_some_and(|&n| n > 0)
                 {
-                    busy = Some(format!("{b:?} on node '{}' has requests in flight", mirror.name(above)));
+                    busy = Some(format!(
+                        "{b:?} on node '{}' has requests in flight",
+                        mirror.name(above)
+                    ));
                     return false;
                 }
             }
@@ -149,15 +179,25 @@ impl Drain {
         });
         (self.nodes, self.backends) = (nodes, backends);
         let Some(busy) = busy else { return Ok(()) };
-        let live = self.live.iter().map(|(r, n)| format!("in flight: {r:?} on node '{}'", self.mirror.name(*n))).collect();
-        let message = format!("drained-begin of node '{}' returns while {busy}", self.mirror.name(node));
+        let live = self
+            .live
+            .iter()
+            .map(|(r, n)| format!("in flight: {r:?} on node '{}'", self.mirror.name(*n)))
+            .collect();
+        let message = format!(
+            "drained-begin of node '{}' returns while {busy}",
+            self.mirror.name(node)
+        );
         Err(self.wrong(message, live))
     }
 
     fn ended(&mut self, node: NodeId) -> Result<(), Violation> {
         let n = self.node(node);
         if n.begun == 0 {
-            let message = format!("a drained section of node '{}' ends that nobody began", self.mirror.name(node));
+            let message = format!(
+                "a drained section of node '{}' ends that nobody began",
+                self.mirror.name(node)
+            );
             return Err(self.wrong(message, Vec::new()));
         }
         n.begun -= 1;
@@ -198,7 +238,11 @@ impl Oracle for Drain {
         match self.nodes.iter().zip(0..).find(|(n, _)| n.begun > 0) {
             None => Ok(()),
             Some((n, i)) => {
-                let message = format!("{} drained sections of node '{}' never ended", n.begun, self.mirror.name(NodeId(i)));
+                let message = format!(
+                    "{} drained sections of node '{}' never ended",
+                    n.begun,
+                    self.mirror.name(NodeId(i))
+                );
                 Err(self.wrong(message, Vec::new()))
             }
         }
@@ -230,7 +274,11 @@ mod tests {
         }
     }
     fn end(request: u64, node: NodeId) -> Event {
-        Event::RequestEnd { request: RequestId(request), node, result: Ok(()) }
+        Event::RequestEnd {
+            request: RequestId(request),
+            node,
+            result: Ok(()),
+        }
     }
 
     /// chain() with a guest on top.
@@ -266,9 +314,16 @@ mod tests {
 
     #[test]
     fn returning_with_a_request_in_flight_above_is_reported() {
-        let events = [begin(0, TOP), Event::DrainBegin { node: BASE }, Event::Drained { node: BASE }];
+        let events = [
+            begin(0, TOP),
+            Event::DrainBegin { node: BASE },
+            Event::Drained { node: BASE },
+        ];
         let v = run(&events).expect_err("busy");
-        assert_eq!(v.message, "drained-begin of node 'base' returns while 1 requests are in flight on node 'top'");
+        assert_eq!(
+            v.message,
+            "drained-begin of node 'base' returns while 1 requests are in flight on node 'top'"
+        );
         assert_eq!(v.evidence, ["in flight: r0 on node 'top'"]);
     }
 
@@ -283,10 +338,20 @@ mod tests {
         ];
         assert_eq!(run(&events), Ok(()));
         events.push(Event::BackendBegin { backend: GUEST });
-        assert!(run(&events).expect_err("accepted").message.contains("accepts a request while node 'base' is drained"));
+        assert!(
+            run(&events)
+                .expect_err("accepted")
+                .message
+                .contains("accepts a request while node 'base' is drained")
+        );
         events.pop();
         events.push(begin(0, TOP));
-        assert!(run(&events).expect_err("request").message.contains("begins on node 'top'"));
+        assert!(
+            run(&events)
+                .expect_err("request")
+                .message
+                .contains("begins on node 'top'")
+        );
     }
 
     #[test]

@@ -26,7 +26,10 @@ impl Frozen {
         match event {
             Event::Frozen { edge } => {
                 if self.mirror.edge(*edge).is_some_and(|e| e.frozen) {
-                    return Err(self.wrong(event, format!("the {} is frozen twice", self.mirror.describe(*edge))));
+                    return Err(self.wrong(
+                        event,
+                        format!("the {} is frozen twice", self.mirror.describe(*edge)),
+                    ));
                 }
                 if self.mirror.edge(*edge).is_none_or(|e| e.child.is_none()) {
                     return Err(self.wrong(event, format!("{edge:?} is frozen but leads nowhere")));
@@ -35,7 +38,10 @@ impl Frozen {
             }
             Event::Unfrozen { edge } => {
                 if !self.mirror.edge(*edge).is_some_and(|e| e.frozen) {
-                    return Err(self.wrong(event, format!("the {} is thawed but was not frozen", self.mirror.describe(*edge))));
+                    return Err(self.wrong(
+                        event,
+                        format!("the {} is thawed but was not frozen", self.mirror.describe(*edge)),
+                    ));
                 }
                 self.frozen -= 1;
             }
@@ -44,13 +50,22 @@ impl Frozen {
                     && e.frozen
                     && e.child != *to
                 {
-                    let now = to.map_or_else(|| "cut".to_owned(), |n| format!("set to node '{}'", self.mirror.name(n)));
-                    return Err(self.wrong(event, format!("the frozen {} is {now}", self.mirror.describe(*edge))));
+                    let now = to.map_or_else(
+                        || "cut".to_owned(),
+                        |n| format!("set to node '{}'", self.mirror.name(n)),
+                    );
+                    return Err(self.wrong(
+                        event,
+                        format!("the frozen {} is {now}", self.mirror.describe(*edge)),
+                    ));
                 }
             }
             Event::MainEnd { what } if self.frozen > 0 => {
                 if let Some(orphan) = self.orphan() {
-                    return Err(self.wrong(event, format!("after {what}, {orphan} is frozen but no copy-on-read node holds it")));
+                    return Err(self.wrong(
+                        event,
+                        format!("after {what}, {orphan} is frozen but no copy-on-read node holds it"),
+                    ));
                 }
             }
             _ => {}
@@ -83,7 +98,10 @@ impl Frozen {
             }
         }
         let held = |i: u32| self.held.get(i as usize).copied().unwrap_or(false);
-        self.mirror.edges().find(|(id, e)| e.frozen && !held(id.0)).map(|(id, _)| self.mirror.describe(id))
+        self.mirror
+            .edges()
+            .find(|(id, e)| e.frozen && !held(id.0))
+            .map(|(id, _)| self.mirror.describe(id))
     }
 
     fn wrong(&self, event: &Event, message: String) -> Violation {
@@ -118,7 +136,10 @@ impl Oracle for Frozen {
             .filter(|(_, e)| e.frozen)
             .map(|(id, _)| format!("frozen: {}", self.mirror.describe(id)))
             .collect();
-        let message = format!("{} links are still frozen after the layer was shut down", self.frozen);
+        let message = format!(
+            "{} links are still frozen after the layer was shut down",
+            self.frozen
+        );
         Err(violation(OracleName::Frozen, None, message, left))
     }
 }
@@ -173,7 +194,13 @@ mod tests {
     fn moving_a_frozen_link_is_reported() {
         let mut events = held();
         let parent = Parent::Node(NodeId(1));
-        events.push(Event::EdgeSet { edge: EdgeId(0), parent, role: Role::COW, from: Some(NodeId(0)), to: None });
+        events.push(Event::EdgeSet {
+            edge: EdgeId(0),
+            parent,
+            role: Role::COW,
+            from: Some(NodeId(0)),
+            to: None,
+        });
         let v = run(events).expect_err("cut while frozen");
         assert_eq!(v.message, "the frozen link from node 'top' to node 'base' is cut");
     }
@@ -185,9 +212,19 @@ mod tests {
         assert!(run(events).expect_err("twice").message.contains("frozen twice"));
         let mut events = held();
         events.extend([thawed(0), thawed(0)]);
-        assert!(run(events).expect_err("thawed twice").message.contains("was not frozen"));
+        assert!(
+            run(events)
+                .expect_err("thawed twice")
+                .message
+                .contains("was not frozen")
+        );
         let mut events = held();
         events.extend([thawed(1), Event::MainEnd { what: "job-exit" }]);
-        assert!(run(events).expect_err("orphan").message.contains("no copy-on-read node holds it"));
+        assert!(
+            run(events)
+                .expect_err("orphan")
+                .message
+                .contains("no copy-on-read node holds it")
+        );
     }
 }

@@ -30,7 +30,11 @@ pub(crate) struct Comparison {
 
 /// The events contradict each other, or close a circle.
 pub(crate) fn follow(mirror: &mut Mirror, event: &Event) -> Result<(), Violation> {
-    if let Event::EdgeSet { parent: Parent::Node(parent), to: Some(child), .. } = event
+    if let Event::EdgeSet {
+        parent: Parent::Node(parent),
+        to: Some(child),
+        ..
+    } = event
         && mirror.reaches(*child, *parent)
     {
         let (parent, child) = (mirror.name(*parent), mirror.name(*child));
@@ -40,11 +44,19 @@ pub(crate) fn follow(mirror: &mut Mirror, event: &Event) -> Result<(), Violation
     if let Event::RequestBegin { node, request, .. } = event
         && !mirror.node(*node).is_some_and(|n| n.live)
     {
-        let message = format!("request {request:?} begins on the removed node '{}'", mirror.name(*node));
+        let message = format!(
+            "request {request:?} begins on the removed node '{}'",
+            mirror.name(*node)
+        );
         return Err(violation(OracleName::Graph, None, message, Vec::new()));
     }
     mirror.apply(event).map_err(|wrong| {
-        violation(OracleName::Graph, None, wrong.to_owned(), vec![format!("at {event:?}")])
+        violation(
+            OracleName::Graph,
+            None,
+            wrong.to_owned(),
+            vec![format!("at {event:?}")],
+        )
     })
 }
 
@@ -63,7 +75,8 @@ impl Comparison {
                 };
                 let role = if kind == 0 { edge.role.bits() } else { 0 };
                 let masks = masks(edge.masks.perm.bits(), edge.masks.shared.bits());
-                self.expected.push((structure(kind, parent, role), masks, edge.frozen_by.is_some()));
+                self.expected
+                    .push((structure(kind, parent, role), masks, edge.frozen_by.is_some()));
             }
             self.found.clear();
             for &edge in &mirror.node(our_id).expect("matched").parents {
@@ -74,7 +87,11 @@ impl Comparison {
                     Some(Parent::Job(_)) | None => (2, 0),
                 };
                 let role = if kind == 0 { e.role.bits() } else { 0 };
-                self.found.push((structure(kind, parent, role), masks(e.perm.bits(), e.shared.bits()), e.frozen));
+                self.found.push((
+                    structure(kind, parent, role),
+                    masks(e.perm.bits(), e.shared.bits()),
+                    e.frozen,
+                ));
             }
             self.expected.sort_unstable();
             self.found.sort_unstable();
@@ -99,10 +116,13 @@ impl Comparison {
                 ModelParent::Export(_) | ModelParent::JobBackend(_) => (1, 0, 0),
                 ModelParent::Job(_) => (2, 0, 0),
             };
-            let either = [Some(&edge.masks), scratch.get(&id)].map(|m| m.map(|m| masks(m.perm.bits(), m.shared.bits())));
+            let either = [Some(&edge.masks), scratch.get(&id)]
+                .map(|m| m.map(|m| masks(m.perm.bits(), m.shared.bits())));
             let key = structure(kind, parent, role);
             let frozen = edge.frozen_by.is_some();
-            let found = left.iter().position(|k| k.0 == key && k.2 == frozen && either.contains(&Some(k.1)));
+            let found = left
+                .iter()
+                .position(|k| k.0 == key && k.2 == frozen && either.contains(&Some(k.1)));
             found.map(|at| left.swap_remove(at)).is_some()
         })
     }
@@ -114,11 +134,20 @@ impl Comparison {
             let ours = mirror.by_name(&node.name);
             let Some(ours) = ours else {
                 let message = format!("node '{}' should exist", node.name);
-                return Err(violation(OracleName::Graph, None, message, node_lists(world, mirror)));
+                return Err(violation(
+                    OracleName::Graph,
+                    None,
+                    message,
+                    node_lists(world, mirror),
+                ));
             };
             if mirror.node(ours).is_some_and(|n| n.driver != node.driver.name()) {
                 let driver = mirror.node(ours).map_or("", |n| n.driver);
-                let message = format!("node '{}' has driver {driver}, expected {}", node.name, node.driver.name());
+                let message = format!(
+                    "node '{}' has driver {driver}, expected {}",
+                    node.name,
+                    node.driver.name()
+                );
                 return Err(violation(OracleName::Graph, None, message, Vec::new()));
             }
             let i = id.0 as usize;
@@ -133,7 +162,12 @@ impl Comparison {
         }
         let extra = mirror.nodes().find(|(_, n)| world.graph.find(&n.name).is_none());
         let message = format!("node '{}' should not exist", extra.map_or("?", |(_, n)| &n.name));
-        Err(violation(OracleName::Graph, None, message, node_lists(world, mirror)))
+        Err(violation(
+            OracleName::Graph,
+            None,
+            message,
+            node_lists(world, mirror),
+        ))
     }
 
     fn difference(&self, node: &str, mirror: &Mirror) -> Violation {
@@ -147,17 +181,32 @@ impl Comparison {
             (OracleName::Frozen, "other frozen links")
         };
         let lines = |what: &str, keys: &[Key]| {
-            keys.iter().map(|k| format!("{what}: {}", describe(*k, mirror))).collect::<Vec<_>>()
+            keys.iter()
+                .map(|k| format!("{what}: {}", describe(*k, mirror)))
+                .collect::<Vec<_>>()
         };
         let mut evidence = lines("expected", &self.expected);
         evidence.extend(lines("found", &self.found));
-        violation(oracle, None, format!("node '{node}' has {what} than it should have"), evidence)
+        violation(
+            oracle,
+            None,
+            format!("node '{node}' has {what} than it should have"),
+            evidence,
+        )
     }
 
     /// The layer's own books.
     pub(crate) fn books(&self, world: &World, view: &GraphView) -> Result<(), Violation> {
         for (id, node) in world.graph.nodes() {
-            let Some(ours) = self.ours.get(id.0 as usize).copied().flatten().and_then(|o| view.node(o)) else { continue };
+            let Some(ours) = self
+                .ours
+                .get(id.0 as usize)
+                .copied()
+                .flatten()
+                .and_then(|o| view.node(o))
+            else {
+                continue;
+            };
             let wrong = |what: &str, expected: String, found: String| {
                 let message = format!("node '{}': {what} is {found}, expected {expected}", node.name);
                 Err(violation(OracleName::Graph, None, message, Vec::new()))
@@ -167,22 +216,37 @@ impl Comparison {
                 return wrong("writable", node.writable.to_string(), writable.to_string());
             }
             if ours.monitor_owned != node.monitor_owned {
-                return wrong("monitor ownership", node.monitor_owned.to_string(), ours.monitor_owned.to_string());
+                return wrong(
+                    "monitor ownership",
+                    node.monitor_owned.to_string(),
+                    ours.monitor_owned.to_string(),
+                );
             }
             if ours.implicit != node.implicit {
                 return wrong("implicit", node.implicit.to_string(), ours.implicit.to_string());
             }
             let references = world.graph.refcount(id);
             if ours.refcnt as usize != references {
-                return wrong("the reference count", references.to_string(), ours.refcnt.to_string());
+                return wrong(
+                    "the reference count",
+                    references.to_string(),
+                    ours.refcnt.to_string(),
+                );
             }
             if node.driver == blkcheck_model::Driver::Qcow2
                 && let Some(header) = world.header(id)
             {
                 let expected = header.backing.as_ref().map(|b| (&*b.file, b.format.as_deref()));
-                let found = ours.backing_header.as_ref().map(|b| (b.0.as_str(), b.1.as_deref()));
+                let found = ours
+                    .backing_header
+                    .as_ref()
+                    .map(|b| (b.0.as_str(), b.1.as_deref()));
                 if expected != found {
-                    return wrong("the backing file on record", format!("{expected:?}"), format!("{found:?}"));
+                    return wrong(
+                        "the backing file on record",
+                        format!("{expected:?}"),
+                        format!("{found:?}"),
+                    );
                 }
             }
         }
@@ -203,29 +267,51 @@ pub(crate) fn counters(view: &GraphView) -> Result<(), Violation> {
                 "the parent of edge '{}' to node '{}' was told {}, but the node's counter is {}",
                 edge.name,
                 child.name,
-                if edge.quiesced_parent { "to be quiet" } else { "nothing" },
+                if edge.quiesced_parent {
+                    "to be quiet"
+                } else {
+                    "nothing"
+                },
                 child.quiesce_counter
             ));
         }
     }
     for node in &view.nodes {
-        let below = node.children.iter().filter_map(|e| view.edge(*e)).filter(|e| e.quiesced_parent).count();
+        let below = node
+            .children
+            .iter()
+            .filter_map(|e| view.edge(*e))
+            .filter(|e| e.quiesced_parent)
+            .count();
         let least = below + view.drain_all as usize;
         if (node.quiesce_counter as usize) < least {
-            let message = format!("node '{}' has drain counter {}, at least {least} are due", node.name, node.quiesce_counter);
+            let message = format!(
+                "node '{}' has drain counter {}, at least {least} are due",
+                node.name, node.quiesce_counter
+            );
             return wrong(message);
         }
         let slots = [node.file, node.backing].into_iter().flatten();
-        if slots.clone().any(|s| !node.children.contains(&s)) || node.file.is_some() && node.file == node.backing {
+        if slots.clone().any(|s| !node.children.contains(&s))
+            || node.file.is_some() && node.file == node.backing
+        {
             let message = format!("the slots of node '{}' are not its children", node.name);
-            return Err(violation(OracleName::Graph, None, message, vec![format!("{node:?}")]));
+            return Err(violation(
+                OracleName::Graph,
+                None,
+                message,
+                vec![format!("{node:?}")],
+            ));
         }
     }
     for backend in &view.backends {
         let quiet = view.edge(backend.root).is_some_and(|e| e.quiesced_parent);
         if backend.quiesce_counter != u32::from(quiet) {
             let (id, count) = (backend.id, backend.quiesce_counter);
-            return wrong(format!("backend {id:?} has drain counter {count}, expected {}", u32::from(quiet)));
+            return wrong(format!(
+                "backend {id:?} has drain counter {count}, expected {}",
+                u32::from(quiet)
+            ));
         }
     }
     Ok(())
@@ -250,13 +336,20 @@ fn describe((structure, masks, frozen): Key, mirror: &Mirror) -> String {
     let role = Role::from_bits_truncate(u8::try_from(structure & 0xff).expect("masked"));
     let perm = |bits: u16| Perm::from_bits_truncate(u8::try_from(bits & 0xff).expect("masked")).names();
     let frozen = if frozen { ", frozen" } else { "" };
-    format!("{who} ({role:?}) may '{}', shares '{}'{frozen}", perm(masks >> 8), perm(masks))
+    format!(
+        "{who} ({role:?}) may '{}', shares '{}'{frozen}",
+        perm(masks >> 8),
+        perm(masks)
+    )
 }
 
 fn node_lists(world: &World, mirror: &Mirror) -> Vec<String> {
     let expected: Vec<&str> = world.graph.nodes().map(|(_, n)| &*n.name).collect();
     let found: Vec<&str> = mirror.nodes().map(|(_, n)| &*n.name).collect();
-    vec![format!("expected: {}", expected.join(" ")), format!("found: {}", found.join(" "))]
+    vec![
+        format!("expected: {}", expected.join(" ")),
+        format!("found: {}", found.join(" ")),
+    ]
 }
 
 #[cfg(test)]
@@ -283,9 +376,9 @@ mod tests {
         world
     }
 
-    fn compare(events: Vec<Event>) -> Result<(), Violation> {
+    fn compare(events: &[Event]) -> Result<(), Violation> {
         let mut mirror = Mirror::default();
-        for event in &events {
+        for event in events {
             follow(&mut mirror, event)?;
         }
         Comparison::default().compare(&model(), &mirror)
@@ -293,27 +386,49 @@ mod tests {
 
     #[test]
     fn equal_graphs_are_equal_and_each_difference_has_its_oracle() {
-        assert_eq!(compare(chain()), Ok(()));
+        assert_eq!(compare(&chain()), Ok(()));
         let with = |event| {
             let mut events = chain();
             events.push(event);
-            compare(events).expect_err("differs")
+            compare(&events).expect_err("differs")
         };
-        assert_eq!(with(added(2, "extra", "raw")).message, "node 'extra' should not exist");
+        assert_eq!(
+            with(added(2, "extra", "raw")).message,
+            "node 'extra' should not exist"
+        );
         let edge = EdgeId(0);
-        let perms = Event::EdgePerms { edge, perm: Perm::WRITE, shared: Perm::all() };
+        let perms = Event::EdgePerms {
+            edge,
+            perm: Perm::WRITE,
+            shared: Perm::all(),
+        };
         assert_eq!(with(perms).oracle, OracleName::Permissions);
         assert_eq!(with(Event::Frozen { edge }).oracle, OracleName::Frozen);
-        let backend = linked(1, Parent::Backend(blkcheck_impl::types::BackendId(0)), Role::FILTERED, 1);
+        let backend = linked(
+            1,
+            Parent::Backend(blkcheck_impl::types::BackendId(0)),
+            Role::FILTERED,
+            1,
+        );
         assert_eq!(with(backend).oracle, OracleName::Graph);
-        assert_eq!(compare(vec![added(0, "base", "qcow2")]).expect_err("missing").message, "node 'top' should exist");
+        assert_eq!(
+            compare(&[added(0, "base", "qcow2")])
+                .expect_err("missing")
+                .message,
+            "node 'top' should exist"
+        );
     }
 
     #[test]
     fn circles_and_ghosts_are_reported() {
         let mut events = chain();
         events.push(linked(1, Parent::Node(NodeId(0)), Role::COW, 1));
-        assert!(compare(events).expect_err("circle").message.contains("closes a circle"));
+        assert!(
+            compare(&events)
+                .expect_err("circle")
+                .message
+                .contains("closes a circle")
+        );
         let begin = Event::RequestBegin {
             request: blkcheck_impl::types::RequestId(0),
             node: NodeId(0),
@@ -323,8 +438,17 @@ mod tests {
             bytes: 1,
             flags: blkcheck_impl::types::ReqFlags::empty(),
         };
-        let events = vec![added(0, "base", "raw"), Event::NodeRemoved { node: NodeId(0) }, begin];
-        assert!(compare(events).expect_err("ghost").message.contains("removed node 'base'"));
+        let events = vec![
+            added(0, "base", "raw"),
+            Event::NodeRemoved { node: NodeId(0) },
+            begin,
+        ];
+        assert!(
+            compare(&events)
+                .expect_err("ghost")
+                .message
+                .contains("removed node 'base'")
+        );
     }
 
     #[test]
@@ -342,7 +466,12 @@ mod tests {
             frozen: false,
             quiesced_parent: false,
         });
-        assert!(counters(&view).expect_err("stale edge").message.contains("leads to no node"));
+        assert!(
+            counters(&view)
+                .expect_err("stale edge")
+                .message
+                .contains("leads to no node")
+        );
         view.edges.clear();
         assert_eq!(counters(&view), Ok(()));
     }

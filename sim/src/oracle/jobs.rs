@@ -11,7 +11,9 @@
 use std::rc::Rc;
 
 use blkcheck_impl::event::Event;
-use blkcheck_impl::jobs::JobStatus::{self, Aborting, Concluded, Created, Null, Paused, Pending, Ready, Running, Standby};
+use blkcheck_impl::jobs::JobStatus::{
+    self, Aborting, Concluded, Created, Null, Paused, Pending, Ready, Running, Standby,
+};
 use blkcheck_impl::jobs::JobStatus::{Undefined, Waiting};
 use blkcheck_impl::types::JobId;
 use serde_json::Value;
@@ -80,7 +82,9 @@ impl Jobs {
         match event {
             Event::JobStatus { job, id, from, to } => self.status(*job, id, *from, *to),
             Event::JobPauseCount { job, count } => self.pause_count(*job, *count),
-            Event::JobChunk { job, offset, bytes, .. } => match self.jobs.iter().find(|j| j.job == *job) {
+            Event::JobChunk {
+                job, offset, bytes, ..
+            } => match self.jobs.iter().find(|j| j.job == *job) {
                 Some(j) if j.status == Running => Ok(()),
                 Some(j) => Err(wrong(format!(
                     "job '{}' handles {offset:#x}+{bytes:#x} while it is {}",
@@ -108,30 +112,59 @@ impl Jobs {
             Some(i) => i,
             None => {
                 if let Some(other) = self.jobs.iter().find(|j| j.id == *id && j.status != Null) {
-                    return Err(wrong(format!("a second job '{id}' is created while {:?} has that id", other.job)));
+                    return Err(wrong(format!(
+                        "a second job '{id}' is created while {:?} has that id",
+                        other.job
+                    )));
                 }
                 let id = Rc::clone(id);
                 let (untold, started, ended) = (false, false, false);
-                self.jobs.push(Job { job, id, status: Undefined, untold, started, ended, pause_count: 1, offset: 0 });
+                self.jobs.push(Job {
+                    job,
+                    id,
+                    status: Undefined,
+                    untold,
+                    started,
+                    ended,
+                    pause_count: 1,
+                    offset: 0,
+                });
                 self.jobs.len() - 1
             }
         };
         let j = &mut self.jobs[i];
-        let arrow = |to| format!("job '{id}' goes from {} to {}", status_name(from), status_name(to));
+        let arrow = |to| {
+            format!(
+                "job '{id}' goes from {} to {}",
+                status_name(from),
+                status_name(to)
+            )
+        };
         if j.status != from {
-            return Err(wrong(format!("{}, but it was {}", arrow(to), status_name(j.status))));
+            return Err(wrong(format!(
+                "{}, but it was {}",
+                arrow(to),
+                status_name(j.status)
+            )));
         }
         if !allowed(from, to) {
             return Err(wrong(format!("{}, which is not in the state machine", arrow(to))));
         }
         if j.untold {
-            return Err(wrong(format!("{} before JOB_STATUS_CHANGE told {}", arrow(to), status_name(from))));
+            return Err(wrong(format!(
+                "{} before JOB_STATUS_CHANGE told {}",
+                arrow(to),
+                status_name(from)
+            )));
         }
         if matches!(to, Paused | Standby) && j.pause_count == 0 {
             return Err(wrong(format!("{} although nobody asked it to pause", arrow(to))));
         }
         if to == Concluded && j.started && !j.ended {
-            return Err(wrong(format!("{} without BLOCK_JOB_COMPLETED or BLOCK_JOB_CANCELLED", arrow(to))));
+            return Err(wrong(format!(
+                "{} without BLOCK_JOB_COMPLETED or BLOCK_JOB_CANCELLED",
+                arrow(to)
+            )));
         }
         j.untold = from != to;
         j.started |= to == Running;
@@ -140,19 +173,26 @@ impl Jobs {
     }
 
     fn pause_count(&mut self, job: JobId, count: u32) -> Result<(), Violation> {
-        let Some(j) = self.jobs.iter_mut().find(|j| j.job == job) else { return Ok(()) };
+        let Some(j) = self.jobs.iter_mut().find(|j| j.job == job) else {
+            return Ok(());
+        };
         let before = std::mem::replace(&mut j.pause_count, count);
         if before.abs_diff(count) <= 1 {
             return Ok(());
         }
-        Err(wrong(format!("the pause count of job '{}' jumps from {before} to {count}", j.id)))
+        Err(wrong(format!(
+            "the pause count of job '{}' jumps from {before} to {count}",
+            j.id
+        )))
     }
 
     fn qmp(&mut self, name: &str, data: &Value) -> Result<(), Violation> {
         let text = |key: &str| data.get(key).and_then(Value::as_str);
         let id = match name {
             "JOB_STATUS_CHANGE" | "BLOCK_JOB_PENDING" => text("id"),
-            "BLOCK_JOB_READY" | "BLOCK_JOB_COMPLETED" | "BLOCK_JOB_CANCELLED" | "BLOCK_JOB_ERROR" => text("device"),
+            "BLOCK_JOB_READY" | "BLOCK_JOB_COMPLETED" | "BLOCK_JOB_CANCELLED" | "BLOCK_JOB_ERROR" => {
+                text("device")
+            }
             _ => return Ok(()),
         };
         let j = id.and_then(|id| self.jobs.iter_mut().rev().find(|j| &*j.id == id));
@@ -167,7 +207,11 @@ impl Jobs {
                 return said(&format!("says {status} although nothing changed"));
             }
             j.untold = false;
-            return if status == is { Ok(()) } else { said(&format!("says {status}, but it is {is}")) };
+            return if status == is {
+                Ok(())
+            } else {
+                said(&format!("says {status}, but it is {is}"))
+            };
         }
         if j.untold {
             return said(&format!("comes before JOB_STATUS_CHANGE {is}"));
@@ -190,7 +234,10 @@ impl Jobs {
                 }
                 let failed = data.get("error").is_some();
                 if name == "BLOCK_JOB_COMPLETED" && failed != (j.status == Aborting) {
-                    return said(&format!("has {} error while it is {is}", if failed { "an" } else { "no" }));
+                    return said(&format!(
+                        "has {} error while it is {is}",
+                        if failed { "an" } else { "no" }
+                    ));
                 }
                 if name == "BLOCK_JOB_CANCELLED" && j.status == Pending {
                     return said("comes without aborting first");
@@ -198,9 +245,10 @@ impl Jobs {
             }
             _ => {}
         }
-        if let (Some(offset), Some(len)) =
-            (data.get("offset").and_then(Value::as_u64), data.get("len").and_then(Value::as_u64))
-        {
+        if let (Some(offset), Some(len)) = (
+            data.get("offset").and_then(Value::as_u64),
+            data.get("len").and_then(Value::as_u64),
+        ) {
             if offset < j.offset {
                 return said(&format!("has offset {offset} after {}", j.offset));
             }
@@ -236,7 +284,11 @@ impl Oracle for Jobs {
     fn closed(&mut self, _view: &View<'_>, _contents: &[FinalContent<'_>]) -> Result<(), Violation> {
         match self.jobs.iter().find(|j| j.status != Null) {
             None => Ok(()),
-            Some(j) => Err(wrong(format!("job '{}' is {} after the layer was shut down", j.id, status_name(j.status)))),
+            Some(j) => Err(wrong(format!(
+                "job '{}' is {} after the layer was shut down",
+                j.id,
+                status_name(j.status)
+            ))),
         }
     }
 }
@@ -249,12 +301,17 @@ mod tests {
     use super::*;
 
     fn qmp(name: &'static str, data: Value) -> Event {
-        Event::Qmp { name, data: Rc::new(data) }
+        Event::Qmp {
+            name,
+            data: Rc::new(data),
+        }
     }
 
     /// A status walk with its events; `+name` sends that QMP event.
     fn walk(script: &str) -> Result<(), Violation> {
-        let all = [Undefined, Created, Running, Paused, Ready, Standby, Waiting, Pending, Aborting, Concluded, Null];
+        let all = [
+            Undefined, Created, Running, Paused, Ready, Standby, Waiting, Pending, Aborting, Concluded, Null,
+        ];
         let mut oracle = Jobs::default();
         oracle.reset(&scenario());
         let mut at = Undefined;
@@ -270,13 +327,29 @@ mod tests {
                 }
                 "+cancelled" => records.push(qmp("BLOCK_JOB_CANCELLED", data)),
                 "+pending" => records.push(qmp("BLOCK_JOB_PENDING", data)),
-                "chunk" => records.push(Event::JobChunk { job: JobId(0), offset: 0, bytes: 64, copied: true }),
-                "pause" => records.push(Event::JobPauseCount { job: JobId(0), count: 1 }),
-                "resume" => records.push(Event::JobPauseCount { job: JobId(0), count: 0 }),
+                "chunk" => records.push(Event::JobChunk {
+                    job: JobId(0),
+                    offset: 0,
+                    bytes: 64,
+                    copied: true,
+                }),
+                "pause" => records.push(Event::JobPauseCount {
+                    job: JobId(0),
+                    count: 1,
+                }),
+                "resume" => records.push(Event::JobPauseCount {
+                    job: JobId(0),
+                    count: 0,
+                }),
                 name => {
                     let (name, told) = name.strip_suffix('!').map_or((name, true), |n| (n, false));
                     let to = *all.iter().find(|s| status_name(**s) == name).expect("status");
-                    records.push(Event::JobStatus { job: JobId(0), id: "j".into(), from: at, to });
+                    records.push(Event::JobStatus {
+                        job: JobId(0),
+                        id: "j".into(),
+                        from: at,
+                        to,
+                    });
                     at = to;
                     if told {
                         records.push(qmp("JOB_STATUS_CHANGE", json!({"id": "j", "status": name})));
@@ -308,16 +381,37 @@ mod tests {
     fn each_deviation_is_reported() {
         for (script, text) in [
             ("created resume running pending", "not in the state machine"),
-            ("created resume running pause paused aborting", "not in the state machine"),
+            (
+                "created resume running pause paused aborting",
+                "not in the state machine",
+            ),
             ("created resume running paused", "nobody asked it to pause"),
-            ("created resume running pause paused chunk", "handles 0x0+0x40 while it is paused"),
-            ("created resume running waiting pending concluded", "without BLOCK_JOB_COMPLETED"),
-            ("created resume running waiting pending +completed +completed", "already told"),
-            ("created resume running waiting pending +cancelled", "without aborting first"),
-            ("created resume running aborting +completed", "has no error while it is aborting"),
+            (
+                "created resume running pause paused chunk",
+                "handles 0x0+0x40 while it is paused",
+            ),
+            (
+                "created resume running waiting pending concluded",
+                "without BLOCK_JOB_COMPLETED",
+            ),
+            (
+                "created resume running waiting pending +completed +completed",
+                "already told",
+            ),
+            (
+                "created resume running waiting pending +cancelled",
+                "without aborting first",
+            ),
+            (
+                "created resume running aborting +completed",
+                "has no error while it is aborting",
+            ),
             ("created resume running +completed", "comes while it is running"),
             ("created aborting +cancelled", "never ran"),
-            ("created resume running! waiting", "before JOB_STATUS_CHANGE told running"),
+            (
+                "created resume running! waiting",
+                "before JOB_STATUS_CHANGE told running",
+            ),
             ("created resume running +pending", "comes while it is running"),
         ] {
             let v = walk(script).expect_err(script);
@@ -329,12 +423,40 @@ mod tests {
     fn progress_never_goes_back() {
         let mut oracle = Jobs::default();
         oracle.reset(&scenario());
-        let status = |from, to| Record::Layer(Event::JobStatus { job: JobId(0), id: "j".into(), from, to });
+        let status = |from, to| {
+            Record::Layer(Event::JobStatus {
+                job: JobId(0),
+                id: "j".into(),
+                from,
+                to,
+            })
+        };
         let told = |s: &str| Record::Layer(qmp("JOB_STATUS_CHANGE", json!({"id": "j", "status": s})));
-        let ready = |offset| Record::Layer(qmp("BLOCK_JOB_ERROR", json!({"device": "j", "offset": offset, "len": 50})));
-        let run = [status(Undefined, Created), told("created"), status(Created, Running), told("running"), ready(20)];
+        let ready = |offset| {
+            Record::Layer(qmp(
+                "BLOCK_JOB_ERROR",
+                json!({"device": "j", "offset": offset, "len": 50}),
+            ))
+        };
+        let run = [
+            status(Undefined, Created),
+            told("created"),
+            status(Created, Running),
+            told("running"),
+            ready(20),
+        ];
         feed(&mut oracle, run).expect("fine");
-        assert!(feed(&mut oracle, [ready(10)]).expect_err("back").message.contains("offset 10 after 20"));
-        assert!(feed(&mut oracle, [ready(60)]).expect_err("beyond").message.contains("beyond its length"));
+        assert!(
+            feed(&mut oracle, [ready(10)])
+                .expect_err("back")
+                .message
+                .contains("offset 10 after 20")
+        );
+        assert!(
+            feed(&mut oracle, [ready(60)])
+                .expect_err("beyond")
+                .message
+                .contains("beyond its length")
+        );
     }
 }

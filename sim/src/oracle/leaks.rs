@@ -29,16 +29,32 @@ impl Leaks {
                 Some(i) => {
                     self.requests.swap_remove(i);
                 }
-                None => return Err(wrong(format!("request {request:?} ends but is not in flight"), Vec::new())),
+                None => {
+                    return Err(wrong(
+                        format!("request {request:?} ends but is not in flight"),
+                        Vec::new(),
+                    ));
+                }
             },
             Event::NodeRemoved { node } => {
                 if let Some((request, _)) = self.requests.iter().find(|r| r.1 == *node) {
-                    let message = format!("node '{}' is closed while {request:?} is in flight on it", self.mirror.name(*node));
+                    let message = format!(
+                        "node '{}' is closed while {request:?} is in flight on it",
+                        self.mirror.name(*node)
+                    );
                     return Err(wrong(message, Vec::new()));
                 }
             }
-            Event::JobStatus { job, from: JobStatus::Undefined, .. } => self.jobs.push(*job),
-            Event::JobStatus { job, to: JobStatus::Null, .. } => self.jobs.retain(|j| j != job),
+            Event::JobStatus {
+                job,
+                from: JobStatus::Undefined,
+                ..
+            } => self.jobs.push(*job),
+            Event::JobStatus {
+                job,
+                to: JobStatus::Null,
+                ..
+            } => self.jobs.retain(|j| j != job),
             Event::MainBegin { what } => self.main.push(what),
             Event::MainEnd { .. } => {
                 self.main.pop();
@@ -50,9 +66,13 @@ impl Leaks {
     }
 
     fn in_flight(&self) -> Vec<String> {
-        let requests =
-            self.requests.iter().map(|(r, n)| format!("request {r:?} on node '{}'", self.mirror.name(*n)));
-        requests.chain(self.main.iter().map(|m| format!("main-context operation {m}"))).collect()
+        let requests = self
+            .requests
+            .iter()
+            .map(|(r, n)| format!("request {r:?} on node '{}'", self.mirror.name(*n)));
+        requests
+            .chain(self.main.iter().map(|m| format!("main-context operation {m}")))
+            .collect()
     }
 }
 
@@ -84,18 +104,31 @@ impl Oracle for Leaks {
         if left.is_empty() {
             return Ok(());
         }
-        Err(wrong(format!("{} operations are still in flight when every actor is done", left.len()), left))
+        Err(wrong(
+            format!(
+                "{} operations are still in flight when every actor is done",
+                left.len()
+            ),
+            left,
+        ))
     }
 
     fn closed(&mut self, _view: &View<'_>, _contents: &[FinalContent<'_>]) -> Result<(), Violation> {
         let mut left = self.in_flight();
-        left.extend(self.mirror.nodes().map(|(_, n)| format!("node '{}' ({})", n.name, n.driver)));
+        left.extend(
+            self.mirror
+                .nodes()
+                .map(|(_, n)| format!("node '{}' ({})", n.name, n.driver)),
+        );
         left.extend(self.mirror.edges().map(|(id, _)| self.mirror.describe(id)));
         left.extend(self.jobs.iter().map(|j| format!("job {j:?}")));
         if left.is_empty() {
             return Ok(());
         }
-        Err(wrong(format!("{} things are left after the layer was shut down", left.len()), left))
+        Err(wrong(
+            format!("{} things are left after the layer was shut down", left.len()),
+            left,
+        ))
     }
 }
 
@@ -123,7 +156,11 @@ mod tests {
     #[test]
     fn a_tidy_run_passes_and_each_kind_of_leak_is_named() {
         let scenario = scenario();
-        let view = View { scenario: &scenario, now: 0, layer: None };
+        let view = View {
+            scenario: &scenario,
+            now: 0,
+            layer: None,
+        };
         let mut oracle = Leaks::default();
         oracle.reset(&scenario);
         let mut events = chain();
@@ -131,7 +168,11 @@ mod tests {
         feed(&mut oracle, events.into_iter().map(Record::Layer)).expect("nothing wrong yet");
         let v = oracle.quiescent(&view, &[]).expect_err("in flight");
         assert_eq!(v.evidence, ["request r0 on node 'top'"]);
-        let end = Event::RequestEnd { request: RequestId(0), node: NodeId(1), result: Ok(()) };
+        let end = Event::RequestEnd {
+            request: RequestId(0),
+            node: NodeId(1),
+            result: Ok(()),
+        };
         feed(&mut oracle, [Record::Layer(end.clone())]).expect("ends");
         assert_eq!(oracle.quiescent(&view, &[]), Ok(()));
         assert_eq!(oracle.closed(&view, &[]).expect_err("open").evidence.len(), 3);
@@ -142,7 +183,11 @@ mod tests {
             from: Some(NodeId(0)),
             to: None,
         };
-        let tidy = [cut, Event::NodeRemoved { node: NodeId(1) }, Event::NodeRemoved { node: NodeId(0) }];
+        let tidy = [
+            cut,
+            Event::NodeRemoved { node: NodeId(1) },
+            Event::NodeRemoved { node: NodeId(0) },
+        ];
         feed(&mut oracle, tidy.into_iter().map(Record::Layer)).expect("closes");
         assert_eq!(oracle.closed(&view, &[]), Ok(()));
         let v = feed(&mut oracle, [Record::Layer(end)]).expect_err("ends twice");

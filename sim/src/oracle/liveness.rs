@@ -44,7 +44,14 @@ impl Liveness {
         match event {
             Event::MainBegin { what } => self.main = Some(what),
             Event::MainEnd { .. } => self.main = None,
-            Event::RequestBegin { request, node, kind, offset, bytes, .. } => self.requests.push(Request {
+            Event::RequestBegin {
+                request,
+                node,
+                kind,
+                offset,
+                bytes,
+                ..
+            } => self.requests.push(Request {
                 id: *request,
                 node: *node,
                 kind: *kind,
@@ -77,9 +84,8 @@ impl Liveness {
                 self.drained.push(*node);
             }
             Event::DrainEnd { node } => {
-                if !remove(&mut self.drained, *node) {
-                    remove(&mut self.draining, *node);
-                }
+                // A section that was given up before it returned.
+                let _ = remove(&mut self.drained, *node) || remove(&mut self.draining, *node);
             }
             _ => {}
         }
@@ -88,27 +94,44 @@ impl Liveness {
 
     fn request(&self, r: &Request) -> String {
         let (kind, name) = (r.kind, self.mirror.name(r.node));
-        format!("{:?} ({kind:?} {:#x}+{:#x} on node '{name}')", r.id, r.offset, r.bytes)
+        format!(
+            "{:?} ({kind:?} {:#x}+{:#x} on node '{name}')",
+            r.id, r.offset, r.bytes
+        )
     }
 
     /// Who waits for whom.
     #[must_use]
     pub fn evidence(&self, scenario: &Scenario) -> Vec<String> {
-        let mut lines: Vec<String> = self.open.iter().map(|s| format!("unfinished: {}", step_text(scenario, *s))).collect();
+        let mut lines: Vec<String> = self
+            .open
+            .iter()
+            .map(|s| format!("unfinished: {}", step_text(scenario, *s)))
+            .collect();
         if let Some(main) = self.main {
             lines.push(format!("main context: inside {main}"));
         }
         for node in &self.draining {
-            lines.push(format!("waiting: drained-begin of node '{}'", self.mirror.name(*node)));
+            lines.push(format!(
+                "waiting: drained-begin of node '{}'",
+                self.mirror.name(*node)
+            ));
         }
         for node in &self.drained {
-            lines.push(format!("holding: drained section of node '{}'", self.mirror.name(*node)));
+            lines.push(format!(
+                "holding: drained section of node '{}'",
+                self.mirror.name(*node)
+            ));
         }
         for (backend, n) in self.parked.iter().filter(|p| p.1 > 0) {
-            lines.push(format!("waiting: {n} requests parked in {backend:?} until a drained section ends"));
+            lines.push(format!(
+                "waiting: {n} requests parked in {backend:?} until a drained section ends"
+            ));
         }
         for r in &self.requests {
-            let on = r.waits_on.and_then(|on| self.requests.iter().find(|o| o.id == on));
+            let on = r
+                .waits_on
+                .and_then(|on| self.requests.iter().find(|o| o.id == on));
             lines.push(match on {
                 Some(on) => format!("waiting: {} for {}", self.request(r), self.request(on)),
                 None => format!("in flight: {}", self.request(r)),
@@ -124,7 +147,9 @@ impl Liveness {
             let mut at = next(r.id);
             for _ in 0..self.requests.len() {
                 match at {
-                    Some(n) if n == r.id => return Some(format!("circle: {:?} waits, in the end, for itself", r.id)),
+                    Some(n) if n == r.id => {
+                        return Some(format!("circle: {:?} waits, in the end, for itself", r.id));
+                    }
                     Some(n) => at = next(n),
                     None => break,
                 }
@@ -146,7 +171,9 @@ fn remove(list: &mut Vec<NodeId>, node: NodeId) -> bool {
 
 /// One step in a few words.
 pub(crate) fn step_text(scenario: &Scenario, step: StepId) -> String {
-    let Some(Step { actor, action, .. }) = scenario.steps.get(step.0 as usize) else { return format!("step {}", step.0) };
+    let Some(Step { actor, action, .. }) = scenario.steps.get(step.0 as usize) else {
+        return format!("step {}", step.0);
+    };
     let what = match action {
         Action::Command { execute, .. } => execute.clone(),
         Action::Guest { export, op } => format!("{op:?} on {export}"),
@@ -191,7 +218,12 @@ impl Oracle for Liveness {
             ),
             None => "nothing can run any more, but the layer is not done".to_owned(),
         };
-        Err(violation(OracleName::Liveness, self.open.first().copied(), message, self.evidence(view.scenario)))
+        Err(violation(
+            OracleName::Liveness,
+            self.open.first().copied(),
+            message,
+            self.evidence(view.scenario),
+        ))
     }
 }
 
@@ -223,7 +255,12 @@ mod tests {
                 flags: ReqFlags::empty(),
             })
         };
-        let waits = |id, on| Record::Layer(Event::RequestWaits { request: RequestId(id), on: RequestId(on) });
+        let waits = |id, on| {
+            Record::Layer(Event::RequestWaits {
+                request: RequestId(id),
+                on: RequestId(on),
+            })
+        };
         let mut records: Vec<Record> = chain().into_iter().map(Record::Layer).collect();
         records.extend([
             Record::Issued(StepId(0)),
@@ -235,7 +272,11 @@ mod tests {
             Record::Layer(Event::DrainBegin { node: NodeId(1) }),
         ]);
         feed_on(&mut oracle, &scenario, records).expect("records alone are no verdict");
-        let view = View { scenario: &scenario, now: 9, layer: None };
+        let view = View {
+            scenario: &scenario,
+            now: 9,
+            layer: None,
+        };
         let v = oracle.stuck(&view).expect_err("deadlock");
         assert_eq!(v.step, Some(StepId(0)));
         assert!(v.message.contains("2 steps are unfinished"), "{}", v.message);
@@ -245,7 +286,11 @@ mod tests {
             "circle: r0 waits, in the end, for itself",
         ];
         for line in expected {
-            assert!(v.evidence.iter().any(|l| l == line), "{line} missing in {:?}", v.evidence);
+            assert!(
+                v.evidence.iter().any(|l| l == line),
+                "{line} missing in {:?}",
+                v.evidence
+            );
         }
     }
 }

@@ -88,7 +88,11 @@ impl Mirror {
 
     /// All edges that point somewhere.
     pub(crate) fn edges(&self) -> impl Iterator<Item = (EdgeId, &MirrorEdge)> {
-        self.edges.iter().zip(0u32..).filter(|(e, _)| e.child.is_some()).map(|(e, i)| (EdgeId(i), e))
+        self.edges
+            .iter()
+            .zip(0u32..)
+            .filter(|(e, _)| e.child.is_some())
+            .map(|(e, i)| (EdgeId(i), e))
     }
 
     /// The node of that name.
@@ -108,7 +112,9 @@ impl Mirror {
 
     /// `child_of(parent)` for messages.
     pub(crate) fn describe(&self, edge: EdgeId) -> String {
-        let Some(e) = self.edge(edge) else { return format!("{edge:?}") };
+        let Some(e) = self.edge(edge) else {
+            return format!("{edge:?}");
+        };
         let above = match e.parent {
             Some(Parent::Node(n)) => format!("node '{}'", self.name(n)),
             Some(Parent::Backend(b)) => format!("backend {b:?}"),
@@ -126,13 +132,18 @@ impl Mirror {
         let n = self.node(node)?;
         let filter = n.driver == "copy-on-read";
         n.children.iter().copied().find(|&e| {
-            self.edge(e).is_some_and(|e| e.role.contains(Role::COW) || filter && e.role.contains(Role::FILTERED))
+            self.edge(e)
+                .is_some_and(|e| e.role.contains(Role::COW) || filter && e.role.contains(Role::FILTERED))
         })
     }
 
     /// Root node of a backend.
     pub(crate) fn root_of(&self, backend: BackendId) -> Option<NodeId> {
-        self.edges.iter().rev().find(|e| e.parent == Some(Parent::Backend(backend)) && e.child.is_some())?.child
+        self.edges
+            .iter()
+            .rev()
+            .find(|e| e.parent == Some(Parent::Backend(backend)) && e.child.is_some())?
+            .child
     }
 
     /// Calls `visit` for `node` and every node above it, each once; stops when it answers false.
@@ -145,7 +156,9 @@ impl Mirror {
         stack.push(node);
         let mut all = true;
         while let Some(n) = stack.pop() {
-            let Some(seen) = seen.get_mut(n.0 as usize) else { continue };
+            let Some(seen) = seen.get_mut(n.0 as usize) else {
+                continue;
+            };
             if std::mem::replace(seen, true) {
                 continue;
             }
@@ -197,17 +210,31 @@ impl Mirror {
                     parents: Vec::new(),
                     children: Vec::new(),
                 });
-                if twice { Err("two live nodes have one name") } else { Ok(()) }
+                if twice {
+                    Err("two live nodes have one name")
+                } else {
+                    Ok(())
+                }
             }
             Event::NodeRemoved { node } => match self.nodes.get_mut(node.0 as usize) {
                 Some(Some(n)) if n.live => {
                     n.live = false;
                     let idle = n.parents.is_empty() && n.children.is_empty();
-                    if idle { Ok(()) } else { Err("a removed node still has edges") }
+                    if idle {
+                        Ok(())
+                    } else {
+                        Err("a removed node still has edges")
+                    }
                 }
                 _ => Err("a node that does not exist is removed"),
             },
-            Event::EdgeSet { edge, parent, role, from, to } => self.edge_set(*edge, *parent, *role, *from, *to),
+            Event::EdgeSet {
+                edge,
+                parent,
+                role,
+                from,
+                to,
+            } => self.edge_set(*edge, *parent, *role, *from, *to),
             Event::EdgePerms { edge, perm, shared } => {
                 let slot = self.edge_slot(*edge);
                 (slot.perm, slot.shared) = (*perm, *shared);
@@ -288,15 +315,29 @@ pub(crate) mod tests {
 
     /// Events of a small graph: file0 <- top -> backing base, by identifiers 0 (base), 1 (top); edge 0 = backing.
     pub(crate) fn chain() -> Vec<Event> {
-        vec![added(0, "base", "qcow2"), added(1, "top", "qcow2"), linked(0, Parent::Node(NodeId(1)), Role::COW, 0)]
+        vec![
+            added(0, "base", "qcow2"),
+            added(1, "top", "qcow2"),
+            linked(0, Parent::Node(NodeId(1)), Role::COW, 0),
+        ]
     }
 
     pub(crate) fn added(node: u32, name: &str, driver: &'static str) -> Event {
-        Event::NodeAdded { node: NodeId(node), name: name.into(), driver }
+        Event::NodeAdded {
+            node: NodeId(node),
+            name: name.into(),
+            driver,
+        }
     }
 
     pub(crate) fn linked(edge: u32, parent: Parent, role: Role, to: u32) -> Event {
-        Event::EdgeSet { edge: EdgeId(edge), parent, role, from: None, to: Some(NodeId(to)) }
+        Event::EdgeSet {
+            edge: EdgeId(edge),
+            parent,
+            role,
+            from: None,
+            to: Some(NodeId(to)),
+        }
     }
 
     #[test]

@@ -155,7 +155,12 @@ pub(crate) fn violation(
     message: impl Into<String>,
     evidence: Vec<String>,
 ) -> Violation {
-    Violation { oracle, message: message.into(), step, evidence }
+    Violation {
+        oracle,
+        message: message.into(),
+        step,
+        evidence,
+    }
 }
 
 /// Every oracle, in the order in which they are asked: cheap and sharp ones first, so that a finding names the cause
@@ -188,7 +193,10 @@ pub(crate) mod tests {
     }
 
     /// Feeds a history by hand.
-    pub(crate) fn feed(oracle: &mut dyn Oracle, records: impl IntoIterator<Item = Record>) -> Result<(), Violation> {
+    pub(crate) fn feed(
+        oracle: &mut dyn Oracle,
+        records: impl IntoIterator<Item = Record>,
+    ) -> Result<(), Violation> {
         feed_on(oracle, &scenario(), records)
     }
 
@@ -199,7 +207,14 @@ pub(crate) mod tests {
         records: impl IntoIterator<Item = Record>,
     ) -> Result<(), Violation> {
         for (now, record) in (0..).zip(records) {
-            oracle.record(&View { scenario, now, layer: None }, &record)?;
+            oracle.record(
+                &View {
+                    scenario,
+                    now,
+                    layer: None,
+                },
+                &record,
+            )?;
         }
         Ok(())
     }
@@ -207,7 +222,11 @@ pub(crate) mod tests {
     #[test]
     fn each_oracle_is_there_once_and_survives_an_empty_run() {
         let scenario = scenario();
-        let view = View { scenario: &scenario, now: 0, layer: None };
+        let view = View {
+            scenario: &scenario,
+            now: 0,
+            layer: None,
+        };
         let mut names = Vec::new();
         for mut oracle in all() {
             oracle.reset(&scenario);

@@ -51,10 +51,22 @@ impl Modelled {
 
     /// A refused command left everything as it was.
     fn refused(&mut self, view: &View<'_>, step: crate::history::StepId) -> Result<(), Violation> {
-        let (Some(before), Some(layer), false) = (&self.books, view.layer, self.changed) else { return Ok(()) };
-        let Some(difference) = refusals::difference(before, &layer.inspect()) else { return Ok(()) };
-        let message = format!("{} is refused, yet changes something", super::liveness::step_text(view.scenario, step));
-        Err(violation(OracleName::Refusals, Some(step), message, vec![difference]))
+        let (Some(before), Some(layer), false) = (&self.books, view.layer, self.changed) else {
+            return Ok(());
+        };
+        let Some(difference) = refusals::difference(before, &layer.inspect()) else {
+            return Ok(());
+        };
+        let message = format!(
+            "{} is refused, yet changes something",
+            super::liveness::step_text(view.scenario, step)
+        );
+        Err(violation(
+            OracleName::Refusals,
+            Some(step),
+            message,
+            vec![difference],
+        ))
     }
 }
 
@@ -80,15 +92,30 @@ impl Oracle for Modelled {
         graph_event?;
         let followed = self.follower.record(view.scenario, record);
         // Edges of a concluded job go with it; those of one that never started are gone when its command is refused.
-        self.changed |= matches!(record, Record::Layer(Event::JobStatus { from: JobStatus::Concluded, .. }));
+        self.changed |= matches!(
+            record,
+            Record::Layer(Event::JobStatus {
+                from: JobStatus::Concluded,
+                ..
+            })
+        );
         if let Some(wrong) = followed.wrong {
-            return Err(violation(OracleName::Jobs, None, wrong, Vec::new()));
+            let refusal = self.follower.refusal_under_way();
+            let evidence = refusal.map(|r| format!("the command under way ought to be refused: {r}"));
+            return Err(violation(
+                OracleName::Jobs,
+                None,
+                wrong,
+                evidence.into_iter().collect(),
+            ));
         }
         if followed.executed.is_some() && followed.changed {
             self.changed = true;
             self.bottom.executed(view.scenario, &self.follower.world);
         }
-        if followed.changed && (followed.executed.is_some() || followed.completed.is_some() || followed.settled) {
+        if followed.changed
+            && (followed.executed.is_some() || followed.completed.is_some() || followed.settled)
+        {
             self.data.sync(view.scenario, &self.follower.world);
         }
         match record {
@@ -117,10 +144,15 @@ impl Oracle for Modelled {
                     self.changed = true;
                     self.bottom.completed(id, outcome);
                 }
-                self.bottom.event(view.scenario, &self.follower.world, &self.mirror, event)?;
+                self.bottom
+                    .event(view.scenario, &self.follower.world, &self.mirror, event)?;
             }
         }
-        if followed.settled { self.settled(view) } else { Ok(()) }
+        if followed.settled {
+            self.settled(view)
+        } else {
+            Ok(())
+        }
     }
 
     fn quiescent(&mut self, view: &View<'_>, contents: &[FinalContent<'_>]) -> Result<(), Violation> {
@@ -131,7 +163,8 @@ impl Oracle for Modelled {
             graph::counters(&layer.inspect())?;
         }
         self.data.quiescent(view, &self.follower, contents)?;
-        self.bottom.quiescent(view, &self.follower.world, &self.data, contents)
+        self.bottom
+            .quiescent(view, &self.follower.world, &self.data, contents)
     }
 
     fn closed(&mut self, view: &View<'_>, contents: &[FinalContent<'_>]) -> Result<(), Violation> {

@@ -38,8 +38,18 @@ impl Permissions {
                 // A job's edges may go outside; then, too, the graph is consistent after each of its steps, but
                 // not between them.
             }
-            Event::RequestBegin { edge, node, kind, offset, bytes, flags, .. } => {
-                let Some(e) = self.mirror.edge(*edge) else { return Ok(()) };
+            Event::RequestBegin {
+                edge,
+                node,
+                kind,
+                offset,
+                bytes,
+                flags,
+                ..
+            } => {
+                let Some(e) = self.mirror.edge(*edge) else {
+                    return Ok(());
+                };
                 let needs = match kind {
                     ReqKind::Read | ReqKind::Flush => return Ok(()),
                     ReqKind::Truncate => Perm::RESIZE,
@@ -92,16 +102,29 @@ impl Permissions {
         a: blkcheck_impl::types::EdgeId,
         b: blkcheck_impl::types::EdgeId,
     ) -> Result<(), Violation> {
-        let (Some(x), Some(y)) = (self.mirror.edge(a), self.mirror.edge(b)) else { return Ok(()) };
+        let (Some(x), Some(y)) = (self.mirror.edge(a), self.mirror.edge(b)) else {
+            return Ok(());
+        };
         let denied = y.perm - x.shared;
         if denied.is_empty() {
             return Ok(());
         }
-        let message =
-            format!("after {what}, two parents of node '{}' disagree about '{}'", self.mirror.name(node), denied.names());
+        let message = format!(
+            "after {what}, two parents of node '{}' disagree about '{}'",
+            self.mirror.name(node),
+            denied.names()
+        );
         let evidence = vec![
-            format!("required by the {}: '{}'", self.mirror.describe(b), y.perm.names()),
-            format!("shared by the {}: '{}'", self.mirror.describe(a), x.shared.names()),
+            format!(
+                "required by the {}: '{}'",
+                self.mirror.describe(b),
+                y.perm.names()
+            ),
+            format!(
+                "shared by the {}: '{}'",
+                self.mirror.describe(a),
+                x.shared.names()
+            ),
         ];
         Err(violation(OracleName::Permissions, None, message, evidence))
     }
@@ -146,7 +169,11 @@ mod tests {
         events.insert(0, Event::MainBegin { what: "blockdev-add" });
         events.push(linked(1, Parent::Backend(BackendId(0)), Role::FILTERED, 0));
         for &(edge, perm, shared) in perms {
-            events.push(Event::EdgePerms { edge: EdgeId(edge), perm, shared });
+            events.push(Event::EdgePerms {
+                edge: EdgeId(edge),
+                perm,
+                shared,
+            });
         }
         events.push(Event::MainEnd { what: "blockdev-add" });
         events.extend(more);
@@ -168,16 +195,34 @@ mod tests {
     #[test]
     fn parents_must_agree_in_both_directions() {
         let rw = Perm::CONSISTENT_READ | Perm::WRITE;
-        assert_eq!(run(&[(0, Perm::CONSISTENT_READ, Perm::all()), (1, rw, Perm::all())], Vec::new()), Ok(()));
-        let v = run(&[(0, rw, Perm::CONSISTENT_READ), (1, rw, Perm::all())], Vec::new()).expect_err("conflict");
-        assert_eq!(v.message, "after blockdev-add, two parents of node 'base' disagree about 'write'");
+        assert_eq!(
+            run(
+                &[(0, Perm::CONSISTENT_READ, Perm::all()), (1, rw, Perm::all())],
+                Vec::new()
+            ),
+            Ok(())
+        );
+        let v = run(
+            &[(0, rw, Perm::CONSISTENT_READ), (1, rw, Perm::all())],
+            Vec::new(),
+        )
+        .expect_err("conflict");
+        assert_eq!(
+            v.message,
+            "after blockdev-add, two parents of node 'base' disagree about 'write'"
+        );
     }
 
     #[test]
     fn a_write_needs_its_permission() {
         let wu = [(1, Perm::WRITE_UNCHANGED, Perm::all())];
         assert_eq!(run(&wu, vec![write(ReqFlags::WRITE_UNCHANGED)]), Ok(()));
-        assert!(run(&wu, vec![write(ReqFlags::empty())]).expect_err("no W").message.contains("without permission 'write'"));
+        assert!(
+            run(&wu, vec![write(ReqFlags::empty())])
+                .expect_err("no W")
+                .message
+                .contains("without permission 'write'")
+        );
         let none = [(1, Perm::CONSISTENT_READ, Perm::all())];
         assert!(run(&none, vec![write(ReqFlags::WRITE_UNCHANGED)]).is_err());
     }

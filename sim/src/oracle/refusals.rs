@@ -38,14 +38,23 @@ pub(crate) fn judge(
         Ok(value) => format!("found:    accepted, {value}"),
     };
     let message = format!("{} {wrong}", step_text(scenario, step));
-    Err(violation(OracleName::Refusals, Some(step), message, vec![expected, found]))
+    Err(violation(
+        OracleName::Refusals,
+        Some(step),
+        message,
+        vec![expected, found],
+    ))
 }
 
 /// What a refused command changed after all: the first difference between two views, leaving out counters that
 /// others change meanwhile.
 pub(crate) fn difference(before: &GraphView, after: &GraphView) -> Option<String> {
     if before.nodes.len() != after.nodes.len() {
-        return Some(format!("{} nodes before, {} after", before.nodes.len(), after.nodes.len()));
+        return Some(format!(
+            "{} nodes before, {} after",
+            before.nodes.len(),
+            after.nodes.len()
+        ));
     }
     for (b, a) in before.nodes.iter().zip(&after.nodes) {
         let same = b.id == a.id
@@ -65,7 +74,11 @@ pub(crate) fn difference(before: &GraphView, after: &GraphView) -> Option<String
         }
     }
     if before.edges.len() != after.edges.len() {
-        return Some(format!("{} edges before, {} after", before.edges.len(), after.edges.len()));
+        return Some(format!(
+            "{} edges before, {} after",
+            before.edges.len(),
+            after.edges.len()
+        ));
     }
     before.edges.iter().zip(&after.edges).find_map(|(b, a)| {
         let same = b.id == a.id
@@ -88,16 +101,39 @@ mod tests {
 
     #[test]
     fn class_and_text_must_match() {
-        let scenario =
-            scenario_of(r#"{"version":1,"grain":64,"images":[],"steps":[{"actor":"m","execute":"job-pause"}]}"#);
-        let got = |desc: &str| Err(Refusal { class: "GenericError".to_owned(), desc: desc.to_owned() });
-        let judge = |p: Result<Value, Predicted>, g: Result<Value, Refusal>| judge(&scenario, StepId(0), Some(&p), &g);
+        let scenario = scenario_of(
+            r#"{"version":1,"grain":64,"images":[],"steps":[{"actor":"m","execute":"job-pause"}]}"#,
+        );
+        let got = |desc: &str| {
+            Err(Refusal {
+                class: "GenericError".to_owned(),
+                desc: desc.to_owned(),
+            })
+        };
+        let judge = |p: Result<Value, Predicted>, g: Result<Value, Refusal>| {
+            judge(&scenario, StepId(0), Some(&p), &g)
+        };
         let no = || Err(Predicted::new("Job not found"));
         assert_eq!(judge(no(), got("Job not found")), Ok(()));
         assert_eq!(judge(Ok(json!({})), Ok(json!({}))), Ok(()));
-        assert!(judge(no(), got("job not found")).expect_err("text").message.contains("in other words"));
-        assert!(judge(no(), Ok(json!({}))).expect_err("accepted").message.contains("should be refused"));
-        assert!(judge(Ok(json!({})), got("x")).expect_err("refused").message.contains("should be accepted"));
+        assert!(
+            judge(no(), got("job not found"))
+                .expect_err("text")
+                .message
+                .contains("in other words")
+        );
+        assert!(
+            judge(no(), Ok(json!({})))
+                .expect_err("accepted")
+                .message
+                .contains("should be refused")
+        );
+        assert!(
+            judge(Ok(json!({})), got("x"))
+                .expect_err("refused")
+                .message
+                .contains("should be accepted")
+        );
     }
 
     #[test]
@@ -113,11 +149,18 @@ mod tests {
             frozen: false,
             quiesced_parent: false,
         };
-        let before = GraphView { edges: vec![edge], ..GraphView::default() };
+        let before = GraphView {
+            edges: vec![edge],
+            ..GraphView::default()
+        };
         let mut after = before.clone();
         after.drain_all = 1;
         assert_eq!(difference(&before, &after), None);
         after.edges[0].perm = Perm::WRITE;
-        assert!(difference(&before, &after).expect("differs").starts_with("edge before"));
+        assert!(
+            difference(&before, &after)
+                .expect("differs")
+                .starts_with("edge before")
+        );
     }
 }

@@ -17,12 +17,21 @@ pub fn listing(scenario: &Scenario) -> String {
     if let Some(title) = &scenario.title {
         let _ = writeln!(out, "{title}");
     }
-    let seed = scenario.seed.map_or_else(String::new, |seed| format!(", seed {seed}"));
+    let seed = scenario
+        .seed
+        .map_or_else(String::new, |seed| format!(", seed {seed}"));
     let disk = scenario.disk;
     let unmap = if disk.unmap { "" } else { ", no unmap" };
-    let _ = writeln!(out, "grain {}, disk alignment {}{unmap}{seed}", scenario.grain, disk.alignment);
+    let _ = writeln!(
+        out,
+        "grain {}, disk alignment {}{unmap}{seed}",
+        scenario.grain, disk.alignment
+    );
     if !scenario.images.is_empty() {
-        let _ = writeln!(out, "\nimages  (D data, C compressed, z zero, Z zero with space, . nothing)");
+        let _ = writeln!(
+            out,
+            "\nimages  (D data, C compressed, z zero, Z zero with space, . nothing)"
+        );
     }
     for image in &scenario.images {
         image_line(&mut out, image);
@@ -32,12 +41,20 @@ pub fn listing(scenario: &Scenario) -> String {
     let number_width = scenario.steps.len().saturating_sub(1).to_string().len().max(2);
     for (number, step) in scenario.steps.iter().enumerate() {
         let wait = if step.wait { "" } else { "  (left in flight)" };
-        let _ = writeln!(out, "{number:>number_width$}  {:actor_width$}  {}{wait}", step.actor, action(step));
+        let _ = writeln!(
+            out,
+            "{number:>number_width$}  {:actor_width$}  {}{wait}",
+            step.actor,
+            action(step)
+        );
     }
     if !scenario.choices.is_empty() {
         let count = scenario.choices.len();
         let switches = scenario.choices.iter().filter(|&&c| c != 0).count();
-        let _ = writeln!(out, "\nchoices  {count} recorded, {switches} of them not 0 (out of order)");
+        let _ = writeln!(
+            out,
+            "\nchoices  {count} recorded, {switches} of them not 0 (out of order)"
+        );
     }
     if let Some(oracle) = &scenario.expect {
         let _ = writeln!(out, "expect   {oracle}");
@@ -48,11 +65,25 @@ pub fn listing(scenario: &Scenario) -> String {
 fn image_line(out: &mut String, image: &Image) {
     let (format, unit) = match image.format {
         Format::Raw => ("raw".to_owned(), 512),
-        Format::Qcow2 => (format!("qcow2 v{} c={:#x}", image.compat, image.cluster_size), u64::from(image.cluster_size)),
+        Format::Qcow2 => (
+            format!("qcow2 v{} c={:#x}", image.compat, image.cluster_size),
+            u64::from(image.cluster_size),
+        ),
     };
-    let refcounts = if image.refcount_bits == 16 { String::new() } else { format!(" r={}", image.refcount_bits) };
-    let backing = image.backing_file.as_ref().map_or_else(String::new, |b| format!(" over '{b}'"));
-    let _ = writeln!(out, "  {:<8} {format}{refcounts} {:#x} bytes{backing}", image.file, image.size);
+    let refcounts = if image.refcount_bits == 16 {
+        String::new()
+    } else {
+        format!(" r={}", image.refcount_bits)
+    };
+    let backing = image
+        .backing_file
+        .as_ref()
+        .map_or_else(String::new, |b| format!(" over '{b}'"));
+    let _ = writeln!(
+        out,
+        "  {:<8} {format}{refcounts} {:#x} bytes{backing}",
+        image.file, image.size
+    );
     let _ = writeln!(out, "           {}", drawing(image, unit));
 }
 
@@ -62,7 +93,8 @@ fn drawing(image: &Image, unit: u64) -> String {
     let columns = units.min(WIDTH);
     let mut cells = vec!['.'; usize::try_from(columns).expect("at most 64")];
     let mut set = |unit: u64, stored: Stored| {
-        let cell = &mut cells[usize::try_from(u128::from(unit) * u128::from(columns) / u128::from(units)).expect("a column")];
+        let cell = &mut cells
+            [usize::try_from(u128::from(unit) * u128::from(columns) / u128::from(units)).expect("a column")];
         let letter = match stored {
             Stored::Data => 'D',
             Stored::Compressed => 'C',
@@ -76,10 +108,13 @@ fn drawing(image: &Image, unit: u64) -> String {
         }
     };
     match image.format {
-        Format::Qcow2 => forms(image).into_iter().for_each(|(cluster, stored)| set(cluster, stored)),
+        Format::Qcow2 => forms(image)
+            .into_iter()
+            .for_each(|(cluster, stored)| set(cluster, stored)),
         Format::Raw => {
             for fill in &image.fill {
-                (fill.offset / unit..(fill.offset + fill.length).div_ceil(unit)).for_each(|u| set(u, fill.stored));
+                (fill.offset / unit..(fill.offset + fill.length).div_ceil(unit))
+                    .for_each(|u| set(u, fill.stored));
             }
         }
     }

@@ -91,7 +91,12 @@ fn yes() -> bool {
 
 impl Default for Disk {
     fn default() -> Disk {
-        Disk { alignment: 1, job_parallelism: 1, unmap: true, devices: false }
+        Disk {
+            alignment: 1,
+            job_parallelism: 1,
+            unmap: true,
+            devices: false,
+        }
     }
 }
 

@@ -54,7 +54,11 @@ pub fn parse(file: &str, text: &[u8]) -> Result<Scenario, ParseError> {
         message,
     };
     if text.len() > MAX_FILE {
-        return Err(syntax(1, 1, format!("the file has {} bytes, at most {MAX_FILE} are read", text.len())));
+        return Err(syntax(
+            1,
+            1,
+            format!("the file has {} bytes, at most {MAX_FILE} are read", text.len()),
+        ));
     }
     let value: Value = serde_json::from_slice(text).map_err(|e| {
         let message = e.to_string();
@@ -65,7 +69,13 @@ pub fn parse(file: &str, text: &[u8]) -> Result<Scenario, ParseError> {
     scenario.map_err(|invalid| {
         let (line, column) = locate(text, &invalid.path);
         let place = place(&invalid.path);
-        ParseError { file: file.to_owned(), line, column, place, message: invalid.message }
+        ParseError {
+            file: file.to_owned(),
+            line,
+            column,
+            place,
+            message: invalid.message,
+        }
     })
 }
 
@@ -85,20 +95,33 @@ fn place(path: &[Seg]) -> String {
 }
 
 fn invalid(path: Vec<Seg>, message: impl fmt::Display) -> Invalid {
-    Invalid { path, message: message.to_string() }
+    Invalid {
+        path,
+        message: message.to_string(),
+    }
 }
 
 /// The parts first, so that an error is in the smallest part that has it.
 fn convert(value: &Value) -> Result<Scenario, Invalid> {
-    let Value::Object(top) = value else { return Err(invalid(Vec::new(), "expected an object: a scenario")) };
+    let Value::Object(top) = value else {
+        return Err(invalid(Vec::new(), "expected an object: a scenario"));
+    };
     // A file of another version is not judged by this version's rules.
     match top.get("version") {
         Some(version) if version.as_u64() == Some(u64::from(super::VERSION)) => {}
         Some(version) => {
-            let message = format!("this build reads version {}, the file has {version}", super::VERSION);
+            let message = format!(
+                "this build reads version {}, the file has {version}",
+                super::VERSION
+            );
             return Err(invalid(vec![Seg::Key("version")], message));
         }
-        None => return Err(invalid(Vec::new(), format!("\"version\": {} is missing", super::VERSION))),
+        None => {
+            return Err(invalid(
+                Vec::new(),
+                format!("\"version\": {} is missing", super::VERSION),
+            ));
+        }
     }
     let list = |key: &'static str| match top.get(key) {
         Some(Value::Array(items)) => Ok(items.as_slice()),
@@ -128,8 +151,13 @@ const ACTIONS: [(&str, &[&str]); 6] = [
 ];
 
 fn check_step(step: &Value) -> Result<(), Invalid> {
-    let Value::Object(step_object) = step else { return Err(invalid(Vec::new(), "expected an object: a step")) };
-    let kinds: Vec<_> = ACTIONS.iter().filter(|(key, _)| step_object.contains_key(*key)).collect();
+    let Value::Object(step_object) = step else {
+        return Err(invalid(Vec::new(), "expected an object: a step"));
+    };
+    let kinds: Vec<_> = ACTIONS
+        .iter()
+        .filter(|(key, _)| step_object.contains_key(*key))
+        .collect();
     let [(kind, with)] = kinds[..] else {
         let message = "expected exactly one of \"execute\", \"export\", \"drained-begin\", \"drained-end\", \
                        \"wait-job\", \"settle\"";
@@ -138,12 +166,18 @@ fn check_step(step: &Value) -> Result<(), Invalid> {
     for key in step_object.keys() {
         let known = [*kind, "actor", "wait"].contains(&key.as_str()) || with.contains(&key.as_str());
         if !known {
-            return Err(invalid(Vec::new(), format!("\"{key}\" means nothing in a step with \"{kind}\"")));
+            return Err(invalid(
+                Vec::new(),
+                format!("\"{key}\" means nothing in a step with \"{kind}\""),
+            ));
         }
     }
     if *kind == "export" {
         let Some(op) = step_object.get("do") else {
-            return Err(invalid(Vec::new(), "\"do\" is missing: what to ask the export for"));
+            return Err(invalid(
+                Vec::new(),
+                "\"do\" is missing: what to ask the export for",
+            ));
         };
         GuestOp::deserialize(op).map_err(|e| invalid(vec![Seg::Key("do")], e))?;
     }
@@ -167,7 +201,9 @@ fn check_step(step: &Value) -> Result<(), Invalid> {
     if step_object.get("wait").is_some_and(|v| !v.is_boolean()) {
         return Err(invalid(vec![Seg::Key("wait")], "expected true or false"));
     }
-    Step::deserialize(step).map(drop).map_err(|e| invalid(Vec::new(), e))
+    Step::deserialize(step)
+        .map(drop)
+        .map_err(|e| invalid(Vec::new(), e))
 }
 
 /// Line and column of a place in a document that is known to be JSON; of the nearest enclosing place that exists.
@@ -273,7 +309,9 @@ mod tests {
 
     fn error(from: &str, to: &str) -> String {
         assert!(GOOD.contains(from), "{from}");
-        parse("x.json", GOOD.replacen(from, to, 1).as_bytes()).expect_err(to).to_string()
+        parse("x.json", GOOD.replacen(from, to, 1).as_bytes())
+            .expect_err(to)
+            .to_string()
     }
 
     #[test]
@@ -286,38 +324,104 @@ mod tests {
     #[test]
     fn errors_name_line_column_place_and_expectation() {
         let cases = [
-            (r#""version": 1"#, r#""version": 2"#, "x.json:2:14: version: this build reads version 1, the file has 2"),
+            (
+                r#""version": 1"#,
+                r#""version": 2"#,
+                "x.json:2:14: version: this build reads version 1, the file has 2",
+            ),
             (r#""grain": 64"#, r#""grain": 48"#, "x.json:3:12: grain: "),
-            (r#""grain": 64,"#, r#""grain": 64"#, "x.json:4:3: not JSON: expected `,` or `}`"),
-            (r#""offset": 0"#, r#""offset": 3"#, "x.json:5:73: images[0].fill[0].offset: "),
-            (r#""qcow2""#, r#""vmdk""#, "x.json:5:5: images[0]: unknown variant `vmdk`, expected `raw` or `qcow2`"),
-            (r#""offset": 64"#, r#""offset": 65"#, "x.json:9:69: steps[1].do.write.offset: "),
-            (r#""flush""#, r#""flash""#, "x.json:10:48: steps[2].do: unknown variant `flash`"),
-            (r#""do": "flush""#, r#""dont": "flush""#, "x.json:10:5: steps[2]: \"dont\" means nothing"),
-            (r#""settle": {}"#, r#""settel": {}"#, "x.json:11:5: steps[3]: expected exactly one of \"execute\""),
-            (r#""concluded""#, r#""conclude""#, "x.json:12:60: steps[4].wait-job.status: "),
-            (r#""steps": ["#, r#""stops": ["#, "x.json:1:1: \"steps\" is missing"),
+            (
+                r#""grain": 64,"#,
+                r#""grain": 64"#,
+                "x.json:4:3: not JSON: expected `,` or `}`",
+            ),
+            (
+                r#""offset": 0"#,
+                r#""offset": 3"#,
+                "x.json:5:73: images[0].fill[0].offset: ",
+            ),
+            (
+                r#""qcow2""#,
+                r#""vmdk""#,
+                "x.json:5:5: images[0]: unknown variant `vmdk`, expected `raw` or `qcow2`",
+            ),
+            (
+                r#""offset": 64"#,
+                r#""offset": 65"#,
+                "x.json:9:69: steps[1].do.write.offset: ",
+            ),
+            (
+                r#""flush""#,
+                r#""flash""#,
+                "x.json:10:48: steps[2].do: unknown variant `flash`",
+            ),
+            (
+                r#""do": "flush""#,
+                r#""dont": "flush""#,
+                "x.json:10:5: steps[2]: \"dont\" means nothing",
+            ),
+            (
+                r#""settle": {}"#,
+                r#""settel": {}"#,
+                "x.json:11:5: steps[3]: expected exactly one of \"execute\"",
+            ),
+            (
+                r#""concluded""#,
+                r#""conclude""#,
+                "x.json:12:60: steps[4].wait-job.status: ",
+            ),
+            (
+                r#""steps": ["#,
+                r#""stops": ["#,
+                "x.json:1:1: \"steps\" is missing",
+            ),
         ];
         for (from, to, expected) in cases {
             let error = error(from, to);
-            assert!(error.starts_with(expected), "\n  {error}\ndoes not begin with\n  {expected}");
+            assert!(
+                error.starts_with(expected),
+                "\n  {error}\ndoes not begin with\n  {expected}"
+            );
         }
     }
 
     #[test]
     fn hostile_files_are_errors() {
         let deep = format!("{}{}", "[".repeat(100_000), "]".repeat(100_000));
-        assert!(parse("x", deep.as_bytes()).expect_err("deep").message.contains("recursion limit"));
-        for text in ["", "null", "[]", "{}", "\"", "\u{feff}{}", r#"{"version":1,"grain":64,"images":{},"steps":[]}"#] {
+        assert!(
+            parse("x", deep.as_bytes())
+                .expect_err("deep")
+                .message
+                .contains("recursion limit")
+        );
+        for text in [
+            "",
+            "null",
+            "[]",
+            "{}",
+            "\"",
+            "\u{feff}{}",
+            r#"{"version":1,"grain":64,"images":{},"steps":[]}"#,
+        ] {
             parse("x", text.as_bytes()).expect_err(text);
         }
         parse("x", &[0xff, 0xfe]).expect_err("not UTF-8");
         let image = r#"{"file":"a","format":"raw","size":18446744073709551615}"#;
         let huge = format!(r#"{{"version":1,"grain":64,"images":[{image}],"steps":[]}}"#);
-        assert!(parse("x", huge.as_bytes()).expect_err("huge").to_string().contains("images[0].size"));
+        assert!(
+            parse("x", huge.as_bytes())
+                .expect_err("huge")
+                .to_string()
+                .contains("images[0].size")
+        );
         let step = r#"{"actor":"g","export":"e","do":{"read":{"offset":18446744073709551552,"length":64}}}"#;
         let wraps = format!(r#"{{"version":1,"grain":64,"images":[],"steps":[{step}]}}"#);
-        assert!(parse("x", wraps.as_bytes()).expect_err("wraps").to_string().contains("steps[0].do.read"));
+        assert!(
+            parse("x", wraps.as_bytes())
+                .expect_err("wraps")
+                .to_string()
+                .contains("steps[0].do.read")
+        );
     }
 
     /// Any single-byte damage gives a scenario or an error with a position inside the file.

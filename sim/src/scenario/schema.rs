@@ -109,14 +109,25 @@ fn defs() -> Value {
 /// A step with these further members.
 fn step(mut properties: Value, required: &[&str]) -> Value {
     let members = properties.as_object_mut().expect("an object");
-    members.insert("actor".into(), json!({"type": "string", "minLength": 1, "maxLength": 64}));
+    members.insert(
+        "actor".into(),
+        json!({"type": "string", "minLength": 1, "maxLength": 64}),
+    );
     members.insert("wait".into(), json!({"type": "boolean", "default": true}));
     let required: Vec<&str> = ["actor"].iter().chain(required).copied().collect();
     json!({"type": "object", "additionalProperties": false, "required": required, "properties": properties})
 }
 
 fn requests() -> Vec<Value> {
-    let names = ["read", "write", "write-fua", "write-zeroes", "write-zeroes-unmap", "discard", "block-status"];
+    let names = [
+        "read",
+        "write",
+        "write-fua",
+        "write-zeroes",
+        "write-zeroes-unmap",
+        "discard",
+        "block-status",
+    ];
     let with_range = names.iter().map(|name| {
         let properties = json!({*name: {"$ref": "#/$defs/range"}});
         json!({"type": "object", "additionalProperties": false, "required": [name], "properties": properties})
@@ -130,7 +141,9 @@ mod tests {
 
     fn valid(text: &str) -> bool {
         let value: Value = serde_json::from_str(text).expect("JSON");
-        jsonschema::validator_for(&schema()).expect("a schema").is_valid(&value)
+        jsonschema::validator_for(&schema())
+            .expect("a schema")
+            .is_valid(&value)
     }
 
     fn with_step(step: &str) -> String {
@@ -142,10 +155,19 @@ mod tests {
         assert!(jsonschema::meta::is_valid(&schema()));
         let steps = [
             (r#"{"actor":"m","execute":"query-jobs"}"#, true),
-            (r#"{"actor":"m","execute":"x","arguments":{"a":[1]},"wait":false}"#, true),
+            (
+                r#"{"actor":"m","execute":"x","arguments":{"a":[1]},"wait":false}"#,
+                true,
+            ),
             (r#"{"actor":"g","export":"e","do":"flush"}"#, true),
-            (r#"{"actor":"g","export":"e","do":{"write-fua":{"offset":0,"length":64}}}"#, true),
-            (r#"{"actor":"g","export":"e","do":{"block-status":{"offset":0,"length":64}}}"#, true),
+            (
+                r#"{"actor":"g","export":"e","do":{"write-fua":{"offset":0,"length":64}}}"#,
+                true,
+            ),
+            (
+                r#"{"actor":"g","export":"e","do":{"block-status":{"offset":0,"length":64}}}"#,
+                true,
+            ),
             (r#"{"actor":"d","drained-begin":"n"}"#, true),
             (r#"{"actor":"d","drained-end":"n"}"#, true),
             (r#"{"actor":"m","wait-job":{"id":"j","status":"ready"}}"#, true),
@@ -163,7 +185,11 @@ mod tests {
         for (step, expected) in steps {
             let text = with_step(step);
             assert_eq!(valid(&text), expected, "schema: {step}");
-            assert_eq!(super::super::parse::parse("x", text.as_bytes()).is_ok(), expected, "parser: {step}");
+            assert_eq!(
+                super::super::parse::parse("x", text.as_bytes()).is_ok(),
+                expected,
+                "parser: {step}"
+            );
         }
     }
 }

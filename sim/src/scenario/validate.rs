@@ -35,7 +35,14 @@ pub struct Invalid {
 }
 
 fn check(ok: bool, path: &[Seg], message: impl FnOnce() -> String) -> Result<(), Invalid> {
-    if ok { Ok(()) } else { Err(Invalid { path: path.to_vec(), message: message() }) }
+    if ok {
+        Ok(())
+    } else {
+        Err(Invalid {
+            path: path.to_vec(),
+            message: message(),
+        })
+    }
 }
 
 /// Checks everything.
@@ -45,20 +52,30 @@ fn check(ok: bool, path: &[Seg], message: impl FnOnce() -> String) -> Result<(),
 pub fn validate(scenario: &Scenario) -> Result<(), Invalid> {
     use Seg::{Index, Key};
     let version = scenario.version;
-    check(version == VERSION, &[Key("version")], || format!("this build reads version {VERSION}, not {version}"))?;
+    check(version == VERSION, &[Key("version")], || {
+        format!("this build reads version {VERSION}, not {version}")
+    })?;
     let grain = scenario.grain;
-    check(grain.is_power_of_two() && (16..=4096).contains(&grain), &[Key("grain")], || {
-        format!("expected a power of two from 16 to 4096, not {grain}")
-    })?;
+    check(
+        grain.is_power_of_two() && (16..=4096).contains(&grain),
+        &[Key("grain")],
+        || format!("expected a power of two from 16 to 4096, not {grain}"),
+    )?;
     let disk = scenario.disk;
-    check([1, 512, 4096].contains(&disk.alignment), &[Key("disk"), Key("alignment")], || {
-        format!("expected 1, 512 or 4096, not {}", disk.alignment)
-    })?;
-    check((1..=64).contains(&disk.job_parallelism), &[Key("disk"), Key("job-parallelism")], || {
-        format!("expected 1 to 64, not {}", disk.job_parallelism)
-    })?;
+    check(
+        [1, 512, 4096].contains(&disk.alignment),
+        &[Key("disk"), Key("alignment")],
+        || format!("expected 1, 512 or 4096, not {}", disk.alignment),
+    )?;
+    check(
+        (1..=64).contains(&disk.job_parallelism),
+        &[Key("disk"), Key("job-parallelism")],
+        || format!("expected 1 to 64, not {}", disk.job_parallelism),
+    )?;
     let images = &scenario.images;
-    check(images.len() <= MAX_IMAGES, &[Key("images")], || format!("{} images, at most {MAX_IMAGES}", images.len()))?;
+    check(images.len() <= MAX_IMAGES, &[Key("images")], || {
+        format!("{} images, at most {MAX_IMAGES}", images.len())
+    })?;
     let mut names = BTreeSet::new();
     let mut filled = 0u64;
     for (i, image) in images.iter().enumerate() {
@@ -73,12 +90,16 @@ pub fn validate(scenario: &Scenario) -> Result<(), Invalid> {
         })?;
     }
     let steps = scenario.steps.len();
-    check(steps <= MAX_STEPS, &[Key("steps")], || format!("{steps} steps, at most {MAX_STEPS}"))?;
+    check(steps <= MAX_STEPS, &[Key("steps")], || {
+        format!("{steps} steps, at most {MAX_STEPS}")
+    })?;
     for (i, step) in scenario.steps.iter().enumerate() {
         let at = [Key("steps"), Index(i)];
-        check((1..=64).contains(&step.actor.len()), &[at[0], at[1], Key("actor")], || {
-            "expected a name of 1 to 64 bytes".into()
-        })?;
+        check(
+            (1..=64).contains(&step.actor.len()),
+            &[at[0], at[1], Key("actor")],
+            || "expected a name of 1 to 64 bytes".into(),
+        )?;
         check_action(&step.action, grain, &at)?;
     }
     Ok(())
@@ -86,18 +107,31 @@ pub fn validate(scenario: &Scenario) -> Result<(), Invalid> {
 
 fn check_image(image: &Image, grain: u32, at: &[Seg; 2]) -> Result<(), Invalid> {
     let key = |key| [at[0], at[1], Seg::Key(key)];
-    check((1..=255).contains(&image.file.len()), &key("file"), || "expected a name of 1 to 255 bytes".into())?;
-    check(image.size <= MAX_SIZE, &key("size"), || format!("{} bytes, at most {MAX_SIZE}", image.size))?;
+    check((1..=255).contains(&image.file.len()), &key("file"), || {
+        "expected a name of 1 to 255 bytes".into()
+    })?;
+    check(image.size <= MAX_SIZE, &key("size"), || {
+        format!("{} bytes, at most {MAX_SIZE}", image.size)
+    })?;
     match image.format {
         Format::Raw => {
             let none = image.backing_file.is_none() && image.backing_format.is_none();
-            check(none, &key("backing-file"), || "a raw image has no backing file".into())?;
+            check(none, &key("backing-file"), || {
+                "a raw image has no backing file".into()
+            })?;
         }
         Format::Qcow2 => check_qcow2(image, at)?,
     }
-    check(image.fill.len() <= 65535, &key("fill"), || format!("{} fills, at most 65535", image.fill.len()))?;
+    check(image.fill.len() <= 65535, &key("fill"), || {
+        format!("{} fills, at most 65535", image.fill.len())
+    })?;
     for (i, fill) in image.fill.iter().enumerate() {
-        check_fill(image, fill, grain, &[at[0], at[1], Seg::Key("fill"), Seg::Index(i)])?;
+        check_fill(
+            image,
+            fill,
+            grain,
+            &[at[0], at[1], Seg::Key("fill"), Seg::Index(i)],
+        )?;
     }
     Ok(())
 }
@@ -105,20 +139,32 @@ fn check_image(image: &Image, grain: u32, at: &[Seg; 2]) -> Result<(), Invalid> 
 fn check_qcow2(image: &Image, at: &[Seg; 2]) -> Result<(), Invalid> {
     let key = |key| [at[0], at[1], Seg::Key(key)];
     let (cluster, refcount) = (image.cluster_size, image.refcount_bits);
-    check(image.size.is_multiple_of(512), &key("size"), || format!("{} is not a multiple of 512", image.size))?;
-    check(cluster.is_power_of_two() && (512..=2 << 20).contains(&cluster), &key("cluster-size"), || {
-        format!("expected a power of two from 512 to 2 MiB, not {cluster}")
+    check(image.size.is_multiple_of(512), &key("size"), || {
+        format!("{} is not a multiple of 512", image.size)
     })?;
-    check((2..=3).contains(&image.compat), &key("compat"), || format!("expected 2 or 3, not {}", image.compat))?;
-    check(refcount.is_power_of_two() && refcount <= 64, &key("refcount-bits"), || {
-        format!("expected a power of two from 1 to 64, not {refcount}")
+    check(
+        cluster.is_power_of_two() && (512..=2 << 20).contains(&cluster),
+        &key("cluster-size"),
+        || format!("expected a power of two from 512 to 2 MiB, not {cluster}"),
+    )?;
+    check((2..=3).contains(&image.compat), &key("compat"), || {
+        format!("expected 2 or 3, not {}", image.compat)
     })?;
-    check(image.compat == 3 || refcount == 16, &key("refcount-bits"), || "version 2 has 16 bits".into())?;
+    check(
+        refcount.is_power_of_two() && refcount <= 64,
+        &key("refcount-bits"),
+        || format!("expected a power of two from 1 to 64, not {refcount}"),
+    )?;
+    check(image.compat == 3 || refcount == 16, &key("refcount-bits"), || {
+        "version 2 has 16 bits".into()
+    })?;
     let format = image.backing_format.as_ref().map_or(0, String::len);
     check(format < 16, &key("backing-format"), || "at most 15 bytes".into())?;
-    check(format == 0 || image.backing_file.is_some(), &key("backing-format"), || {
-        "a backing format without a backing file".into()
-    })?;
+    check(
+        format == 0 || image.backing_file.is_some(),
+        &key("backing-format"),
+        || "a backing format without a backing file".into(),
+    )?;
     if let Some(name) = &image.backing_file {
         // Header, one extension with its head, the end mark.
         let room = (cluster as usize - 112 - 8 - 16 - 8).min(1023);
@@ -136,19 +182,35 @@ fn check_fill(image: &Image, fill: &Fill, grain: u32, at: &[Seg; 4]) -> Result<(
         format!("{} is not a multiple of the grain {grain}", fill.offset)
     })?;
     let end = fill.offset.checked_add(fill.length);
-    check(fill.length > 0 && end.is_some_and(|e| e <= image.size), &key("length"), || {
-        format!("expected at least 1 byte, and an end within the image's {} bytes", image.size)
-    })?;
-    check(fill.length.is_multiple_of(grain) || end == Some(image.size), &key("length"), || {
-        format!("{} is neither a multiple of the grain {grain} nor up to the image's end", fill.length)
-    })?;
+    check(
+        fill.length > 0 && end.is_some_and(|e| e <= image.size),
+        &key("length"),
+        || {
+            format!(
+                "expected at least 1 byte, and an end within the image's {} bytes",
+                image.size
+            )
+        },
+    )?;
+    check(
+        fill.length.is_multiple_of(grain) || end == Some(image.size),
+        &key("length"),
+        || {
+            format!(
+                "{} is neither a multiple of the grain {grain} nor up to the image's end",
+                fill.length
+            )
+        },
+    )?;
     let fits = match fill.stored {
         Stored::Data => true,
         Stored::Zero => image.format == Format::Raw || image.compat == 3,
         Stored::ZeroAllocated => image.format == Format::Qcow2 && image.compat == 3,
         Stored::Compressed => image.format == Format::Qcow2,
     };
-    check(fits, &key("stored"), || format!("{:?} does not exist in this format and version", fill.stored))
+    check(fits, &key("stored"), || {
+        format!("{:?} does not exist in this format and version", fill.stored)
+    })
 }
 
 fn check_action(action: &Action, grain: u32, at: &[Seg; 2]) -> Result<(), Invalid> {
@@ -168,10 +230,14 @@ fn check_action(action: &Action, grain: u32, at: &[Seg; 2]) -> Result<(), Invali
         }
         Action::WaitJob { job } => {
             let known = STATUSES.iter().any(|(_, name)| *name == job.status);
-            check(known, &[at[0], at[1], Seg::Key("wait-job"), Seg::Key("status")], || {
-                let names: Vec<&str> = STATUSES.iter().map(|(_, name)| *name).collect();
-                format!("expected one of {}, not '{}'", names.join(", "), job.status)
-            })
+            check(
+                known,
+                &[at[0], at[1], Seg::Key("wait-job"), Seg::Key("status")],
+                || {
+                    let names: Vec<&str> = STATUSES.iter().map(|(_, name)| *name).collect();
+                    format!("expected one of {}, not '{}'", names.join(", "), job.status)
+                },
+            )
         }
         Action::Settle { settle } => check(settle.is_empty(), &[at[0], at[1], Seg::Key("settle")], || {
             "expected an empty object".into()
@@ -184,10 +250,18 @@ fn check_range(range: &Range, grain: u32, at: &[Seg; 4]) -> Result<(), Invalid> 
     let key = |key| [at[0], at[1], at[2], at[3], Seg::Key(key)];
     let grain = u64::from(grain);
     for (name, value) in [("offset", range.offset), ("length", range.length)] {
-        check(value.is_multiple_of(grain), &key(name), || format!("{value} is not a multiple of the grain {grain}"))?;
+        check(value.is_multiple_of(grain), &key(name), || {
+            format!("{value} is not a multiple of the grain {grain}")
+        })?;
     }
-    check(range.length <= MAX_REQUEST, &key("length"), || format!("{} bytes, at most {MAX_REQUEST}", range.length))?;
+    check(range.length <= MAX_REQUEST, &key("length"), || {
+        format!("{} bytes, at most {MAX_REQUEST}", range.length)
+    })?;
     // Requests past the end of a node are fine, they fail; requests past the end of numbers are not.
     let end = range.offset.checked_add(range.length);
-    check(end.is_some_and(|e| e <= i64::MAX.unsigned_abs()), &key("offset"), || "the request ends past 2^63".into())
+    check(
+        end.is_some_and(|e| e <= i64::MAX.unsigned_abs()),
+        &key("offset"),
+        || "the request ends past 2^63".into(),
+    )
 }

@@ -1,0 +1,237 @@
+//! Marks, states and operations by name, and how often each was met.
+
+macro_rules! marks {
+    ($($(#[doc = $doc:literal])* $name:ident = $text:literal,)*) => {
+        /// A situation worth meeting.
+        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Hash)]
+        pub enum Mark { $($(#[doc = $doc])* $name,)* }
+
+        impl Mark {
+            /// Every mark.
+            pub const ALL: &'static [Mark] = &[$(Mark::$name,)*];
+
+            /// The name in reports.
+            #[must_use]
+            pub fn as_str(self) -> &'static str {
+                match self { $(Mark::$name => $text,)* }
+            }
+        }
+    };
+}
+
+marks! {
+    /// A guest write waits for a copy-on-read (or the other way round) on the same cluster.
+    WriteMeetsCopyOnRead = "guest write meets copy-on-read in flight",
+    /// Two serialising requests meet.
+    SerialisingMeet = "two serialising requests meet",
+    /// A guest write begins while a stream chunk that overlaps it is being copied.
+    WriteMeetsChunk = "guest write meets a stream chunk",
+    /// A guest read populates the node below a copy-on-read filter.
+    ReadPopulates = "guest read copies on read",
+    /// Copy-on-read found zeroes and wrote them as such.
+    CopyZeroes = "copy-on-read writes zeroes as zeroes",
+    /// A job is cancelled after its last chunk.
+    CancelAfterLastChunk = "cancel after the last chunk",
+    /// A job is cancelled while parked.
+    CancelPaused = "cancel while paused",
+    /// A job is cancelled while waiting for finalize.
+    CancelPending = "cancel while pending",
+    /// A job is paused by the user and goes on.
+    PauseResume = "pause and resume by the user",
+    /// A drained section begins while a request is in flight.
+    DrainBusy = "drain meets requests in flight",
+    /// A request is parked by a drained section and goes on later.
+    RequestParked = "request parked while drained",
+    /// A drained section begins inside another.
+    NestedDrain = "nested drained sections",
+    /// A drained section begins while a job runs.
+    DrainDuringJob = "drain during a job",
+    /// A job parks because of a drained section.
+    JobParkedByDrain = "job parked by a drained section",
+    /// A job's filter goes while a drained section of somebody else is open.
+    CompletionDuringDrain = "job completes while a node is drained",
+    /// A command is refused by a frozen link.
+    RefusedFrozen = "command refused by a frozen link",
+    /// A command is refused by a permission conflict.
+    RefusedPermission = "command refused by a permission conflict",
+    /// A command is refused by an op blocker.
+    RefusedBlocker = "command refused by an op blocker",
+    /// A job verb is refused by the status.
+    RefusedVerb = "job verb refused in this status",
+    /// A job is created and fails at once.
+    JobEarlyFail = "job fails before it starts",
+    /// A backing layer ends before its overlay, and a guest reads across that place.
+    ShortBackingRead = "guest read across the end of a short backing layer",
+    /// A read whose end is not aligned to a sector-long image end.
+    UnalignedTailRead = "guest read of an unaligned tail",
+    /// A stream has nothing to copy somewhere because only layers below its range hold data.
+    ChunkSkipped = "stream skips a chunk",
+    /// A stream copies a chunk.
+    ChunkCopied = "stream copies a chunk",
+    /// A stream with `base`.
+    StreamBase = "stream with base",
+    /// A stream with `base-node`.
+    StreamBaseNode = "stream with base-node",
+    /// A stream with `bottom`.
+    StreamBottom = "stream with bottom",
+    /// A stream of the whole chain.
+    StreamAll = "stream of the whole chain",
+    /// A stream into a node that has an overlay.
+    StreamIntermediate = "stream into an intermediate node",
+    /// A stream that succeeds.
+    StreamSucceeds = "stream succeeds",
+    /// A stream that fails or is cancelled after it copied something.
+    StreamAborts = "stream ends early after copying",
+    /// Two streams run in one layer.
+    TwoStreams = "two streams at once",
+    /// A job with a speed limit runs.
+    SpeedLimited = "job with a speed limit",
+    /// The speed of a running job changes.
+    SpeedChanges = "speed changed while running",
+    /// A job waits for finalize.
+    FinalizePending = "job waits for finalize",
+    /// A concluded job is dismissed by the user.
+    DismissConcluded = "concluded job dismissed",
+    /// An I/O error meets a job.
+    JobError = "job meets an I/O error",
+    /// An I/O error stops a job.
+    JobStopsOnError = "job stops on an error",
+    /// A guest request fails.
+    GuestError = "guest request fails",
+    /// A guest write-zeroes covers stored data.
+    ZeroOverData = "write-zeroes over data",
+    /// A guest discards and later reads the same place.
+    DiscardThenRead = "read after discard",
+    /// A guest writes where the image holds a compressed cluster.
+    CompressedOverwritten = "compressed cluster overwritten",
+    /// A guest write that is not aligned to its node's clusters meets another: padding is read, changed, written.
+    PaddedWrite = "unaligned write is padded",
+    /// A guest writes to a layer that has an overlay.
+    WriteBelow = "guest write to a lower layer",
+    /// A node is deleted and its name used again.
+    NameReused = "node name used again",
+    /// A flush runs beside a write.
+    FlushBesideWrite = "flush beside a write in flight",
+}
+
+/// What was going on when an operation was issued.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Hash)]
+pub enum State {
+    /// Nothing else.
+    Quiet,
+    /// Other guest requests are in flight.
+    Busy,
+    /// A job runs.
+    JobRunning,
+    /// A job is parked.
+    JobPaused,
+    /// A job waits for finalize or dismiss.
+    JobWaiting,
+    /// A drained section is open or opening.
+    Drained,
+    /// A main-context operation is under way.
+    Changing,
+}
+
+pub(super) const STATES: [(State, &str); 7] = [
+    (State::Quiet, "quiet"),
+    (State::Busy, "busy"),
+    (State::JobRunning, "job-running"),
+    (State::JobPaused, "job-paused"),
+    (State::JobWaiting, "job-waiting"),
+    (State::Drained, "drained"),
+    (State::Changing, "changing"),
+];
+
+pub(super) const OPERATIONS: [&str; 26] = [
+    "read",
+    "write",
+    "write-fua",
+    "write-zeroes",
+    "write-zeroes-unmap",
+    "discard",
+    "flush",
+    "block-status",
+    "drained-begin",
+    "drained-end",
+    "blockdev-add",
+    "blockdev-del",
+    "block-export-add",
+    "block-export-del",
+    "block-stream",
+    "change-backing-file",
+    "pause",
+    "resume",
+    "cancel",
+    "complete",
+    "finalize",
+    "dismiss",
+    "set-speed",
+    "change",
+    "query",
+    "other",
+];
+
+/// How often each mark and each (operation, state) pair was met.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Counts {
+    marks: Vec<u64>,
+    pairs: Vec<u64>,
+}
+
+impl Default for Counts {
+    fn default() -> Counts {
+        Counts {
+            marks: vec![0; Mark::ALL.len()],
+            pairs: vec![0; OPERATIONS.len() * STATES.len()],
+        }
+    }
+}
+
+impl Counts {
+    /// How often this was met.
+    #[must_use]
+    pub fn of(&self, mark: Mark) -> u64 {
+        self.marks[mark as usize]
+    }
+
+    pub(super) fn mark(&mut self, mark: Mark) {
+        self.marks[mark as usize] += 1;
+    }
+
+    pub(super) fn pair(&mut self, operation: usize, state: State) {
+        self.pairs[operation * STATES.len() + state as usize] += 1;
+    }
+
+    /// Adds another thread's.
+    pub fn merge(&mut self, other: &Counts) {
+        for (a, b) in self.marks.iter_mut().zip(&other.marks) {
+            *a += b;
+        }
+        for (a, b) in self.pairs.iter_mut().zip(&other.pairs) {
+            *a += b;
+        }
+    }
+
+    /// Every (operation, state) pair that was met: names and count.
+    pub fn pairs(&self) -> impl Iterator<Item = (&'static str, &'static str, u64)> {
+        let states = STATES.len();
+        self.pairs
+            .iter()
+            .enumerate()
+            .filter(|(_, n)| **n > 0)
+            .map(move |(i, n)| (OPERATIONS[i / states], STATES[i % states].1, *n))
+    }
+
+    /// How many pairs there could be.
+    #[must_use]
+    pub fn possible_pairs() -> usize {
+        OPERATIONS.len() * STATES.len()
+    }
+}
+
+/// Marks that were never met.
+#[must_use]
+pub fn unmet(counts: &Counts) -> Vec<Mark> {
+    Mark::ALL.iter().copied().filter(|m| counts.of(*m) == 0).collect()
+}

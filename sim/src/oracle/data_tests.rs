@@ -1,0 +1,300 @@
+//! The data oracle fires on wrong content and is silent on right content.
+
+use blkcheck_impl::event::Event;
+use serde_json::json;
+
+use super::*;
+use crate::history::Record;
+use crate::oracle::modelled::Modelled;
+use crate::oracle::tests::scenario_of;
+use crate::oracle::{FinalContent, Oracle, OracleName, View, Violation};
+
+/// base (raw, filled in its first half, 1000 bytes) under top (qcow2 with its second cluster of 512 filled); exports
+/// `x` on top and `b` on base; then the given guest steps.
+fn scenario(guests: &[&str]) -> Scenario {
+    let guests: String = guests.iter().map(|g| format!(",{g}")).collect();
+    scenario_of(&format!(
+        r#"{{"version":1,"grain":64,"images":[
+        {{"file":"base","format":"raw","size":1000,"fill":[{{"offset":0,"length":1000,"stored":"data"}}]}},
+        {{"file":"top","format":"qcow2","size":2048,"cluster-size":512,"backing-file":"base","backing-format":"raw",
+          "fill":[{{"offset":512,"length":64,"stored":"data"}}]}}],"steps":[
+        {{"actor":"m","execute":"blockdev-add","arguments":{{"driver":"file","node-name":"fb","filename":"base"}}}},
+        {{"actor":"m","execute":"blockdev-add","arguments":{{"driver":"raw","node-name":"b","file":"fb"}}}},
+        {{"actor":"m","execute":"blockdev-add","arguments":{{"driver":"file","node-name":"ft","filename":"top"}}}},
+        {{"actor":"m","execute":"blockdev-add","arguments":{{"driver":"qcow2","node-name":"t","file":"ft","backing":"b"}}}},
+        {{"actor":"m","execute":"block-export-add","arguments":{{"type":"nbd","id":"b","node-name":"b","writable":true}}}},
+        {{"actor":"m","execute":"block-export-add","arguments":{{"type":"nbd","id":"x","name":"x","node-name":"t","writable":true}}}}
+        {guests}]}}"#
+    ))
+}
+
+fn guest_step(op: &str, offset: u64, length: u64, export: &str) -> String {
+    format!(r#"{{"actor":"g","export":"{export}","do":{{"{op}":{{"offset":{offset},"length":{length}}}}}}}"#)
+}
+
+struct Run {
+    scenario: Scenario,
+    oracle: Modelled,
+    now: u64,
+}
+
+impl Run {
+    /// Everything opened; the graph's events are left out, since only content is looked at here.
+    fn new(guests: &[(&str, u64, u64, &str)]) -> Run {
+        let steps: Vec<String> = guests.iter().map(|g| guest_step(g.0, g.1, g.2, g.3)).collect();
+        let scenario = scenario(&steps.iter().map(String::as_str).collect::<Vec<_>>());
+        let mut run = Run {
+            oracle: Modelled::default(),
+            scenario,
+            now: 0,
+        };
+        run.oracle.reset(&run.scenario);
+        for step in 0..6 {
+            run.record(&Record::Issued(StepId(step))).expect("opens");
+            let what = if step < 4 {
+                "blockdev-add"
+            } else {
+                "block-export-add"
+            };
+            run.record(&Record::Layer(Event::MainBegin { what }))
+                .expect("opens");
+            assert!(run.oracle.accepts(), "step {step}");
+        }
+        run
+    }
+
+    fn record(&mut self, record: &Record) -> Result<(), Violation> {
+        let view = View {
+            scenario: &self.scenario,
+            now: self.now,
+            layer: None,
+        };
+        self.now += 1;
+        self.oracle.record(&view, record)
+    }
+
+    /// Guest step `n` (from 0) begins, or ends.
+    fn begin(&mut self, n: u32) {
+        self.record(&Record::Issued(StepId(6 + n))).expect("begins");
+    }
+    fn done(&mut self, n: u32) {
+        self.record(&Record::Ended(StepId(6 + n), Outcome::Done(Ok(()))))
+            .expect("ends");
+    }
+    fn read(&mut self, n: u32, bytes: &[u8]) -> Result<(), Violation> {
+        self.record(&Record::Ended(StepId(6 + n), Outcome::Read(Ok(bytes.into()))))
+    }
+}
+
+fn stamped(offset: u64, length: usize, source: Source) -> Vec<u8> {
+    let mut bytes = vec![0; length];
+    stamp::fill(&mut bytes, offset, 64, source);
+    bytes
+}
+const BASE: Source = Source::Fill { image: 0, fill: 0 };
+const TOP: Source = Source::Fill { image: 1, fill: 0 };
+fn step(n: u32) -> Source {
+    Source::Step(StepId(6 + n))
+}
+
+/// What top shows at first.
+fn initial() -> Vec<u8> {
+    let mut bytes = stamped(0, 512, BASE);
+    bytes.extend(stamped(512, 64, TOP));
+    bytes.resize(2048, 0);
+    bytes
+}
+
+#[test]
+fn the_initial_view_goes_through_the_chain() {
+    let mut run = Run::new(&[
+        ("read", 0, 2048, "x"),
+        ("read", 512, 64, "x"),
+        ("read", 960, 64, "b"),
+    ]);
+    run.begin(0);
+    assert_eq!(run.read(0, &initial()), Ok(()));
+    run.begin(1);
+    let v = run
+        .read(1, &stamped(512, 64, BASE))
+        .expect_err("the overlay decides");
+    assert_eq!(v.oracle, OracleName::Data);
+    assert!(
+        v.message
+            .ends_with("holds fill 0 of image base, expected fill 0 of image top"),
+        "{}",
+        v.message
+    );
+    // The base's last grain ends after 40 bytes.
+    run.begin(2);
+    let mut tail = stamped(960, 40, BASE);
+    tail.resize(64, 0);
+    assert_eq!(run.read(2, &tail), Ok(()));
+}
+
+#[test]
+fn a_stale_read_names_who_overwrote_it() {
+    let mut run = Run::new(&[("write", 0, 64, "x"), ("write", 0, 64, "x"), ("read", 0, 64, "x")]);
+    for n in 0..2 {
+        run.begin(n);
+        run.done(n);
+    }
+    run.begin(2);
+    let v = run.read(2, &stamped(0, 64, step(0))).expect_err("stale");
+    assert_eq!(v.step, Some(StepId(8)));
+    let text = "holds the stamp of step 6 (overwritten by step 7, which ended before this read began)";
+    assert!(v.message.contains(text), "{}", v.message);
+    assert_eq!(v.evidence.len(), 3);
+}
+
+#[test]
+fn concurrent_and_failed_writes_allow_both_but_no_way_back() {
+    let mut run = Run::new(&[
+        ("write", 0, 64, "x"),
+        ("read", 0, 64, "x"),
+        ("read", 0, 64, "x"),
+        ("read", 0, 64, "x"),
+    ]);
+    run.begin(0);
+    run.begin(1);
+    assert_eq!(run.read(1, &stamped(0, 64, BASE)), Ok(()));
+    run.begin(2);
+    assert_eq!(run.read(2, &stamped(0, 64, step(0))), Ok(()));
+    run.begin(3);
+    assert!(run.read(3, &stamped(0, 64, BASE)).is_err(), "new, then old again");
+}
+
+#[test]
+fn torn_misplaced_and_foreign_content_is_reported() {
+    let reads = [
+        ("write", 0, 64, "x"),
+        ("read", 0, 64, "x"),
+        ("read", 0, 64, "x"),
+        ("read", 0, 64, "x"),
+    ];
+    let mut run = Run::new(&reads);
+    run.begin(0);
+    run.begin(1);
+    let mut torn = stamped(0, 64, step(0));
+    torn[32..].copy_from_slice(&stamped(0, 64, BASE)[32..]);
+    assert!(
+        run.read(1, &torn)
+            .expect_err("torn")
+            .message
+            .contains("neither zeroes nor one whole stamp")
+    );
+    run.begin(2);
+    let v = run.read(2, &stamped(128, 64, BASE)).expect_err("misplaced");
+    assert!(v.message.contains("which belongs to 0x80"), "{}", v.message);
+    run.begin(3);
+    let v = run.read(3, &stamped(0, 64, step(40))).expect_err("foreign");
+    assert!(v.message.contains("(never written here)"), "{}", v.message);
+}
+
+#[test]
+fn a_lower_write_may_show_until_the_overlay_is_written() {
+    let mut run = Run::new(&[
+        ("write", 0, 64, "b"),
+        ("read", 0, 64, "x"),
+        ("read", 0, 64, "x"),
+        ("write", 0, 64, "x"),
+        ("read", 0, 64, "x"),
+        ("read", 512, 64, "x"),
+    ]);
+    run.begin(0);
+    run.done(0);
+    run.begin(1);
+    assert_eq!(run.read(1, &stamped(0, 64, step(0))), Ok(()));
+    run.begin(2);
+    assert_eq!(run.read(2, &stamped(0, 64, BASE)), Ok(()), "copied up before");
+    run.begin(3);
+    run.done(3);
+    run.begin(4);
+    assert!(
+        run.read(4, &stamped(0, 64, step(0))).is_err(),
+        "the overlay decides now"
+    );
+    run.begin(5);
+    assert!(
+        run.read(5, &stamped(512, 64, step(0))).is_err(),
+        "never below this grain"
+    );
+}
+
+#[test]
+fn zero_status_must_be_true() {
+    let mut run = Run::new(&[("block-status", 0, 2048, "x"), ("block-status", 0, 2048, "x")]);
+    let end = |run: &mut Run, n, runs: Vec<StatusRun>| {
+        run.begin(n);
+        run.record(&Record::Ended(StepId(6 + n), Outcome::Status(Ok(runs))))
+    };
+    let zero = |flags, bytes| StatusRun {
+        flags,
+        bytes,
+        depth: 1,
+    };
+    assert_eq!(end(&mut run, 0, vec![zero(17, 1024), zero(2, 1024)]), Ok(()));
+    let v = end(&mut run, 1, vec![zero(17, 512), zero(2, 1536)]).expect_err("data called zero");
+    assert_eq!(v.oracle, OracleName::Status);
+    assert!(v.message.contains("says ZERO at 0x200"), "{}", v.message);
+}
+
+#[test]
+fn whole_contents_are_judged_at_the_end() {
+    let mut run = Run::new(&[("write", 64, 64, "x")]);
+    run.begin(0);
+    run.done(0);
+    let mut right = initial();
+    right[64..128].copy_from_slice(&stamped(64, 64, step(0)));
+    let closed = |run: &mut Run, bytes: &[u8]| {
+        let view = View {
+            scenario: &run.scenario,
+            now: run.now,
+            layer: None,
+        };
+        run.oracle.closed(
+            &view,
+            &[FinalContent {
+                name: "top",
+                bytes,
+                allocated: &[],
+            }],
+        )
+    };
+    assert_eq!(closed(&mut run, &right), Ok(()));
+    let v = closed(&mut run, &initial()).expect_err("a lost write");
+    assert_eq!(v.oracle, OracleName::Transparency);
+    assert_eq!(
+        v.message,
+        "at the end, top at 0x40 holds fill 0 of image base (overwritten by step 6, which ended before this read began), expected the stamp of step 6"
+    );
+}
+
+#[test]
+fn a_refusal_that_should_not_be_is_reported() {
+    let mut run = Run::new(&[]);
+    let refusal = crate::history::Refusal {
+        class: "GenericError".into(),
+        desc: "no".into(),
+    };
+    run.record(&Record::Layer(Event::MainEnd {
+        what: "block-export-add",
+    }))
+    .expect("ends");
+    let v = run
+        .record(&Record::Ended(StepId(5), Outcome::Command(Err(refusal))))
+        .expect_err("refused");
+    assert_eq!(v.oracle, OracleName::Refusals);
+    let mut run = Run::new(&[]);
+    run.record(&Record::Layer(Event::MainEnd {
+        what: "block-export-add",
+    }))
+    .expect("ends");
+    let v = run
+        .record(&Record::Ended(StepId(5), Outcome::Command(Ok(json!({})))))
+        .expect_err("no events came");
+    assert_eq!(
+        (v.oracle, v.message.as_str()),
+        (OracleName::Graph, "node 'fb' should exist")
+    );
+}
