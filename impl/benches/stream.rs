@@ -2,6 +2,8 @@
 //! this layer, by qemu-storage-daemon, and as `cp` of the same number of bytes. Rates are GiB copied per second, median
 //! of the rounds; contenders take turns within a round. `cargo bench -p blkcheck-impl --bench stream`
 
+#![expect(clippy::disallowed_methods, reason = "a bench measures real time")]
+
 mod peers;
 
 use std::fs;
@@ -168,6 +170,7 @@ fn main() {
                 }
             }
         }
+        peers::load();
         let rates: Vec<f64> = times.into_iter().map(|t| COPIED / median(t)).collect();
         println!("\nblock-stream, 3 layers, 683 MiB copied, {place}, median of {rounds}");
         println!("{:<36} {:>8} {:>8} {:>10}", "", "GiB/s", "of cp", "of daemon");

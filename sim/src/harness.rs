@@ -8,7 +8,7 @@ use crate::cli::{CliError, Faults, On, Scheduler};
 use crate::generate::{Profile, Reach, generate};
 use crate::history::Record;
 use crate::marks::{Counts, Detector};
-use crate::oracle::{self, Oracle, OracleName, View, Violation};
+use crate::oracle::{self, FinalContent, Oracle, OracleName, View, Violation};
 use crate::run::{RunResult, Runner};
 use crate::scenario::Scenario;
 use crate::shrink::{Execute, Trial};
@@ -112,6 +112,17 @@ pub struct Replayed {
     pub records: Vec<Record>,
     /// The scenario with the runner's own steps at its end.
     pub scenario: Scenario,
+    /// Every node before the shutdown, by name; empty when the run failed before.
+    pub allocation: Vec<NodeAllocation>,
+}
+
+/// Which bytes a node itself decides.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NodeAllocation {
+    /// node-name.
+    pub node: String,
+    /// Runs of (bytes, allocated in this node itself), covering its length.
+    pub runs: Vec<(u64, bool)>,
 }
 
 /// A worker's equipment.
@@ -122,6 +133,7 @@ pub struct Harness {
     runner: Runner,
     oracles: Vec<Box<dyn Oracle>>,
     marks: Rc<RefCell<Detector>>,
+    allocation: Rc<RefCell<Vec<NodeAllocation>>>,
     choices: Vec<u32>,
 }
 
@@ -139,13 +151,15 @@ impl Harness {
         let marks = Rc::<RefCell<Detector>>::default();
         let mut oracles = oracle::all();
         // Last, so that a run that fails counts only what it did.
-        oracles.push(Box::new(Watcher(Rc::clone(&marks))));
+        let allocation = Rc::<RefCell<Vec<NodeAllocation>>>::default();
+        oracles.push(Box::new(Watcher { marks: Rc::clone(&marks), allocation: Rc::clone(&allocation) }));
         Ok(Harness {
             setup: *setup,
             target,
             runner: Runner::new(),
             oracles,
             marks,
+            allocation,
             choices: Vec::new(),
         })
     }
@@ -203,6 +217,7 @@ impl Harness {
             violation: result.violation,
             records: self.runner.records().to_vec(),
             scenario: self.runner.scenario().clone(),
+            allocation: self.allocation.borrow().clone(),
         })
     }
 
@@ -240,19 +255,30 @@ impl Harness {
     }
 }
 
-/// Shows every record to the marks; never has a verdict.
+/// Shows every record to the marks and keeps the allocation at the end; never has a verdict.
 #[derive(Debug)]
-struct Watcher(Rc<RefCell<Detector>>);
+struct Watcher {
+    marks: Rc<RefCell<Detector>>,
+    allocation: Rc<RefCell<Vec<NodeAllocation>>>,
+}
 
 impl Oracle for Watcher {
     fn name(&self) -> OracleName {
         OracleName::Liveness
     }
     fn reset(&mut self, scenario: &Scenario) {
-        self.0.borrow_mut().reset(scenario);
+        self.marks.borrow_mut().reset(scenario);
+        self.allocation.borrow_mut().clear();
     }
     fn record(&mut self, view: &View<'_>, record: &Record) -> Result<(), Violation> {
-        self.0.borrow_mut().record(view.scenario, record);
+        self.marks.borrow_mut().record(view.scenario, record);
+        Ok(())
+    }
+    fn quiescent(&mut self, _view: &View<'_>, contents: &[FinalContent<'_>]) -> Result<(), Violation> {
+        let nodes = contents.iter();
+        self.allocation.borrow_mut().extend(
+            nodes.map(|c| NodeAllocation { node: c.name.to_owned(), runs: c.allocated.to_vec() }),
+        );
         Ok(())
     }
 }

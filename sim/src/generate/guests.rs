@@ -5,6 +5,9 @@ use super::chain::{Chain, NamedExport};
 use crate::rng::Rng;
 use crate::scenario::{Action, GuestOp, Range, Step};
 
+/// Longest request, grains: what the data oracle pays for.
+const MOST_GRAINS: u64 = 256;
+
 pub(super) struct Guests {
     /// A place that many requests aim at, in sixteenths of an export.
     hot_sixteenth: u32,
@@ -58,7 +61,7 @@ impl Guests {
     fn range(&self, rng: &mut Rng, swarm: &Swarm, export: &NamedExport) -> Range {
         let grain = u64::from(swarm.grain);
         let grains = (export.size / grain).max(1);
-        let reach = (export.cluster * u64::from(swarm.reach_clusters)).min(256 * 1024) / grain;
+        let reach = (export.cluster * u64::from(swarm.reach_clusters) / grain).min(MOST_GRAINS);
         let start = if rng.below(8) < swarm.hot_eighths {
             grains * u64::from(self.hot_sixteenth) / 16 + u64::from(rng.below(4))
         } else {

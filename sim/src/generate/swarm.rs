@@ -130,6 +130,8 @@ impl Swarm {
         let cluster = *rng.pick(&[512, 512, 512, 512, 1024, 1024, 4096, 65536]);
         let alignment = if reach.alignment { *rng.pick(&[1, 1, 1, 512, 512, 4096]) } else { 1 };
         let grain = if reach.fine_grain { *rng.pick(&[512, 512, 512, 512, 128, 64, 16]) } else { 512 };
+        // The oracles' work grows with the number of grains; a fine grain belongs to small clusters.
+        let grain = grain.max(cluster / 128);
         let mut weights = [6, 6, 1, 2, 2, 2, 1, 1];
         for weight in &mut weights[2..] {
             *weight *= rng.below(3);

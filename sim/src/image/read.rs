@@ -11,7 +11,7 @@ use crate::scenario::Format;
 /// Offset bits of L1 and L2 entries.
 pub(super) const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 /// Images larger than this are not read, bytes.
-const MAX_SIZE: u64 = 4 << 30;
+const MAX_SIZE: u64 = crate::scenario::validate::MAX_SIZE;
 /// Longest backing chain followed.
 const MAX_DEPTH: u32 = 64;
 
@@ -307,14 +307,14 @@ impl<'a> Reader<'a> {
             return Ok(content);
         }
         let image = Qcow2::parse(bytes).map_err(|e| format!("'{name}': {e}"))?;
+        // Zero pages cost nothing until they are written, however large the header says that the image is.
+        content.bytes = vec![0; to_usize(image.size)];
         if let Some(backing) = &image.backing_file {
             let below = self.layer(&backing_name(backing), depth + 1);
-            let below = self.done[below].1.as_ref().map_err(Clone::clone)?;
-            let shared = below.bytes.len().min(to_usize(image.size));
-            content.bytes.reserve_exact(to_usize(image.size));
-            content.bytes.extend_from_slice(&below.bytes[..shared]);
+            let below = &self.done[below].1.as_ref().map_err(Clone::clone)?.bytes;
+            let shared = below.len().min(content.bytes.len());
+            content.bytes[..shared].copy_from_slice(&below[..shared]);
         }
-        content.bytes.resize(to_usize(image.size), 0);
         let size = to_usize(image.cluster_size());
         for (cluster, part) in content.bytes.chunks_mut(size).enumerate() {
             let allocated = image

@@ -20,10 +20,10 @@ use blkcheck_model::{Driver, NodeId, World};
 
 use super::{FinalContent, OracleName, View, Violation, violation};
 use crate::follow::Follower;
-use crate::history::{Outcome, StatusRun, StepId};
+use crate::history::{Outcome, StepId};
 use crate::image::build;
 use crate::scenario::{Action, Format, GuestOp, Image, Range, Scenario};
-use crate::stamp::{self, Content, Source};
+use crate::stamp::{Content, Source};
 
 use grains::{collect, content_text, explain, history, seen, texts, zeroes};
 

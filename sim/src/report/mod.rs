@@ -7,6 +7,7 @@ pub mod timeline;
 use std::fmt::Write;
 
 use crate::campaign::Finding;
+use crate::harness::{NodeAllocation, Replayed};
 use crate::history::Record;
 use crate::oracle::Violation;
 use crate::scenario::Scenario;
@@ -70,9 +71,11 @@ pub fn graphs(scenario: &Scenario, records: &[Record]) -> (Fold, Fold) {
     (before.unwrap_or_else(|| after.clone()), after)
 }
 
-/// A whole run as a reviewer wants to see it: the story, the graph before and after with permissions, the verdict.
+/// A whole run as a reviewer wants to see it: the story, the graph before and after with permissions, what each node
+/// itself decides in the end, the verdict.
 #[must_use]
-pub fn snapshot(scenario: &Scenario, records: &[Record], violation: Option<&Violation>) -> String {
+pub fn snapshot(run: &Replayed) -> String {
+    let (scenario, records) = (&run.scenario, &run.records);
     let (before, after) = graphs(scenario, records);
     let mut out = String::new();
     let _ = writeln!(out, "{}", crate::scenario::listing::listing(scenario).trim_end());
@@ -80,7 +83,28 @@ pub fn snapshot(scenario: &Scenario, records: &[Record], violation: Option<&Viol
     let lines = timeline::lines(scenario, records);
     let _ = writeln!(out, "\n== story ==\n{}", timeline::render(&lines, true, usize::MAX).trim_end());
     let _ = writeln!(out, "\n== graph at the end ==\n{}", after.draw().trim_end());
+    let _ = writeln!(out, "\n== allocation at the end ==\n{}", allocation(&run.allocation).trim_end());
+    let violation = run.violation.as_ref();
     let verdict_text = violation.map_or_else(|| "pass".to_owned(), |v| format!("{}\n{}", v.oracle.as_str(), verdict(v)));
     let _ = writeln!(out, "\n== verdict ==\n{}", verdict_text.trim_end());
+    out
+}
+
+/// One line per node: its length, then the ranges that it decides itself.
+fn allocation(nodes: &[NodeAllocation]) -> String {
+    let mut out = String::new();
+    for node in nodes {
+        let length: u64 = node.runs.iter().map(|(bytes, _)| bytes).sum();
+        let _ = write!(out, "{:<10} {length:#x} bytes:", node.node);
+        let mut at = 0;
+        for &(bytes, allocated) in &node.runs {
+            if allocated {
+                let _ = write!(out, " [{at:#x}, +{bytes:#x})");
+            }
+            at += bytes;
+        }
+        let nothing = if node.runs.iter().any(|r| r.1) { "" } else { " nothing" };
+        let _ = writeln!(out, "{nothing}");
+    }
     out
 }
