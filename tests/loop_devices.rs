@@ -97,6 +97,28 @@ fn a_device_is_a_disk_and_goes_with_its_handle() {
     assert!(content[8192..12288] == [7; 4096] && content[4096..8192] == [0; 4096]);
 }
 
+/// A device set read-only, and writable again at the end: the flag would outlive the device.
+struct ReadOnly<'a>(&'a str);
+
+impl ReadOnly<'_> {
+    fn set(device: &str) -> ReadOnly<'_> {
+        assert!(
+            Command::new("blockdev")
+                .args(["--setro", device])
+                .status()
+                .unwrap()
+                .success()
+        );
+        ReadOnly(device)
+    }
+}
+
+impl Drop for ReadOnly<'_> {
+    fn drop(&mut self) {
+        let _ = Command::new("blockdev").args(["--setrw", self.0]).status();
+    }
+}
+
 #[test]
 fn a_read_only_device_refuses_writers_in_qemus_words() {
     if skipped("a_read_only_device_refuses_writers_in_qemus_words") {
@@ -105,13 +127,7 @@ fn a_read_only_device_refuses_writers_in_qemus_words() {
     let scratch = Scratch::new(None).unwrap();
     let device = LoopDevice::attach(&image(&scratch, 1 << 20), false).unwrap();
     let name = device.path().to_str().unwrap();
-    assert!(
-        Command::new("blockdev")
-            .args(["--setro", name])
-            .status()
-            .unwrap()
-            .success()
-    );
+    let read_only = ReadOnly::set(name);
     let env = RealEnv::new(RealOptions::default()).unwrap();
     let open = |writable| {
         env.open(&OpenStorage {
@@ -127,6 +143,8 @@ fn a_read_only_device_refuses_writers_in_qemus_words() {
     );
     let disk = open(false).unwrap();
     assert_eq!(disk.set_writable(true), Err(Errno::EACCES));
+    drop(read_only);
+    assert_eq!(disk.set_writable(true), Ok(()));
 }
 
 #[test]

@@ -13,7 +13,12 @@ fn fixed_bugs_stay_fixed() {
     for path in files {
         let scenario = load(&path);
         let run = replay(&scenario);
-        assert!(run.violation.is_none(), "{} is back: {:?}", path.display(), run.violation);
+        assert!(
+            run.violation.is_none(),
+            "{} is back: {:?}",
+            path.display(),
+            run.violation
+        );
         assert_snapshot("regression", &path, &run);
         let again = replay(&scenario);
         assert_eq!(run.trace_hash, again.trace_hash, "{}", path.display());
@@ -43,9 +48,19 @@ fn every_regression_says_what_fired() {
     .collect();
     for path in scenario_files("tests/regressions") {
         let scenario = load(&path);
-        let expect = scenario.expect.unwrap_or_else(|| panic!("{}: no `expect`", path.display()));
-        assert!(names.contains(&expect.as_str()), "{}: no oracle '{expect}'", path.display());
+        let expect = scenario
+            .expect
+            .unwrap_or_else(|| panic!("{}: no `expect`", path.display()));
+        assert!(
+            names.contains(&expect.as_str()),
+            "{}: no oracle '{expect}'",
+            path.display()
+        );
         let title = scenario.title.unwrap_or_default();
-        assert!(!title.is_empty(), "{}: a title says what went wrong", path.display());
+        assert!(
+            !title.is_empty(),
+            "{}: a title says what went wrong",
+            path.display()
+        );
     }
 }

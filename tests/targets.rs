@@ -25,7 +25,10 @@ fn run(tmp: &Path, on: &str, seeds: &str) -> Value {
 }
 
 fn left_in(dir: &Path) -> Vec<PathBuf> {
-    fs::read_dir(dir).expect("readable").map(|e| e.expect("readable").path()).collect()
+    fs::read_dir(dir)
+        .expect("readable")
+        .map(|e| e.expect("readable").path())
+        .collect()
 }
 
 #[test]
@@ -34,7 +37,10 @@ fn real_files() {
     let summary = run(tmp.path(), "file", "0..20");
     assert_eq!(summary["seeds"], 20);
     assert_eq!(summary["findings"], Value::Array(Vec::new()));
-    assert!(summary["operations"].as_u64().expect("a number") > 100, "{summary}");
+    assert!(
+        summary["operations"].as_u64().expect("a number") > 100,
+        "{summary}"
+    );
     assert_eq!(left_in(tmp.path()), Vec::<PathBuf>::new());
 }
 
@@ -66,19 +72,43 @@ fn after_a_kill_the_next_run_cleans_up() {
     }
     let tmp = tempfile::tempdir().expect("a directory");
     let mut child = Command::new(BLKCHECK)
-        .args(["run", "--for", "60s", "--threads", "1", "--on", "loop", "--json", "--out"])
+        .args([
+            "run",
+            "--for",
+            "60s",
+            "--threads",
+            "1",
+            "--on",
+            "loop",
+            "--json",
+            "--out",
+        ])
         .arg(tmp.path().join("findings"))
         .env("TMPDIR", tmp.path())
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn()
         .expect("the command starts");
-    let attached = || left_in(tmp.path()).iter().any(|dir| !devices_over(dir).is_empty());
-    wait("no loop device was attached in 20 s", Duration::from_secs(20), attached);
+    let attached = || {
+        left_in(tmp.path())
+            .iter()
+            .any(|dir| !devices_over(dir).is_empty())
+    };
+    wait(
+        "no loop device was attached in 20 s",
+        Duration::from_secs(20),
+        attached,
+    );
     child.kill().expect("it runs");
     child.wait().expect("it was started here");
-    assert_ne!(left_in(tmp.path()), Vec::<PathBuf>::new(), "a killed process cannot remove its directory");
+    assert_ne!(
+        left_in(tmp.path()),
+        Vec::<PathBuf>::new(),
+        "a killed process cannot remove its directory"
+    );
     run(tmp.path(), "loop", "0..1");
-    wait("a loop device is still attached", Duration::from_secs(10), || !attached());
+    wait("a loop device is still attached", Duration::from_secs(10), || {
+        !attached()
+    });
     assert_eq!(left_in(tmp.path()), Vec::<PathBuf>::new());
 }

@@ -42,8 +42,14 @@ pub struct DriverFacts {
     pub child_perm: fn(cx: &Cx, role: Role, perm: Perm, shared: Perm) -> (Perm, Perm),
     /// Opens an instance: attaches children, reads headers. The generic layer has filled `node` and consumed the
     /// common options; the driver removes the options it knows from `args.options`.
-    pub open: for<'a> fn(&'a Cx, OpenArgs<'a>) -> Fut<'a, Result<Rc<dyn Driver>, QmpError>>,
+    pub open: Open,
 }
+
+/// How a driver is opened.
+pub type Open = for<'a> fn(&'a Cx, OpenArgs<'a>) -> Opening<'a>;
+
+/// An open under way.
+pub type Opening<'a> = Fut<'a, Result<Rc<dyn Driver>, QmpError>>;
 
 /// What a driver's `open` gets.
 #[derive(Debug)]
@@ -139,18 +145,42 @@ pub trait Driver: fmt::Debug {
     }
 
     /// Reads exactly `buf`; the range is within the driver's aligned length.
-    fn read<'a>(&'a self, cx: &'a Cx, offset: u64, buf: &'a mut [u8], flags: ReqFlags) -> Fut<'a, Result<(), Errno>>;
+    fn read<'a>(
+        &'a self,
+        cx: &'a Cx,
+        offset: u64,
+        buf: &'a mut [u8],
+        flags: ReqFlags,
+    ) -> Fut<'a, Result<(), Errno>>;
 
     /// A read that populates without returning data (`PREFETCH`); only copy-on-read has one.
-    fn prefetch<'a>(&'a self, _cx: &'a Cx, _offset: u64, _bytes: u64, _flags: ReqFlags) -> Fut<'a, Result<(), Errno>> {
+    fn prefetch<'a>(
+        &'a self,
+        _cx: &'a Cx,
+        _offset: u64,
+        _bytes: u64,
+        _flags: ReqFlags,
+    ) -> Fut<'a, Result<(), Errno>> {
         Box::pin(std::future::ready(Err(Errno::ENOTSUP)))
     }
 
     /// Writes `buf`. `flags` is a subset of `write_flags().write`.
-    fn write<'a>(&'a self, cx: &'a Cx, offset: u64, buf: &'a [u8], flags: ReqFlags) -> Fut<'a, Result<(), Errno>>;
+    fn write<'a>(
+        &'a self,
+        cx: &'a Cx,
+        offset: u64,
+        buf: &'a [u8],
+        flags: ReqFlags,
+    ) -> Fut<'a, Result<(), Errno>>;
 
     /// Writes zeroes; `ENOTSUP` makes the generic layer write a buffer.
-    fn write_zeroes<'a>(&'a self, _cx: &'a Cx, _offset: u64, _bytes: u64, _flags: ReqFlags) -> Fut<'a, Result<(), Errno>> {
+    fn write_zeroes<'a>(
+        &'a self,
+        _cx: &'a Cx,
+        _offset: u64,
+        _bytes: u64,
+        _flags: ReqFlags,
+    ) -> Fut<'a, Result<(), Errno>> {
         Box::pin(std::future::ready(Err(Errno::ENOTSUP)))
     }
 
@@ -181,8 +211,16 @@ pub trait Driver: fmt::Debug {
     }
 
     /// Changes the length. `flags`: ZERO_WRITE asks that a grown area reads as zeroes.
-    fn truncate<'a>(&'a self, _cx: &'a Cx, _length: u64, _exact: bool, _flags: ReqFlags) -> Fut<'a, Result<(), QmpError>> {
-        Box::pin(std::future::ready(Err(QmpError::generic("Image format driver does not support resize"))))
+    fn truncate<'a>(
+        &'a self,
+        _cx: &'a Cx,
+        _length: u64,
+        _exact: bool,
+        _flags: ReqFlags,
+    ) -> Fut<'a, Result<(), QmpError>> {
+        Box::pin(std::future::ready(Err(QmpError::generic(
+            "Image format driver does not support resize",
+        ))))
     }
 
     /// The node's quiesce counter went 0 -> 1.

@@ -114,13 +114,19 @@ pub struct QmpError {
 impl QmpError {
     /// A `GenericError` with this text.
     pub fn generic(desc: impl Into<String>) -> QmpError {
-        QmpError { class: ErrorClass::GenericError, desc: desc.into() }
+        QmpError {
+            class: ErrorClass::GenericError,
+            desc: desc.into(),
+        }
     }
 
     /// The same refusal with `prefix` before its text.
     #[must_use]
     pub fn prefixed(self, prefix: &str) -> QmpError {
-        QmpError { class: self.class, desc: format!("{prefix}{}", self.desc) }
+        QmpError {
+            class: self.class,
+            desc: format!("{prefix}{}", self.desc),
+        }
     }
 
     /// `text: strerror`, the shape of QEMU's errno errors.

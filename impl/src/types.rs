@@ -79,7 +79,11 @@ impl Perm {
             (Perm::WRITE_UNCHANGED, "write unchanged"),
             (Perm::RESIZE, "resize"),
         ];
-        let set: Vec<&str> = NAMES.iter().filter(|(bit, _)| self.contains(*bit)).map(|(_, name)| *name).collect();
+        let set: Vec<&str> = NAMES
+            .iter()
+            .filter(|(bit, _)| self.contains(*bit))
+            .map(|(_, name)| *name)
+            .collect();
         set.join(", ")
     }
 }

@@ -102,7 +102,11 @@ impl Registers {
         let id = OpId(self.next);
         self.next += 1;
         // Reads do not disturb each other: a grain with nothing but reads is still just a value.
-        for other in self.open.iter().filter(|other| (other.effect, effect) != (Effect::Read, Effect::Read)) {
+        for other in self
+            .open
+            .iter()
+            .filter(|other| (other.effect, effect) != (Effect::Read, Effect::Read))
+        {
             let both = other.grains.start.max(grains.start)..other.grains.end.min(grains.end);
             for register in self.registers.get_mut(both).unwrap_or_default() {
                 register.busy().begin(other.id, other.effect);
@@ -194,7 +198,12 @@ impl Registers {
                     }
                 }
             };
-            unexplained(Violation { op: id, grain, saw, allowed });
+            unexplained(Violation {
+                op: id,
+                grain,
+                saw,
+                allowed,
+            });
         }
     }
 
@@ -628,7 +637,9 @@ mod tests {
         disk.end(write, true);
         let read = disk.begin(Effect::Read, 0..2);
         let mut wrong = Vec::new();
-        disk.observe(read, [Some(7), Some(8)].into_iter(), |v| wrong.push((v.grain, v.saw, v.allowed)));
+        disk.observe(read, [Some(7), Some(8)].into_iter(), |v| {
+            wrong.push((v.grain, v.saw, v.allowed))
+        });
         assert_eq!(wrong, [(0, 7, vec![2]), (1, 8, vec![2])]);
     }
 }

@@ -38,7 +38,10 @@ fn chain() -> World {
     world
 }
 
-#[expect(clippy::needless_pass_by_value, reason = "callers write the arguments in place")]
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "callers write the arguments in place"
+)]
 fn run(world: &mut World, name: &str, arguments: Value) -> Result<Value, Refusal> {
     world.execute(&Command::new(name, &arguments))
 }

@@ -132,7 +132,10 @@ pub fn run(options: &Options, stop: &AtomicBool, progress: &Progress) -> Result<
                 Ok(tally) => merged.lock().expect("no worker panics holding it").merge(tally),
                 Err(error) => {
                     stop.store(true, Ordering::Relaxed);
-                    failure.lock().expect("no worker panics holding it").get_or_insert(error);
+                    failure
+                        .lock()
+                        .expect("no worker panics holding it")
+                        .get_or_insert(error);
                 }
             });
         }
@@ -179,7 +182,9 @@ fn work(
             let run = harness.seed(seed, seed.is_multiple_of(RECHECK))?;
             progress.seeds.fetch_add(1, Ordering::Relaxed);
             progress.operations.fetch_add(run.operations, Ordering::Relaxed);
-            progress.findings.fetch_add(u64::from(run.violation.is_some()), Ordering::Relaxed);
+            progress
+                .findings
+                .fetch_add(u64::from(run.violation.is_some()), Ordering::Relaxed);
             tally.add(seed, run);
         }
     }
@@ -204,7 +209,9 @@ impl Tally {
         self.seeds += 1;
         self.operations += run.operations;
         self.steps += run.steps;
-        self.trace_hash = self.trace_hash.wrapping_add(crate::rng::mix(seed ^ crate::rng::mix(run.trace_hash)));
+        self.trace_hash = self
+            .trace_hash
+            .wrapping_add(crate::rng::mix(seed ^ crate::rng::mix(run.trace_hash)));
         if let Some(violation) = run.violation {
             if self.findings.len() < KEPT {
                 self.findings.insert(seed, violation);
@@ -232,12 +239,21 @@ impl Tally {
             steps: self.steps,
             trace_hash: self.trace_hash,
             coverage: coverage(&self.counts),
-            unmet: if mixed { crate::marks::unmet(&self.counts) } else { Vec::new() },
+            unmet: if mixed {
+                crate::marks::unmet(&self.counts)
+            } else {
+                Vec::new()
+            },
             unmet_is_failure: mixed && self.seeds >= MARKS_DUE,
             findings: self
                 .findings
                 .into_iter()
-                .map(|(seed, violation)| Finding { seed, violation, file: None, shrunk_steps: None })
+                .map(|(seed, violation)| Finding {
+                    seed,
+                    violation,
+                    file: None,
+                    shrunk_steps: None,
+                })
                 .collect(),
             more_findings: self.more_findings,
             ..Summary::default()
@@ -247,8 +263,13 @@ impl Tally {
 
 /// Situations by name, and `operation/state` pairs.
 fn coverage(counts: &Counts) -> BTreeMap<String, u64> {
-    let marks = Mark::ALL.iter().map(|&m| (m.as_str().to_owned(), counts.of(m))).filter(|(_, n)| *n > 0);
-    let pairs = counts.pairs().map(|(operation, state, n)| (format!("{operation}/{state}"), n));
+    let marks = Mark::ALL
+        .iter()
+        .map(|&m| (m.as_str().to_owned(), counts.of(m)))
+        .filter(|(_, n)| *n > 0);
+    let pairs = counts
+        .pairs()
+        .map(|(operation, state, n)| (format!("{operation}/{state}"), n));
     marks.chain(pairs).collect()
 }
 
@@ -257,8 +278,10 @@ fn save_findings(options: &Options, summary: &mut Summary, stop: &AtomicBool) ->
     if summary.findings.is_empty() {
         return Ok(());
     }
-    std::fs::create_dir_all(&options.out)
-        .map_err(|source| CliError::File { path: options.out.display().to_string(), source })?;
+    std::fs::create_dir_all(&options.out).map_err(|source| CliError::File {
+        path: options.out.display().to_string(),
+        source,
+    })?;
     let mut seen: BTreeMap<OracleName, u32> = BTreeMap::new();
     let mut order: Vec<(u32, usize)> = Vec::new();
     for (at, finding) in summary.findings.iter().enumerate() {
@@ -270,13 +293,25 @@ fn save_findings(options: &Options, summary: &mut Summary, stop: &AtomicBool) ->
     let mut harness = Harness::new(&options.setup)?;
     for (_, at) in order.into_iter().take(SHRUNK) {
         let finding = &mut summary.findings[at];
-        let limits = if stop.load(Ordering::Relaxed) { Limits { executions: 1, schedules: 0 } } else { Limits::default() };
+        let limits = if stop.load(Ordering::Relaxed) {
+            Limits {
+                executions: 1,
+                schedules: 0,
+            }
+        } else {
+            Limits::default()
+        };
         save_finding(&options.out, &mut harness, finding, limits)?;
     }
     Ok(())
 }
 
-fn save_finding(out: &Path, harness: &mut Harness, finding: &mut Finding, limits: Limits) -> Result<(), CliError> {
+fn save_finding(
+    out: &Path,
+    harness: &mut Harness,
+    finding: &mut Finding,
+    limits: Limits,
+) -> Result<(), CliError> {
     let recorded = harness.recorded(finding.seed)?;
     let oracle = finding.violation.oracle;
     let mut scenario = recorded.clone();

@@ -13,9 +13,15 @@ pub struct Stopwatch {
 impl Stopwatch {
     /// Starts now.
     #[must_use]
-    #[expect(clippy::disallowed_methods, reason = "campaign statistics, never seen by a run")]
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "campaign statistics, never seen by a run"
+    )]
     pub fn start() -> Stopwatch {
-        Stopwatch { started: std::time::Instant::now(), cpu_started: process_cpu() }
+        Stopwatch {
+            started: std::time::Instant::now(),
+            cpu_started: process_cpu(),
+        }
     }
 
     /// Wall-clock time since the start.
@@ -33,5 +39,8 @@ impl Stopwatch {
 
 fn process_cpu() -> Duration {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
-    Duration::new(u64::try_from(time.tv_sec).unwrap_or(0), u32::try_from(time.tv_nsec).unwrap_or(0))
+    Duration::new(
+        u64::try_from(time.tv_sec).unwrap_or(0),
+        u32::try_from(time.tv_nsec).unwrap_or(0),
+    )
 }

@@ -51,16 +51,23 @@ thread_local! {
 /// When the simulator itself cannot run, which no input causes.
 pub fn run(input: &ScenarioInput) -> Result<(), String> {
     HARNESS.with_borrow_mut(|slot| {
-        let harness = slot.get_or_insert_with(|| Harness::new(&Setup::default()).expect("memory is always there"));
+        let harness =
+            slot.get_or_insert_with(|| Harness::new(&Setup::default()).expect("memory is always there"));
         let mut scenario = input.scenario();
         let mut choices = Vec::new();
         let mut bytes = Bytes::new(&input.choices);
         let result = harness.once(&scenario, &mut Recording::new(&mut bytes, &mut choices));
-        let Some(violation) = result.expect("memory is always there").violation else { return Ok(()) };
+        let Some(violation) = result.expect("memory is always there").violation else {
+            return Ok(());
+        };
         scenario.choices = choices;
         scenario.expect = Some(violation.oracle.as_str().to_owned());
         let file = serde_json::to_string(&scenario).expect("a scenario is JSON");
-        Err(format!("{}\n{}\n{file}", violation.oracle.as_str(), report::verdict(&violation)))
+        Err(format!(
+            "{}\n{}\n{file}",
+            violation.oracle.as_str(),
+            report::verdict(&violation)
+        ))
     })
 }
 
@@ -94,8 +101,16 @@ impl ImageInput {
         if let Some((bits, kib, compressed)) = self.shape {
             let cluster_size = 512 << (bits % 8);
             let size = u64::from(kib).max(1) * 1024;
-            let stored = if compressed { Stored::Compressed } else { Stored::Data };
-            let fill = vec![Fill { offset: 0, length: size / 2 / 512 * 512, stored }];
+            let stored = if compressed {
+                Stored::Compressed
+            } else {
+                Stored::Data
+            };
+            let fill = vec![Fill {
+                offset: 0,
+                length: size / 2 / 512 * 512,
+                stored,
+            }];
             let image = Image {
                 file: "x".to_owned(),
                 format: Format::Qcow2,
@@ -147,9 +162,17 @@ async fn one(backend: &blkcheck_impl::io::backend::Backend, request: Request) {
     // Results are of no interest: refusing is right, and so is answering.
     let _ = match request {
         Request::Read(o, l) => backend.read(at(o, l).0, &mut vec![0; at(o, l).1]).await,
-        Request::Write(o, l) => backend.write(at(o, l).0, &vec![0x5a; at(o, l).1], ReqFlags::empty()).await,
+        Request::Write(o, l) => {
+            backend
+                .write(at(o, l).0, &vec![0x5a; at(o, l).1], ReqFlags::empty())
+                .await
+        }
         Request::Zero(o, l, unmap) => {
-            let flags = if unmap { ReqFlags::MAY_UNMAP } else { ReqFlags::empty() };
+            let flags = if unmap {
+                ReqFlags::MAY_UNMAP
+            } else {
+                ReqFlags::empty()
+            };
             backend.write_zeroes(at(o, l).0, u64::from(l) * 64, flags).await
         }
         Request::Discard(o, l) => backend.discard(at(o, l).0, u64::from(l) * 64).await,

@@ -33,7 +33,12 @@ pub struct Setup {
 
 impl Default for Setup {
     fn default() -> Setup {
-        Setup { on: On::Memory, scheduler: Scheduler::Random, profile: Profile::Mixed, faults: Faults::None }
+        Setup {
+            on: On::Memory,
+            scheduler: Scheduler::Random,
+            profile: Profile::Mixed,
+            faults: Faults::None,
+        }
     }
 }
 
@@ -75,8 +80,18 @@ impl Setup {
     fn reach(&self) -> Reach {
         match self.on {
             On::Memory => Reach::all(),
-            On::File => Reach { drain: true, alignment: false, fine_grain: true, raw_tails: true },
-            On::Loop => Reach { drain: true, alignment: false, fine_grain: true, raw_tails: false },
+            On::File => Reach {
+                drain: true,
+                alignment: false,
+                fine_grain: true,
+                raw_tails: true,
+            },
+            On::Loop => Reach {
+                drain: true,
+                alignment: false,
+                fine_grain: true,
+                raw_tails: false,
+            },
         }
     }
 
@@ -152,7 +167,10 @@ impl Harness {
         let mut oracles = oracle::all();
         // Last, so that a run that fails counts only what it did.
         let allocation = Rc::<RefCell<Vec<NodeAllocation>>>::default();
-        oracles.push(Box::new(Watcher { marks: Rc::clone(&marks), allocation: Rc::clone(&allocation) }));
+        oracles.push(Box::new(Watcher {
+            marks: Rc::clone(&marks),
+            allocation: Rc::clone(&allocation),
+        }));
         Ok(Harness {
             setup: *setup,
             target,
@@ -226,7 +244,9 @@ impl Harness {
     /// # Errors
     /// When the environment fails.
     pub fn once(&mut self, scenario: &Scenario, chooser: &mut dyn Chooser) -> Result<RunResult, CliError> {
-        self.runner.run(scenario, chooser, &mut *self.target, &mut self.oracles).map_err(CliError::Environment)
+        self.runner
+            .run(scenario, chooser, &mut *self.target, &mut self.oracles)
+            .map_err(CliError::Environment)
     }
 
     /// Where two runs of one seed part.
@@ -244,7 +264,9 @@ impl Harness {
             oracle: OracleName::Determinism,
             message: "the same choices gave another trace".to_owned(),
             step: None,
-            evidence: vec![first.map_or_else(|| "not in a third and fourth run".to_owned(), |d| d.to_string())],
+            evidence: vec![
+                first.map_or_else(|| "not in a third and fourth run".to_owned(), |d| d.to_string()),
+            ],
         })
     }
 
@@ -276,9 +298,10 @@ impl Oracle for Watcher {
     }
     fn quiescent(&mut self, _view: &View<'_>, contents: &[FinalContent<'_>]) -> Result<(), Violation> {
         let nodes = contents.iter();
-        self.allocation.borrow_mut().extend(
-            nodes.map(|c| NodeAllocation { node: c.name.to_owned(), runs: c.allocated.to_vec() }),
-        );
+        self.allocation.borrow_mut().extend(nodes.map(|c| NodeAllocation {
+            node: c.name.to_owned(),
+            runs: c.allocated.to_vec(),
+        }));
         Ok(())
     }
 }
@@ -298,7 +321,10 @@ impl Execute for Harness {
         self.choices = choices;
         trim(&mut made);
         // An environment that fails while shrinking shows nothing about the subject.
-        Trial { violation: result.ok().and_then(|r| r.violation), choices: made }
+        Trial {
+            violation: result.ok().and_then(|r| r.violation),
+            choices: made,
+        }
     }
 }
 

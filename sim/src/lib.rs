@@ -4,23 +4,23 @@
 //! One seed decides everything: a run is a pure function of (scenario, choices).
 
 pub mod campaign;
+pub mod choice;
 pub mod cli;
 pub mod clock;
-pub mod fuzzing;
-pub mod harness;
-pub mod report;
-pub mod choice;
 pub mod disk;
 pub mod env;
 pub mod exec;
 mod finish;
 pub mod follow;
+pub mod fuzzing;
 pub mod generate;
+pub mod harness;
 pub mod history;
-pub mod marks;
 pub mod image;
+pub mod marks;
 pub mod oracle;
 pub mod panics;
+pub mod report;
 pub mod rng;
 pub mod run;
 pub mod scenario;

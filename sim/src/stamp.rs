@@ -79,7 +79,11 @@ pub fn fill(buf: &mut [u8], offset: u64, grain: u32, source: Source) {
 #[must_use]
 pub fn read(grain: &[u8], offset: u64) -> Content {
     let Some(first) = grain.get(..16) else {
-        return if grain.iter().all(|&b| b == 0) { Content::Zero } else { Content::Torn };
+        return if grain.iter().all(|&b| b == 0) {
+            Content::Zero
+        } else {
+            Content::Torn
+        };
     };
     let same = grain.chunks(16).all(|piece| piece == &first[..piece.len()]);
     if !same {

@@ -17,19 +17,30 @@ pub fn root() -> &'static Path {
 
 /// Says that a test did not run and why; fails when everything is required.
 pub fn skip(test: &str, reason: &str) {
-    assert_ne!(std::env::var("BLKCHECK_REQUIRE_ALL").as_deref(), Ok("1"), "{test} is required: {reason}");
+    assert_ne!(
+        std::env::var("BLKCHECK_REQUIRE_ALL").as_deref(),
+        Ok("1"),
+        "{test} is required: {reason}"
+    );
     eprintln!("SKIPPED {test}: {reason}");
 }
 
 /// The first line of `PROGRAM --version`; `None` where it is not installed.
 pub fn version(program: &str) -> Option<String> {
     let output = Command::new(program).arg("--version").output().ok()?;
-    String::from_utf8_lossy(&output.stdout).lines().next().map(str::to_owned)
+    String::from_utf8_lossy(&output.stdout)
+        .lines()
+        .next()
+        .map(str::to_owned)
 }
 
 /// Runs `blkcheck` in `dir`.
 pub fn blkcheck(dir: &Path, arguments: &[&str]) -> Output {
-    Command::new(BLKCHECK).current_dir(dir).args(arguments).output().expect("the command starts")
+    Command::new(BLKCHECK)
+        .current_dir(dir)
+        .args(arguments)
+        .output()
+        .expect("the command starts")
 }
 
 pub fn stdout(output: &Output) -> String {

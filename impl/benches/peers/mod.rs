@@ -153,5 +153,8 @@ pub(crate) fn seconds(work: impl FnOnce()) -> f64 {
 /// Prints the load average: with other work on the machine, contenders with more threads get more of it.
 pub(crate) fn load() {
     let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
-    println!("\nload average over the last minute: {}", load.split(' ').next().unwrap_or("unknown"));
+    println!(
+        "\nload average over the last minute: {}",
+        load.split(' ').next().unwrap_or("unknown")
+    );
 }

@@ -120,7 +120,13 @@ impl Layer {
     /// A node by its node-name (graph.md 1.8 `bdrv_find_node`).
     #[must_use]
     pub fn find_node(&self, name: &str) -> Option<NodeId> {
-        self.inner.graph.borrow().live.iter().find(|n| &*n.name == name).map(|n| n.id)
+        self.inner
+            .graph
+            .borrow()
+            .live
+            .iter()
+            .find(|n| &*n.name == name)
+            .map(|n| n.id)
     }
 
     /// All nodes that are not being closed, in creation order.
@@ -161,7 +167,11 @@ impl Layer {
             graph.live.push(Rc::clone(&node));
             (node, graph.drain_all)
         };
-        self.emit(|| Event::NodeAdded { node: node.id, name: Rc::clone(&node.name), driver: facts.name });
+        self.emit(|| Event::NodeAdded {
+            node: node.id,
+            name: Rc::clone(&node.name),
+            driver: facts.name,
+        });
         for _ in 0..sections {
             self.quiesce(&node);
         }
@@ -190,13 +200,21 @@ impl Layer {
         }
         let graph = self.inner.graph.borrow();
         let is_backend = |e: &Rc<Edge>| {
-            matches!(e.parent, Parent::Backend(_)) && e.hooks.as_ref().and_then(|h| h.name()).is_some_and(|n| &*n == name)
+            matches!(e.parent, Parent::Backend(_))
+                && e.hooks
+                    .as_ref()
+                    .and_then(|h| h.name())
+                    .is_some_and(|n| &*n == name)
         };
         if graph.edges().any(is_backend) {
-            return Err(QmpError::generic(format!("node-name={name} is conflicting with a device id")));
+            return Err(QmpError::generic(format!(
+                "node-name={name} is conflicting with a device id"
+            )));
         }
         if graph.live.iter().any(|n| &*n.name == name) {
-            return Err(QmpError::generic(format!("Duplicate nodes with node-name='{name}'")));
+            return Err(QmpError::generic(format!(
+                "Duplicate nodes with node-name='{name}'"
+            )));
         }
         if name.len() > NODE_NAME_MAX {
             return Err(QmpError::generic("Node name too long"));

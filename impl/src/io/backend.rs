@@ -287,7 +287,11 @@ impl Backend {
         if flags.contains(ReqFlags::WRITE_UNCHANGED) {
             enough |= Perm::WRITE_UNCHANGED;
         }
-        if self.layer.edge(edge).perm.get().intersects(enough) { Ok(edge) } else { Err(Errno::EPERM) }
+        if self.layer.edge(edge).perm.get().intersects(enough) {
+            Ok(edge)
+        } else {
+            Err(Errno::EPERM)
+        }
     }
 
     fn write_flags(&self, flags: ReqFlags) -> ReqFlags {

@@ -57,7 +57,13 @@ impl Layer {
     /// The job with this QAPI id.
     #[must_use]
     pub fn job(&self, name: &str) -> Option<Rc<Job>> {
-        self.inner.jobs.borrow().list.iter().find(|job| *job.name == *name).cloned()
+        self.inner
+            .jobs
+            .borrow()
+            .list
+            .iter()
+            .find(|job| *job.name == *name)
+            .cloned()
     }
 }
 

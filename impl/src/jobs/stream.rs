@@ -296,7 +296,9 @@ impl Layer {
         if windowed("offset") || windowed("size") {
             return None;
         }
-        (!self.backing_overridden(node)).then(|| self.node_filename(node)).filter(|name| !name.is_empty())
+        (!self.backing_overridden(node))
+            .then(|| self.node_filename(node))
+            .filter(|name| !name.is_empty())
     }
 
     /// Whether the backing node is another one than the header names.

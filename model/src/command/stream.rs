@@ -362,7 +362,10 @@ fn clean(world: &mut World, at: usize) {
     }
     // The filter must not outlive its job as a node without a child (QEMU keeps it until dismiss, and a query then
     // crashes); the job's other edges stay until dismiss, as there.
-    let main_node = world.jobs[at].edges.pop().expect("a started stream has its main node");
+    let main_node = world.jobs[at]
+        .edges
+        .pop()
+        .expect("a started stream has its main node");
     world.graph.remove_edge_and_refresh(main_node);
     let Stream {
         device,

@@ -16,7 +16,8 @@ pub(super) struct Cli {
     pub(super) command: Option<Command>,
 }
 
-const AFTER_HELP: &str = "Without arguments: a campaign over all features that ends by itself after about 30 s.
+const AFTER_HELP: &str =
+    "Without arguments: a campaign over all features that ends by itself after about 30 s.
 Exit codes: 0 nothing found, 1 at least one finding, 2 the request or the environment is unusable.";
 
 #[derive(Debug, Subcommand)]
@@ -129,7 +130,11 @@ pub enum Scheduler {
 fn parse_seeds(text: &str) -> Result<Range<u64>, String> {
     let shape = || format!("expected A..B with A < B, as in 0..2000, not `{text}`");
     let (from, to) = text.split_once("..").ok_or_else(shape)?;
-    let from = if from.is_empty() { 0 } else { from.parse().map_err(|_| shape())? };
+    let from = if from.is_empty() {
+        0
+    } else {
+        from.parse().map_err(|_| shape())?
+    };
     let to = to.parse().map_err(|_| shape())?;
     if from < to { Ok(from..to) } else { Err(shape()) }
 }
@@ -147,15 +152,24 @@ fn parse_time(text: &str) -> Result<Duration, String> {
         _ => return Err(shape()),
     };
     let usable = seconds.is_finite() && seconds > 0.0 && seconds <= 30.0 * 86400.0;
-    if usable { Ok(Duration::from_secs_f64(seconds)) } else { Err(shape()) }
+    if usable {
+        Ok(Duration::from_secs_f64(seconds))
+    } else {
+        Err(shape())
+    }
 }
 
 fn parse_scheduler(text: &str) -> Result<Scheduler, String> {
     if text == "random" {
         return Ok(Scheduler::Random);
     }
-    let depth = text.strip_prefix("pct:").and_then(|d| d.parse().ok()).filter(|d| (1..=64).contains(d));
-    depth.map(Scheduler::Pct).ok_or_else(|| format!("expected `random` or `pct:D` with D in 1..=64, not `{text}`"))
+    let depth = text
+        .strip_prefix("pct:")
+        .and_then(|d| d.parse().ok())
+        .filter(|d| (1..=64).contains(d));
+    depth
+        .map(Scheduler::Pct)
+        .ok_or_else(|| format!("expected `random` or `pct:D` with D in 1..=64, not `{text}`"))
 }
 
 fn parse_profile(text: &str) -> Result<Profile, String> {

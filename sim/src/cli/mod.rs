@@ -57,7 +57,9 @@ pub fn main() -> ExitCode {
         Some(args::Command::Shrink(a)) => shrink::shrink(&a),
         Some(args::Command::Show(a)) => show(&a.file),
         Some(args::Command::Schema) => {
-            print_out(&serde_json::to_string_pretty(&crate::scenario::schema::schema()).expect("a schema is JSON"));
+            print_out(
+                &serde_json::to_string_pretty(&crate::scenario::schema::schema()).expect("a schema is JSON"),
+            );
             Ok(Found::Nothing)
         }
     };
@@ -79,14 +81,20 @@ pub(crate) fn print_out(text: &str) {
 
 pub(crate) fn load(path: &Path) -> Result<Scenario, CliError> {
     let name = path.display().to_string();
-    let text = std::fs::read(path).map_err(|source| CliError::File { path: name.clone(), source })?;
+    let text = std::fs::read(path).map_err(|source| CliError::File {
+        path: name.clone(),
+        source,
+    })?;
     crate::scenario::parse::parse(&name, &text).map_err(|e| CliError::Scenario(e.to_string()))
 }
 
 pub(crate) fn save(path: &Path, scenario: &Scenario) -> Result<(), CliError> {
     let mut text = serde_json::to_string_pretty(scenario).expect("a scenario is JSON");
     text.push('\n');
-    std::fs::write(path, text).map_err(|source| CliError::File { path: path.display().to_string(), source })
+    std::fs::write(path, text).map_err(|source| CliError::File {
+        path: path.display().to_string(),
+        source,
+    })
 }
 
 fn show(path: &Path) -> Result<Found, CliError> {

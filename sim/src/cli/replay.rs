@@ -9,13 +9,22 @@ use crate::report;
 
 pub(super) fn replay(args: &ReplayArgs) -> Result<Found, CliError> {
     let scenario = load(&args.file)?;
-    let mut harness = Harness::new(&Setup { on: args.on, ..Setup::default() })?;
+    let mut harness = Harness::new(&Setup {
+        on: args.on,
+        ..Setup::default()
+    })?;
     let replayed = harness.replay(&scenario)?;
     let violation = replayed.violation.as_ref();
     if let Some(out) = &args.html {
-        let title = scenario.title.clone().unwrap_or_else(|| args.file.display().to_string());
+        let title = scenario
+            .title
+            .clone()
+            .unwrap_or_else(|| args.file.display().to_string());
         let page = report::html::page(&title, &replayed.scenario, &replayed.records, violation);
-        std::fs::write(out, page).map_err(|source| CliError::File { path: out.display().to_string(), source })?;
+        std::fs::write(out, page).map_err(|source| CliError::File {
+            path: out.display().to_string(),
+            source,
+        })?;
     }
     if args.json {
         print_out(
@@ -35,8 +44,16 @@ pub(super) fn replay(args: &ReplayArgs) -> Result<Found, CliError> {
         }
         match violation {
             None => print_out(&format!("pass  trace {:016x}", replayed.trace_hash)),
-            Some(v) => print_out(&format!("FAIL  {}\n{}", v.oracle.as_str(), report::verdict(v).trim_end())),
+            Some(v) => print_out(&format!(
+                "FAIL  {}\n{}",
+                v.oracle.as_str(),
+                report::verdict(v).trim_end()
+            )),
         }
     }
-    Ok(if violation.is_some() { Found::Something } else { Found::Nothing })
+    Ok(if violation.is_some() {
+        Found::Something
+    } else {
+        Found::Nothing
+    })
 }

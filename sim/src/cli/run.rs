@@ -39,8 +39,18 @@ pub(super) fn run(args: &RunArgs) -> Result<Found, CliError> {
         0 => std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
         n => n.min(1024),
     };
-    let setup = Setup { on: args.on, scheduler: args.scheduler, profile: args.profile, faults: args.faults };
-    let options = Options { span, threads, setup, out: args.out.clone() };
+    let setup = Setup {
+        on: args.on,
+        scheduler: args.scheduler,
+        profile: args.profile,
+        faults: args.faults,
+    };
+    let options = Options {
+        span,
+        threads,
+        setup,
+        out: args.out.clone(),
+    };
     announce(&options);
     let stop = Arc::new(AtomicBool::new(false));
     let handler = Arc::clone(&stop);
@@ -60,7 +70,11 @@ pub(super) fn run(args: &RunArgs) -> Result<Found, CliError> {
     } else {
         print_out(&as_text(&options, &summary));
     }
-    Ok(if summary.failed() { Found::Something } else { Found::Nothing })
+    Ok(if summary.failed() {
+        Found::Something
+    } else {
+        Found::Nothing
+    })
 }
 
 /// What is about to run, before it does: a run that hangs or is killed has told its seeds.
@@ -156,16 +170,32 @@ fn as_json(summary: &Summary) -> serde_json::Value {
 fn as_text(options: &Options, summary: &Summary) -> String {
     use std::fmt::Write;
     let mut out = String::new();
-    let rate = if summary.seconds > 0.0 { summary.seeds as f64 / summary.seconds } else { 0.0 };
+    let rate = if summary.seconds > 0.0 {
+        summary.seeds as f64 / summary.seconds
+    } else {
+        0.0
+    };
     let _ = writeln!(out, "seeds        {:>12}   {rate:.0}/s", summary.seeds);
     let _ = writeln!(out, "operations   {:>12}", summary.operations);
     let _ = writeln!(out, "steps        {:>12}", summary.steps);
-    let _ = writeln!(out, "time         {:>11.1}s   {:.1} CPU-seconds", summary.seconds, summary.cpu_seconds);
+    let _ = writeln!(
+        out,
+        "time         {:>11.1}s   {:.1} CPU-seconds",
+        summary.seconds, summary.cpu_seconds
+    );
     let _ = writeln!(out, "trace hash   {:016x}", summary.trace_hash);
-    let _ = writeln!(out, "coverage     {:>12}   situations and operation x state pairs met", summary.coverage.len());
+    let _ = writeln!(
+        out,
+        "coverage     {:>12}   situations and operation x state pairs met",
+        summary.coverage.len()
+    );
     if !summary.unmet.is_empty() {
         let names: Vec<&str> = summary.unmet.iter().map(|m| m.as_str()).collect();
-        let verdict = if summary.unmet_is_failure { "FAILED: never occurred" } else { "not seen in so few seeds" };
+        let verdict = if summary.unmet_is_failure {
+            "FAILED: never occurred"
+        } else {
+            "not seen in so few seeds"
+        };
         let _ = writeln!(out, "situations   {verdict}: {}", names.join(", "));
     }
     let found = summary.findings.len() as u64 + summary.more_findings;

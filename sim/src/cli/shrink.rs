@@ -14,10 +14,17 @@ pub(super) fn shrink(args: &ShrinkArgs) -> Result<Found, CliError> {
             args.file.display()
         )));
     };
-    let limits = Limits { executions: 60_000, ..Limits::default() };
-    let shrunk = crate::shrink::shrink(&scenario, violation.oracle, limits, &mut harness).ok_or_else(|| {
-        CliError::Request(format!("{}: fails only now and then; replay it twice and compare", args.file.display()))
-    })?;
+    let limits = Limits {
+        executions: 60_000,
+        ..Limits::default()
+    };
+    let shrunk =
+        crate::shrink::shrink(&scenario, violation.oracle, limits, &mut harness).ok_or_else(|| {
+            CliError::Request(format!(
+                "{}: fails only now and then; replay it twice and compare",
+                args.file.display()
+            ))
+        })?;
     save(&args.output, &shrunk.scenario)?;
     print_out(&format!(
         "{} -> {} steps, {} -> {} images after {} executions: {}\n{}",

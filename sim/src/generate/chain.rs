@@ -52,12 +52,26 @@ impl Chain {
         let top = images.len() - 1;
         let cor_bottom =
             (swarm.cor_node && swarm.cor_bottom && named_lower).then(|| rng.below(swarm.layers) as usize);
-        let mut chain =
-            Chain { images, nodes: Vec::new(), exports: Vec::new(), named_lower, inline, cor_bottom };
+        let mut chain = Chain {
+            images,
+            nodes: Vec::new(),
+            exports: Vec::new(),
+            named_lower,
+            inline,
+            cor_bottom,
+        };
         let lowest = if named_lower { 0 } else { top };
-        chain.nodes = (lowest..=top).map(|layer| NamedNode { name: format!("n{layer}"), layer }).collect();
+        chain.nodes = (lowest..=top)
+            .map(|layer| NamedNode {
+                name: format!("n{layer}"),
+                layer,
+            })
+            .collect();
         if swarm.cor_node {
-            chain.nodes.push(NamedNode { name: "cor".to_owned(), layer: top });
+            chain.nodes.push(NamedNode {
+                name: "cor".to_owned(),
+                layer: top,
+            });
         }
         chain.draw_exports(rng, swarm, top);
         chain
@@ -92,10 +106,14 @@ impl Chain {
     pub(super) fn setup(&self, rng: &mut Rng, swarm: &Swarm, steps: &mut Vec<Step>) {
         let top = self.images.len() - 1;
         if self.inline {
-            steps.push(command(SETUP, "blockdev-add", self.inline_node(rng, swarm, top)));
+            steps.push(command(SETUP, "blockdev-add", self.inline_node(swarm, top)));
         } else {
             for layer in 0..=top {
-                steps.push(command(SETUP, "blockdev-add", self.file_node(layer, Some(&format!("f{layer}")), swarm)));
+                steps.push(command(
+                    SETUP,
+                    "blockdev-add",
+                    self.file_node(layer, Some(&format!("f{layer}")), swarm),
+                ));
                 let mut node = self.format_node(layer, swarm);
                 node.insert("file".to_owned(), json!(format!("f{layer}")));
                 if let Some(below) = layer.checked_sub(1) {
@@ -136,7 +154,11 @@ impl Chain {
     }
 
     fn read_only(&self, layer: usize, swarm: &Swarm) -> bool {
-        if layer + 1 == self.images.len() { swarm.read_only_top } else { !swarm.writable_backing }
+        if layer + 1 == self.images.len() {
+            swarm.read_only_top
+        } else {
+            !swarm.writable_backing
+        }
     }
 
     fn format_node(&self, layer: usize, swarm: &Swarm) -> Map<String, Value> {
@@ -155,38 +177,56 @@ impl Chain {
                 node["auto-read-only"] = json!(false);
             }
         }
-        let Value::Object(node) = node else { unreachable!("an object") };
+        let Value::Object(node) = node else {
+            unreachable!("an object")
+        };
         node
     }
 
-    fn inline_node(&self, rng: &mut Rng, swarm: &Swarm, layer: usize) -> Value {
+    fn inline_node(&self, swarm: &Swarm, layer: usize) -> Value {
         let mut node = self.format_node(layer, swarm);
         let mut file = self.file_node(layer, None, swarm);
         file.as_object_mut().expect("an object").remove("read-only");
         node.insert("file".to_owned(), file);
         if layer > 0 && self.named_lower {
-            node.insert("backing".to_owned(), self.inline_node(rng, swarm, layer - 1));
+            node.insert("backing".to_owned(), self.inline_node(swarm, layer - 1));
         }
         Value::Object(node)
     }
 }
 
 fn image(rng: &mut Rng, swarm: &Swarm, layer: usize, largest: u64, below: Option<&Image>) -> Image {
-    let format = if layer == 0 && swarm.raw_base { Format::Raw } else { Format::Qcow2 };
+    let format = if layer == 0 && swarm.raw_base {
+        Format::Raw
+    } else {
+        Format::Qcow2
+    };
     let odd = swarm.odd_formats && rng.chance(1, 2);
-    let cluster_size = if odd { *rng.pick(&[512, 1024, 4096]) } else { swarm.cluster };
+    let cluster_size = if odd {
+        *rng.pick(&[512, 1024, 4096])
+    } else {
+        swarm.cluster
+    };
     let mut size = largest;
     if swarm.uneven && rng.chance(1, 2) {
         let clusters = 1 + rng.below(swarm.clusters + swarm.clusters / 2);
         size = u64::from(clusters) * u64::from(swarm.cluster);
     }
     if swarm.odd_tails && rng.chance(1, 2) {
-        let unit = if format == Format::Raw { u64::from(swarm.grain) } else { 512 };
+        let unit = if format == Format::Raw {
+            u64::from(swarm.grain)
+        } else {
+            512
+        };
         let cut = u64::from(rng.below(swarm.cluster.max(1024))) / unit * unit;
         size = size.saturating_sub(cut).max(512);
     }
     let compat = if swarm.compat2 && rng.chance(1, 2) { 2 } else { 3 };
-    let refcount_bits = if odd && compat == 3 { *rng.pick(&[1, 2, 4, 8, 16, 32, 64]) } else { 16 };
+    let refcount_bits = if odd && compat == 3 {
+        *rng.pick(&[1, 2, 4, 8, 16, 32, 64])
+    } else {
+        16
+    };
     let mut image = Image {
         file: format!("i{layer}.img"),
         format,
@@ -220,5 +260,9 @@ fn fill(rng: &mut Rng, swarm: &Swarm, image: &Image) -> Fill {
             stored = *rng.pick(&[Stored::Zero, Stored::ZeroAllocated]);
         }
     }
-    Fill { offset, length, stored }
+    Fill {
+        offset,
+        length,
+        stored,
+    }
 }

@@ -16,26 +16,46 @@ pub(super) struct Guests {
 
 impl Guests {
     pub(super) fn new(rng: &mut Rng, _swarm: &Swarm, _chain: &Chain) -> Guests {
-        Guests { hot_sixteenth: rng.below(16), in_flight: 0 }
+        Guests {
+            hot_sixteenth: rng.below(16),
+            in_flight: 0,
+        }
     }
 
     pub(super) fn next(&mut self, rng: &mut Rng, swarm: &Swarm, chain: &Chain) -> Step {
         let actor = format!("guest{}", rng.below(swarm.guests));
         if self.in_flight > 6 {
             self.in_flight = 0;
-            return Step { actor, action: Action::Settle { settle: serde_json::Map::new() }, wait: true };
+            return Step {
+                actor,
+                action: Action::Settle {
+                    settle: serde_json::Map::new(),
+                },
+                wait: true,
+            };
         }
         let export = self.export(rng, chain);
         let op = self.op(rng, swarm, export);
         let wait = rng.below(8) >= swarm.in_flight_eighths;
         self.in_flight += u32::from(!wait);
-        Step { actor, action: Action::Guest { export: export.name.clone(), op }, wait }
+        Step {
+            actor,
+            action: Action::Guest {
+                export: export.name.clone(),
+                op,
+            },
+            wait,
+        }
     }
 
     /// Mostly the topmost one.
     fn export<'a>(&self, rng: &mut Rng, chain: &'a Chain) -> &'a NamedExport {
         let last = chain.exports.len() - 1;
-        let at = if rng.chance(3, 4) { last } else { rng.below(u32::try_from(last + 1).expect("few")) as usize };
+        let at = if rng.chance(3, 4) {
+            last
+        } else {
+            rng.below(u32::try_from(last + 1).expect("few")) as usize
+        };
         &chain.exports[at]
     }
 
@@ -71,11 +91,16 @@ impl Guests {
         let mut length = 1 + u64::from(rng.below(u32::try_from(reach.max(1)).expect("short")));
         if rng.chance(1, 4) {
             // Whole clusters, where the drivers' fast paths are.
-            length = length.next_multiple_of((export.cluster / grain).max(1)).min(reach.max(1));
+            length = length
+                .next_multiple_of((export.cluster / grain).max(1))
+                .min(reach.max(1));
         }
         if !rng.chance(1, 128) {
             length = length.min(grains - start);
         }
-        Range { offset: start * grain, length: length * grain }
+        Range {
+            offset: start * grain,
+            length: length * grain,
+        }
     }
 }

@@ -17,15 +17,27 @@ impl Jobs {
     /// One of the ids, mostly the newest.
     pub(super) fn any(&self, rng: &mut Rng) -> String {
         let newest = self.started.saturating_sub(1);
-        let at = if rng.chance(3, 4) { newest } else { rng.below(self.started.max(1)) };
+        let at = if rng.chance(3, 4) {
+            newest
+        } else {
+            rng.below(self.started.max(1))
+        };
         format!("j{at}")
     }
 
     pub(super) fn stream(&mut self, rng: &mut Rng, swarm: &Swarm, chain: &Chain, actor: &str) -> Step {
-        let id = if rng.chance(1, 32) { self.any(rng) } else { format!("j{}", self.started) };
+        let id = if rng.chance(1, 32) {
+            self.any(rng)
+        } else {
+            format!("j{}", self.started)
+        };
         self.started += 1;
         let layered: Vec<&str> = chain.nodes.iter().map(|n| n.name.as_str()).collect();
-        let device = if rng.chance(3, 4) { layered.len() - 1 } else { rng.below(count(&layered)) as usize };
+        let device = if rng.chance(3, 4) {
+            layered.len() - 1
+        } else {
+            rng.below(count(&layered)) as usize
+        };
         let mut arguments = json!({"job-id": id, "device": layered[device]});
         self.range(rng, chain, &layered, &mut arguments);
         if rng.chance(1, 6) {
@@ -80,7 +92,10 @@ pub(super) fn job_verb(rng: &mut Rng, jobs: &Jobs, actor: &str) -> Step {
         1 => ("job-pause", by_id),
         2 => ("block-job-resume", device),
         3 => ("job-resume", by_id),
-        4 => ("block-job-cancel", json!({"device": id, "force": rng.chance(1, 2)})),
+        4 => (
+            "block-job-cancel",
+            json!({"device": id, "force": rng.chance(1, 2)}),
+        ),
         5 => ("job-cancel", by_id),
         6 => ("block-job-finalize", by_id),
         7 => ("job-finalize", by_id),

@@ -34,7 +34,12 @@ impl Reach {
     /// Everything (the simulator).
     #[must_use]
     pub fn all() -> Reach {
-        Reach { drain: true, alignment: true, fine_grain: true, raw_tails: true }
+        Reach {
+            drain: true,
+            alignment: true,
+            fine_grain: true,
+            raw_tails: true,
+        }
     }
 }
 
@@ -42,7 +47,10 @@ impl Reach {
 #[must_use]
 pub fn generate(seed: u64, profile: Profile, reach: Reach) -> Scenario {
     let scenario = generate_from(&mut Rng::stream(seed, Stream::Workload), profile, reach);
-    Scenario { seed: Some(seed), ..scenario }
+    Scenario {
+        seed: Some(seed),
+        ..scenario
+    }
 }
 
 /// The scenario that these draws make; for fuzzers, whose bytes are the draws.
@@ -75,8 +83,17 @@ pub fn generate_from(rng: &mut Rng, profile: Profile, reach: Reach) -> Scenario 
 pub const SETUP: &str = "setup";
 
 fn command(actor: &str, execute: &str, arguments: serde_json::Value) -> Step {
-    let serde_json::Value::Object(arguments) = arguments else { unreachable!("arguments are an object") };
-    Step { actor: actor.to_owned(), action: Action::Command { execute: execute.to_owned(), arguments }, wait: true }
+    let serde_json::Value::Object(arguments) = arguments else {
+        unreachable!("arguments are an object")
+    };
+    Step {
+        actor: actor.to_owned(),
+        action: Action::Command {
+            execute: execute.to_owned(),
+            arguments,
+        },
+        wait: true,
+    }
 }
 
 /// Guests, drained sections and the monitor take turns in file order; the schedule shuffles them further.
@@ -84,7 +101,8 @@ fn interleave(rng: &mut Rng, swarm: &Swarm, chain: &chain::Chain, steps: &mut Ve
     let mut guests = guests::Guests::new(rng, swarm, chain);
     let mut monitor = monitor::Monitor::new(rng, swarm, chain);
     let total = swarm.guest_ops + swarm.monitor_ops + 2 * swarm.drains;
-    let (mut guest_left, mut monitor_left, mut drain_left) = (swarm.guest_ops, swarm.monitor_ops, swarm.drains);
+    let (mut guest_left, mut monitor_left, mut drain_left) =
+        (swarm.guest_ops, swarm.monitor_ops, swarm.drains);
     let mut open_drains: Vec<(u32, String)> = Vec::new();
     for _ in 0..total {
         let sections = 2 * drain_left + u32::try_from(open_drains.len()).expect("few");
@@ -117,5 +135,9 @@ fn interleave(rng: &mut Rng, swarm: &Swarm, chain: &chain::Chain, steps: &mut Ve
 }
 
 fn drain_step(actor: u32, action: Action) -> Step {
-    Step { actor: format!("drain{actor}"), action, wait: true }
+    Step {
+        actor: format!("drain{actor}"),
+        action,
+        wait: true,
+    }
 }

@@ -19,7 +19,10 @@ pub(super) struct Monitor {
 
 impl Monitor {
     pub(super) fn new(_rng: &mut Rng, _swarm: &Swarm, _chain: &Chain) -> Monitor {
-        Monitor { jobs: Jobs::default(), added: 0 }
+        Monitor {
+            jobs: Jobs::default(),
+            added: 0,
+        }
     }
 
     /// One of the chain's nodes; now and then one that does not exist.
@@ -49,8 +52,15 @@ impl Monitor {
 
     fn wait(&self, rng: &mut Rng) -> Step {
         let status = *rng.pick(&["concluded", "concluded", "running", "pending", "null"]);
-        let job = WaitJob { id: self.jobs.any(rng), status: status.to_owned() };
-        Step { actor: MONITOR.to_owned(), action: Action::WaitJob { job }, wait: true }
+        let job = WaitJob {
+            id: self.jobs.any(rng),
+            status: status.to_owned(),
+        };
+        Step {
+            actor: MONITOR.to_owned(),
+            action: Action::WaitJob { job },
+            wait: true,
+        }
     }
 
     fn node(&mut self, rng: &mut Rng, chain: &Chain, steps: &mut Vec<Step>) {
@@ -63,13 +73,19 @@ impl Monitor {
             steps.push(command(MONITOR, "blockdev-del", json!({"node-name": name})));
             return;
         }
-        let name = if rng.chance(1, 16) { self.any_node(rng, chain) } else { format!("extra{}", self.added) };
+        let name = if rng.chance(1, 16) {
+            self.any_node(rng, chain)
+        } else {
+            format!("extra{}", self.added)
+        };
         self.added += 1;
         let below = self.any_node(rng, chain);
         let mut add = match rng.below(5) {
             0 => json!({"driver": "null-co", "size": 65536, "read-zeroes": true}),
             1 => json!({"driver": "raw", "file": below, "read-only": rng.chance(1, 2)}),
-            2 => json!({"driver": "raw", "file": below, "offset": 512 * rng.below(4), "size": 512 * (1 + rng.below(4))}),
+            2 => {
+                json!({"driver": "raw", "file": below, "offset": 512 * rng.below(4), "size": 512 * (1 + rng.below(4))})
+            }
             3 => json!({"driver": "copy-on-read", "file": below}),
             _ => json!({"driver": "copy-on-read", "file": below, "bottom": self.any_node(rng, chain)}),
         };
@@ -82,9 +98,14 @@ impl Monitor {
         let id = format!("y-{node}");
         if rng.chance(1, 3) {
             let mode = *rng.pick(&["safe", "hard"]);
-            steps.push(command(MONITOR, "block-export-del", json!({"id": id, "mode": mode})));
+            steps.push(command(
+                MONITOR,
+                "block-export-del",
+                json!({"id": id, "mode": mode}),
+            ));
         } else {
-            let add = json!({"type": "nbd", "id": id, "name": id, "node-name": node, "writable": rng.chance(1, 3)});
+            let add =
+                json!({"type": "nbd", "id": id, "name": id, "node-name": node, "writable": rng.chance(1, 3)});
             steps.push(command(MONITOR, "block-export-add", add));
         }
     }

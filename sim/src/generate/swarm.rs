@@ -128,8 +128,16 @@ impl Swarm {
             return Swarm::bench();
         }
         let cluster = *rng.pick(&[512, 512, 512, 512, 1024, 1024, 4096, 65536]);
-        let alignment = if reach.alignment { *rng.pick(&[1, 1, 1, 512, 512, 4096]) } else { 1 };
-        let grain = if reach.fine_grain { *rng.pick(&[512, 512, 512, 512, 128, 64, 16]) } else { 512 };
+        let alignment = if reach.alignment {
+            *rng.pick(&[1, 1, 1, 512, 512, 4096])
+        } else {
+            1
+        };
+        let grain = if reach.fine_grain {
+            *rng.pick(&[512, 512, 512, 512, 128, 64, 16])
+        } else {
+            512
+        };
         // The oracles' work grows with the number of grains; a fine grain belongs to small clusters.
         let grain = grain.max(cluster / 128);
         let mut weights = [6, 6, 1, 2, 2, 2, 1, 1];
@@ -140,7 +148,11 @@ impl Swarm {
             layers: *rng.pick(&[1, 2, 2, 3, 3, 3, 4, 5]),
             grain,
             cluster,
-            clusters: if cluster == 65536 { 2 + rng.below(4) } else { 4 + rng.below(28) },
+            clusters: if cluster == 65536 {
+                2 + rng.below(4)
+            } else {
+                4 + rng.below(28)
+            },
             alignment,
             job_parallelism: *rng.pick(&[1, 1, 1, 2, 4]),
             unmap: rng.chance(3, 4),
@@ -165,8 +177,20 @@ impl Swarm {
             guest_weights: weights,
             reach_clusters: 1 + rng.below(6),
             monitor_ops: rng.below(10),
-            monitor_weights: [6, 5, 3, 1 + rng.below(2), rng.below(2), rng.below(2), rng.below(2)],
-            drains: if reach.drain && rng.chance(1, 2) { 1 + rng.below(3) } else { 0 },
+            monitor_weights: [
+                6,
+                5,
+                3,
+                1 + rng.below(2),
+                rng.below(2),
+                rng.below(2),
+                rng.below(2),
+            ],
+            drains: if reach.drain && rng.chance(1, 2) {
+                1 + rng.below(3)
+            } else {
+                0
+            },
         };
         swarm.narrow(rng, profile, reach);
         if !reach.raw_tails {

@@ -226,7 +226,7 @@ fn hostile_bytes_never_panic() {
     let mut clean = Vec::new();
     build(&base, 0, 64, &mut clean);
     let mut noticed = 0;
-    for _ in 0..3000 {
+    for _ in 0..1000 {
         let mut bytes = clean.clone();
         for _ in 0..=rng.below(3) {
             // Half of the damage goes to the header, where it hurts most.
@@ -245,7 +245,7 @@ fn hostile_bytes_never_panic() {
         noticed += u32::from(!check(&bytes).is_empty());
         let _ = content(&Built(vec![("a".into(), Format::Qcow2, bytes)]), "a");
     }
-    assert!(noticed > 500, "{noticed}");
+    assert!(noticed > 170, "{noticed}");
 }
 
 #[test]

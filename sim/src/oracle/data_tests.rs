@@ -4,10 +4,11 @@ use blkcheck_impl::event::Event;
 use serde_json::json;
 
 use super::*;
-use crate::history::Record;
+use crate::history::{Record, StatusRun};
 use crate::oracle::modelled::Modelled;
 use crate::oracle::tests::scenario_of;
 use crate::oracle::{FinalContent, Oracle, OracleName, View, Violation};
+use crate::stamp;
 
 /// base (raw, filled in its first half, 1000 bytes) under top (qcow2 with its second cluster of 512 filled); exports
 /// `x` on top and `b` on base; then the given guest steps.

@@ -31,10 +31,10 @@ pub struct Modelled {
 }
 
 impl Modelled {
-    /// Whether the model accepted the last command.
+    /// Whether the model accepts the command under way.
     #[cfg(test)]
     pub(crate) fn accepts(&self) -> bool {
-        matches!(self.follower.prediction(), Some(Ok(_)))
+        self.follower.refusal_under_way().is_none()
     }
 
     fn settled(&mut self, view: &View<'_>) -> Result<(), Violation> {

@@ -53,14 +53,27 @@ impl Fold {
     pub fn event(&mut self, event: &Event) {
         match event {
             Event::NodeAdded { node, name, driver } => {
-                self.nodes.insert(*node, FoldedNode { name: name.to_string(), driver, drained: 0 });
+                self.nodes.insert(
+                    *node,
+                    FoldedNode {
+                        name: name.to_string(),
+                        driver,
+                        drained: 0,
+                    },
+                );
             }
             Event::NodeRemoved { node } => {
                 if let Some(node_gone) = self.nodes.remove(node) {
                     self.gone.insert(*node, node_gone.name);
                 }
             }
-            Event::EdgeSet { edge, parent, role, to, .. } => match to {
+            Event::EdgeSet {
+                edge,
+                parent,
+                role,
+                to,
+                ..
+            } => match to {
                 None => {
                     self.edges.remove(edge);
                 }
@@ -108,7 +121,9 @@ impl Fold {
     #[must_use]
     pub fn node_name(&self, node: NodeId) -> String {
         let live = self.nodes.get(&node).map(|n| &n.name);
-        live.or_else(|| self.gone.get(&node)).cloned().unwrap_or_else(|| format!("{node:?}"))
+        live.or_else(|| self.gone.get(&node))
+            .cloned()
+            .unwrap_or_else(|| format!("{node:?}"))
     }
 
     /// A job's id.
@@ -141,18 +156,32 @@ impl Fold {
     pub fn draw(&self) -> String {
         use std::fmt::Write;
         let mut out = String::new();
-        let mut roots: Vec<&FoldedEdge> =
-            self.edges.values().filter(|e| !matches!(e.parent, Parent::Node(_))).collect();
+        let mut roots: Vec<&FoldedEdge> = self
+            .edges
+            .values()
+            .filter(|e| !matches!(e.parent, Parent::Node(_)))
+            .collect();
         roots.sort_by_key(|e| (e.parent, e.child));
         for edge in roots {
-            let _ = writeln!(out, "{} -> {}  {}", self.parent_name(edge.parent), self.node_name(edge.child), masks(edge));
+            let _ = writeln!(
+                out,
+                "{} -> {}  {}",
+                self.parent_name(edge.parent),
+                self.node_name(edge.child),
+                masks(edge)
+            );
         }
         for (id, node) in self.nodes.iter().rev() {
             let drained = if node.drained > 0 { "  drained" } else { "" };
             let _ = writeln!(out, "{} ({}){drained}", node.name, node.driver);
             for edge in self.edges.values().filter(|e| e.parent == Parent::Node(*id)) {
                 let role = role_name(edge.role);
-                let _ = writeln!(out, "    {role:<8} -> {}  {}", self.node_name(edge.child), masks(edge));
+                let _ = writeln!(
+                    out,
+                    "    {role:<8} -> {}  {}",
+                    self.node_name(edge.child),
+                    masks(edge)
+                );
             }
         }
         out
@@ -167,10 +196,22 @@ fn masks(edge: &FoldedEdge) -> String {
 /// `r w u z` for consistent read, write, write unchanged, resize; `-` for none.
 #[must_use]
 pub fn short(perm: Perm) -> String {
-    const LETTERS: [(Perm, char); 4] =
-        [(Perm::CONSISTENT_READ, 'r'), (Perm::WRITE, 'w'), (Perm::WRITE_UNCHANGED, 'u'), (Perm::RESIZE, 'z')];
-    let letters: String = LETTERS.iter().filter(|(bit, _)| perm.contains(*bit)).map(|(_, c)| *c).collect();
-    if letters.is_empty() { "-".to_owned() } else { letters }
+    const LETTERS: [(Perm, char); 4] = [
+        (Perm::CONSISTENT_READ, 'r'),
+        (Perm::WRITE, 'w'),
+        (Perm::WRITE_UNCHANGED, 'u'),
+        (Perm::RESIZE, 'z'),
+    ];
+    let letters: String = LETTERS
+        .iter()
+        .filter(|(bit, _)| perm.contains(*bit))
+        .map(|(_, c)| *c)
+        .collect();
+    if letters.is_empty() {
+        "-".to_owned()
+    } else {
+        letters
+    }
 }
 
 fn role_name(role: Role) -> &'static str {
@@ -194,15 +235,38 @@ mod tests {
         let mut fold = Fold::default();
         for (i, name) in ["base", "top"].iter().enumerate() {
             let node = NodeId(u32::try_from(i).expect("small"));
-            fold.event(&Event::NodeAdded { node, name: (*name).into(), driver: "qcow2" });
+            fold.event(&Event::NodeAdded {
+                node,
+                name: (*name).into(),
+                driver: "qcow2",
+            });
         }
         let edge = EdgeId(0);
         let parent = Parent::Node(NodeId(1));
-        fold.event(&Event::EdgeSet { edge, parent, role: Role::COW, from: None, to: Some(NodeId(0)) });
-        fold.event(&Event::EdgePerms { edge, perm: Perm::CONSISTENT_READ, shared: Perm::CONSISTENT_READ });
+        fold.event(&Event::EdgeSet {
+            edge,
+            parent,
+            role: Role::COW,
+            from: None,
+            to: Some(NodeId(0)),
+        });
+        fold.event(&Event::EdgePerms {
+            edge,
+            perm: Perm::CONSISTENT_READ,
+            shared: Perm::CONSISTENT_READ,
+        });
         fold.event(&Event::Frozen { edge });
-        assert_eq!(fold.draw(), "top (qcow2)\n    backing  -> base  [r / r]  FROZEN\nbase (qcow2)\n");
-        fold.event(&Event::EdgeSet { edge, parent, role: Role::COW, from: Some(NodeId(0)), to: None });
+        assert_eq!(
+            fold.draw(),
+            "top (qcow2)\n    backing  -> base  [r / r]  FROZEN\nbase (qcow2)\n"
+        );
+        fold.event(&Event::EdgeSet {
+            edge,
+            parent,
+            role: Role::COW,
+            from: Some(NodeId(0)),
+            to: None,
+        });
         fold.event(&Event::NodeRemoved { node: NodeId(0) });
         assert_eq!(fold.draw(), "top (qcow2)\n");
         assert_eq!(fold.node_name(NodeId(0)), "base");

@@ -30,7 +30,8 @@ pub fn page(title: &str, scenario: &Scenario, records: &[Record], violation: Opt
     let lanes: Vec<String> = lanes(&lines);
     let rows: Vec<Row> = lines.iter().map(|line| row(line, &lanes, violation)).collect();
     let mut env = Environment::new();
-    env.add_template("page.html", include_str!("page.html")).expect("the template is well formed");
+    env.add_template("page.html", include_str!("page.html"))
+        .expect("the template is well formed");
     let page = env.get_template("page.html").expect("just added");
     page.render(context! {
         title,
@@ -60,7 +61,21 @@ fn lanes(lines: &[Line]) -> Vec<String> {
 }
 
 fn row(line: &Line, lanes: &[String], violation: Option<&Violation>) -> Row {
-    let cells = lanes.iter().map(|l| if *l == line.lane { line.text.clone() } else { String::new() }).collect();
+    let cells = lanes
+        .iter()
+        .map(|l| {
+            if *l == line.lane {
+                line.text.clone()
+            } else {
+                String::new()
+            }
+        })
+        .collect();
     let blamed = violation.is_some_and(|v| v.step.is_some() && v.step == line.step);
-    Row { at: line.at, cells, detail: line.detail, blamed }
+    Row {
+        at: line.at,
+        cells,
+        detail: line.detail,
+        blamed,
+    }
 }

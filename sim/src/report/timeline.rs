@@ -34,16 +34,34 @@ pub fn lines(scenario: &Scenario, records: &[Record]) -> Vec<Line> {
         match record {
             Record::Issued(step) => {
                 let text = describe_step(scenario, *step);
-                out.push(Line { at, lane: actor(scenario, *step), text, step: Some(*step), detail: false });
+                out.push(Line {
+                    at,
+                    lane: actor(scenario, *step),
+                    text,
+                    step: Some(*step),
+                    detail: false,
+                });
             }
             Record::Ended(step, outcome) => {
                 let text = format!("step {} {}", step.0, describe_outcome(outcome));
-                out.push(Line { at, lane: actor(scenario, *step), text, step: Some(*step), detail: false });
+                out.push(Line {
+                    at,
+                    lane: actor(scenario, *step),
+                    text,
+                    step: Some(*step),
+                    detail: false,
+                });
             }
             Record::Layer(event) => {
                 fold.event(event);
                 if let Some((lane, text, detail)) = describe_event(&fold, event) {
-                    out.push(Line { at, lane, text, step: None, detail });
+                    out.push(Line {
+                        at,
+                        lane,
+                        text,
+                        step: None,
+                        detail,
+                    });
                 }
             }
         }
@@ -56,7 +74,11 @@ pub fn lines(scenario: &Scenario, records: &[Record]) -> Vec<Line> {
 pub fn render(lines: &[Line], short: bool, keep: usize) -> String {
     use std::fmt::Write;
     let shown: Vec<&Line> = lines.iter().filter(|l| !(short && l.detail)).collect();
-    let skipped = if short { shown.len().saturating_sub(keep) } else { 0 };
+    let skipped = if short {
+        shown.len().saturating_sub(keep)
+    } else {
+        0
+    };
     let mut out = String::new();
     if skipped > 0 {
         let _ = writeln!(out, "   …     {skipped} earlier lines; replay --trace shows them");
@@ -68,11 +90,16 @@ pub fn render(lines: &[Line], short: bool, keep: usize) -> String {
 }
 
 fn actor(scenario: &Scenario, step: StepId) -> String {
-    scenario.steps.get(step.0 as usize).map_or_else(|| "teardown".to_owned(), |s| s.actor.clone())
+    scenario
+        .steps
+        .get(step.0 as usize)
+        .map_or_else(|| "teardown".to_owned(), |s| s.actor.clone())
 }
 
 fn describe_step(scenario: &Scenario, step: StepId) -> String {
-    let Some(s) = scenario.steps.get(step.0 as usize) else { return format!("step {} (teardown)", step.0) };
+    let Some(s) = scenario.steps.get(step.0 as usize) else {
+        return format!("step {} (teardown)", step.0);
+    };
     let left = if s.wait { "" } else { "  (left in flight)" };
     let what = crate::scenario::listing::action(s);
     format!("step {} {what}{left}", step.0)
@@ -81,7 +108,9 @@ fn describe_step(scenario: &Scenario, step: StepId) -> String {
 fn describe_outcome(outcome: &Outcome) -> String {
     let errno = |e: &i32| format!("failed: {}", blkcheck_impl::error::Errno(*e).text());
     match outcome {
-        Outcome::Command(Ok(value)) if value.as_object().is_some_and(serde_json::Map::is_empty) => "returned".to_owned(),
+        Outcome::Command(Ok(value)) if value.as_object().is_some_and(serde_json::Map::is_empty) => {
+            "returned".to_owned()
+        }
         Outcome::Command(Ok(value)) => format!("returned {value}"),
         Outcome::Command(Err(refusal)) => format!("refused: {}", refusal.desc),
         Outcome::Read(Ok(bytes)) => format!("read {} bytes", bytes.len()),
@@ -101,7 +130,12 @@ fn describe_event(fold: &Fold, event: &Event) -> Option<Described> {
     match event {
         Event::NodeAdded { name, driver, .. } => layer(format!("node {name} ({driver}) added"), true),
         Event::NodeRemoved { node } => layer(format!("node {} removed", fold.node_name(*node)), false),
-        Event::EdgeSet { parent, from: Some(from), to: Some(to), .. } => layer(
+        Event::EdgeSet {
+            parent,
+            from: Some(from),
+            to: Some(to),
+            ..
+        } => layer(
             format!(
                 "link of {} moved from {} to {}",
                 fold.parent_name(*parent),
@@ -110,12 +144,27 @@ fn describe_event(fold: &Fold, event: &Event) -> Option<Described> {
             ),
             false,
         ),
-        Event::EdgeSet { parent, from: Some(from), to: None, .. } => {
-            layer(format!("link {} -> {} removed", fold.parent_name(*parent), fold.node_name(*from)), true)
-        }
+        Event::EdgeSet {
+            parent,
+            from: Some(from),
+            to: None,
+            ..
+        } => layer(
+            format!(
+                "link {} -> {} removed",
+                fold.parent_name(*parent),
+                fold.node_name(*from)
+            ),
+            true,
+        ),
         Event::EdgeSet { edge, .. } => layer(format!("link {} made", fold.edge_name(*edge)), true),
         Event::EdgePerms { edge, perm, shared } => layer(
-            format!("{}: may {}, lets {}", fold.edge_name(*edge), super::fold::short(*perm), super::fold::short(*shared)),
+            format!(
+                "{}: may {}, lets {}",
+                fold.edge_name(*edge),
+                super::fold::short(*perm),
+                super::fold::short(*shared)
+            ),
             true,
         ),
         Event::Frozen { edge } => layer(format!("{} frozen", fold.edge_name(*edge)), false),
@@ -126,15 +175,28 @@ fn describe_event(fold: &Fold, event: &Event) -> Option<Described> {
         Event::BackendQueued { backend } => layer(format!("backend {} parks a request", backend.0), false),
         Event::BackendResumed { backend } => layer(format!("backend {} goes on with it", backend.0), true),
         Event::BackendBegin { .. } | Event::BackendEnd { .. } => None,
-        Event::JobStatus { id, to, from, .. } => {
-            Some((format!("job {id}"), format!("{from:?} -> {to:?}").to_lowercase(), false))
-        }
-        Event::JobPauseCount { job, count } => {
-            Some((format!("job {}", fold.job_name(*job)), format!("pause count {count}"), true))
-        }
-        Event::JobChunk { job, offset, bytes, copied } => {
+        Event::JobStatus { id, to, from, .. } => Some((
+            format!("job {id}"),
+            format!("{from:?} -> {to:?}").to_lowercase(),
+            false,
+        )),
+        Event::JobPauseCount { job, count } => Some((
+            format!("job {}", fold.job_name(*job)),
+            format!("pause count {count}"),
+            true,
+        )),
+        Event::JobChunk {
+            job,
+            offset,
+            bytes,
+            copied,
+        } => {
             let how = if *copied { "copied" } else { "skipped" };
-            Some((format!("job {}", fold.job_name(*job)), format!("{how} [{offset:#x}, +{bytes:#x})"), false))
+            Some((
+                format!("job {}", fold.job_name(*job)),
+                format!("{how} [{offset:#x}, +{bytes:#x})"),
+                false,
+            ))
         }
         Event::MainBegin { what } => layer(format!("{what}: has the main lock"), true),
         Event::MainEnd { what } => layer(format!("{what}: done"), true),
@@ -146,18 +208,59 @@ fn describe_event(fold: &Fold, event: &Event) -> Option<Described> {
 fn describe_request(fold: &Fold, event: &Event) -> Option<Described> {
     let id = |r: &RequestId| format!("r{}", r.0);
     let (text, detail) = match event {
-        Event::RequestBegin { request, node, kind, offset, bytes, flags, .. } => {
-            let flags = if flags.is_empty() { String::new() } else { format!("  {flags:?}") };
-            let place =
-                if *kind == ReqKind::Flush { String::new() } else { format!(" [{offset:#x}, +{bytes:#x})") };
-            (format!("{} {kind:?} on {}{place}{flags}", id(request), fold.node_name(*node)), true)
+        Event::RequestBegin {
+            request,
+            node,
+            kind,
+            offset,
+            bytes,
+            flags,
+            ..
+        } => {
+            let flags = if flags.is_empty() {
+                String::new()
+            } else {
+                format!("  {flags:?}")
+            };
+            let place = if *kind == ReqKind::Flush {
+                String::new()
+            } else {
+                format!(" [{offset:#x}, +{bytes:#x})")
+            };
+            (
+                format!(
+                    "{} {kind:?} on {}{place}{flags}",
+                    id(request),
+                    fold.node_name(*node)
+                ),
+                true,
+            )
         }
         Event::RequestWaits { request, on } => (format!("{} waits for {}", id(request), id(on)), false),
-        Event::RequestEnd { request, result: Ok(()), .. } => (format!("{} done", id(request)), true),
-        Event::RequestEnd { request, result: Err(e), .. } => (format!("{} failed: {e}", id(request)), false),
-        Event::CopyOnRead { node, offset, bytes, zero } => {
+        Event::RequestEnd {
+            request,
+            result: Ok(()),
+            ..
+        } => (format!("{} done", id(request)), true),
+        Event::RequestEnd {
+            request,
+            result: Err(e),
+            ..
+        } => (format!("{} failed: {e}", id(request)), false),
+        Event::CopyOnRead {
+            node,
+            offset,
+            bytes,
+            zero,
+        } => {
             let zero = if *zero { " as zeroes" } else { "" };
-            (format!("copy-on-read into {} [{offset:#x}, +{bytes:#x}){zero}", fold.node_name(*node)), false)
+            (
+                format!(
+                    "copy-on-read into {} [{offset:#x}, +{bytes:#x}){zero}",
+                    fold.node_name(*node)
+                ),
+                false,
+            )
         }
         _ => return None,
     };

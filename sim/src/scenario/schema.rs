@@ -192,4 +192,24 @@ mod tests {
             );
         }
     }
+
+    /// What the generator makes is a valid file, for the schema and for the parser, and comes back as it was.
+    #[test]
+    fn generated_scenarios_are_valid_files() {
+        use crate::generate::{Profile, Reach, generate};
+        let validator = jsonschema::validator_for(&schema()).expect("a schema");
+        for seed in 0..200 {
+            let scenario = generate(seed, Profile::Mixed, Reach::all());
+            let text = serde_json::to_string(&scenario).expect("JSON");
+            let value: Value = serde_json::from_str(&text).expect("JSON");
+            if let Err(error) = validator.validate(&value) {
+                panic!("seed {seed}: {} at {}", error, error.instance_path());
+            }
+            assert_eq!(
+                super::super::parse::parse("x", text.as_bytes()).as_ref(),
+                Ok(&scenario),
+                "seed {seed}"
+            );
+        }
+    }
 }

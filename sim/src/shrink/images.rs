@@ -23,14 +23,21 @@ fn drop_layers(search: &mut Search<'_>) {
 }
 
 fn without_layer(scenario: &Scenario, at: usize) -> Option<Scenario> {
-    let Action::Command { execute, arguments } = &scenario.steps[at].action else { return None };
-    let name = arguments.get("node-name").filter(|_| execute == "blockdev-add")?.clone();
+    let Action::Command { execute, arguments } = &scenario.steps[at].action else {
+        return None;
+    };
+    let name = arguments
+        .get("node-name")
+        .filter(|_| execute == "blockdev-add")?
+        .clone();
     let below = arguments.get("backing").cloned().unwrap_or(Value::Null);
     let mut candidate = scenario.clone();
     candidate.steps.remove(at);
     let mut used = false;
     for step in &mut candidate.steps {
-        let Action::Command { arguments, .. } = &mut step.action else { continue };
+        let Action::Command { arguments, .. } = &mut step.action else {
+            continue;
+        };
         if arguments.get("backing") == Some(&name) {
             arguments.insert("backing".to_owned(), below.clone());
             used = true;
@@ -91,7 +98,11 @@ fn shrink_sizes(search: &mut Search<'_>) {
     let halve = |candidate: &mut Scenario, which: Option<usize>| {
         for (i, image) in candidate.images.iter_mut().enumerate() {
             if which.is_none_or(|w| w == i) {
-                let unit = if image.format == Format::Qcow2 { 512 } else { u64::from(candidate.grain).max(512) };
+                let unit = if image.format == Format::Qcow2 {
+                    512
+                } else {
+                    u64::from(candidate.grain).max(512)
+                };
                 image.size = (image.size / 2).next_multiple_of(unit).max(unit);
                 let size = image.size;
                 image.fill.retain(|f| f.offset < size);

@@ -40,7 +40,10 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Limits {
-        Limits { executions: 20_000, schedules: 12 }
+        Limits {
+            executions: 20_000,
+            schedules: 12,
+        }
     }
 }
 
@@ -68,8 +71,17 @@ struct Size {
 
 fn size(scenario: &Scenario) -> Size {
     let ranges: u64 = scenario.steps.iter().map(steps::weight).sum();
-    let images: u64 = scenario.images.iter().map(|i| i.size + u64::from(i.cluster_size)).sum();
-    let fills: u64 = scenario.images.iter().flat_map(|i| &i.fill).map(|f| f.length + f.offset / 16).sum();
+    let images: u64 = scenario
+        .images
+        .iter()
+        .map(|i| i.size + u64::from(i.cluster_size))
+        .sum();
+    let fills: u64 = scenario
+        .images
+        .iter()
+        .flat_map(|i| &i.fill)
+        .map(|f| f.length + f.offset / 16)
+        .sum();
     let properties = u64::from(scenario.disk.alignment) + u64::from(scenario.disk.job_parallelism);
     Size {
         steps: scenario.steps.len(),
@@ -84,8 +96,20 @@ fn size(scenario: &Scenario) -> Size {
 /// Shrinks `scenario`, which fails `oracle` under its recorded choices.
 ///
 /// Returns `None` when it does not fail that way.
-pub fn shrink(scenario: &Scenario, oracle: OracleName, limits: Limits, run: &mut dyn Execute) -> Option<Shrunk> {
-    let mut search = Search { oracle, limits, run, executions: 0, best: scenario.clone(), violation: None };
+pub fn shrink(
+    scenario: &Scenario,
+    oracle: OracleName,
+    limits: Limits,
+    run: &mut dyn Execute,
+) -> Option<Shrunk> {
+    let mut search = Search {
+        oracle,
+        limits,
+        run,
+        executions: 0,
+        best: scenario.clone(),
+        violation: None,
+    };
     if !search.accept_first(scenario) {
         return None;
     }
@@ -102,7 +126,11 @@ pub fn shrink(scenario: &Scenario, oracle: OracleName, limits: Limits, run: &mut
     let violation = search.violation?;
     let mut scenario = search.best;
     scenario.expect = Some(oracle.as_str().to_owned());
-    Some(Shrunk { scenario, violation, executions: search.executions })
+    Some(Shrunk {
+        scenario,
+        violation,
+        executions: search.executions,
+    })
 }
 
 /// The state of one shrink.
@@ -135,7 +163,10 @@ impl Search<'_> {
     fn execute(&mut self, scenario: &Scenario, chooser: &mut dyn Chooser) -> Option<(Violation, Vec<u32>)> {
         self.executions += 1;
         let trial = self.run.execute(scenario, chooser);
-        trial.violation.filter(|v| v.oracle == self.oracle).map(|v| (v, trial.choices))
+        trial
+            .violation
+            .filter(|v| v.oracle == self.oracle)
+            .map(|v| (v, trial.choices))
     }
 
     /// Tries a candidate that differs in more than its choices; true when it became the best.
@@ -168,7 +199,9 @@ impl Search<'_> {
     }
 
     fn keep_if_smaller(&mut self, mut candidate: Scenario, found: Option<(Violation, Vec<u32>)>) -> bool {
-        let Some((violation, choices)) = found else { return false };
+        let Some((violation, choices)) = found else {
+            return false;
+        };
         candidate.choices = choices;
         if size(&candidate) >= size(&self.best) {
             return false;
@@ -180,7 +213,9 @@ impl Search<'_> {
 
     /// Nothing after the step that the verdict names is needed.
     fn truncate(&mut self) {
-        let Some(StepId(step)) = self.violation.as_ref().and_then(|v| v.step) else { return };
+        let Some(StepId(step)) = self.violation.as_ref().and_then(|v| v.step) else {
+            return;
+        };
         let keep = step as usize + 1;
         if keep < self.best.steps.len() {
             let mut candidate = self.best.clone();
@@ -203,7 +238,10 @@ mod tests {
         fn execute(&mut self, scenario: &Scenario, chooser: &mut dyn Chooser) -> Trial {
             let _ = chooser.choose(crate::choice::ChoiceKind::Next, 2);
             let op = |wanted: fn(&GuestOp) -> bool| {
-                scenario.steps.iter().position(|s| matches!(&s.action, Action::Guest { op, .. } if wanted(op)))
+                scenario
+                    .steps
+                    .iter()
+                    .position(|s| matches!(&s.action, Action::Guest { op, .. } if wanted(op)))
             };
             let write = op(|o| matches!(o, GuestOp::Write(_)));
             let discard = op(|o| matches!(o, GuestOp::Discard(_)));
@@ -216,7 +254,10 @@ mod tests {
                 }),
                 _ => None,
             };
-            Trial { violation, choices: Vec::new() }
+            Trial {
+                violation,
+                choices: Vec::new(),
+            }
         }
     }
 
@@ -225,9 +266,16 @@ mod tests {
         let mut tried = 0;
         for seed in 0..200 {
             let scenario = generate(seed, Profile::Mixed, Reach::all());
-            let Some(shrunk) = shrink(&scenario, OracleName::Data, Limits::default(), &mut Pretend) else { continue };
+            let Some(shrunk) = shrink(&scenario, OracleName::Data, Limits::default(), &mut Pretend) else {
+                continue;
+            };
             tried += 1;
-            assert_eq!(shrunk.scenario.steps.len(), 2, "seed {seed}: {:#?}", shrunk.scenario.steps);
+            assert_eq!(
+                shrunk.scenario.steps.len(),
+                2,
+                "seed {seed}: {:#?}",
+                shrunk.scenario.steps
+            );
             assert_eq!(shrunk.scenario.expect.as_deref(), Some("data"));
         }
         assert!(tried > 10, "only {tried} seeds had the shape");

@@ -87,23 +87,26 @@ fn drop_steps(search: &mut Search<'_>) {
 fn inline_children(search: &mut Search<'_>) {
     let mut at = 0;
     while at < search.best.steps.len() && !search.spent() {
-        if let Some(candidate) = inlined(&search.best, at) {
-            if search.offer(candidate) {
-                continue;
-            }
-        }
-        at += 1;
+        let moved = inlined(&search.best, at).is_some_and(|candidate| search.offer(candidate));
+        at += usize::from(!moved);
     }
 }
 
 /// The scenario with the blockdev-add at `at` moved into the one later blockdev-add that refers to it.
 fn inlined(scenario: &Scenario, at: usize) -> Option<Scenario> {
-    let Action::Command { execute, arguments } = &scenario.steps[at].action else { return None };
-    let name = arguments.get("node-name").filter(|_| execute == "blockdev-add")?.clone();
+    let Action::Command { execute, arguments } = &scenario.steps[at].action else {
+        return None;
+    };
+    let name = arguments
+        .get("node-name")
+        .filter(|_| execute == "blockdev-add")?
+        .clone();
     let mut candidate = scenario.clone();
     let node = Value::Object(arguments.clone());
     for step in &mut candidate.steps[at + 1..] {
-        let Action::Command { execute, arguments } = &mut step.action else { continue };
+        let Action::Command { execute, arguments } = &mut step.action else {
+            continue;
+        };
         if execute != "blockdev-add" {
             continue;
         }
@@ -122,12 +125,15 @@ fn replace_reference(arguments: &mut serde_json::Map<String, Value>, name: &Valu
                 *slot = node.clone();
                 return true;
             }
-            Some(Value::Object(inner)) => {
-                if replace_reference(inner, name, node) {
+            Some(slot) => {
+                if slot
+                    .as_object_mut()
+                    .is_some_and(|inner| replace_reference(inner, name, node))
+                {
                     return true;
                 }
             }
-            _ => {}
+            None => {}
         }
     }
     false
@@ -135,14 +141,37 @@ fn replace_reference(arguments: &mut serde_json::Map<String, Value>, name: &Valu
 
 /// Drops optional arguments.
 fn simplify_arguments(search: &mut Search<'_>) {
-    const NEEDED: [&str; 9] =
-        ["driver", "node-name", "file", "filename", "device", "job-id", "id", "type", "backing"];
+    const NEEDED: [&str; 9] = [
+        "driver",
+        "node-name",
+        "file",
+        "filename",
+        "device",
+        "job-id",
+        "id",
+        "type",
+        "backing",
+    ];
     for at in 0..search.best.steps.len() {
-        let Some(Step { action: Action::Command { arguments, .. }, .. }) = search.best.steps.get(at) else { continue };
-        let optional: Vec<String> = arguments.keys().filter(|k| !NEEDED.contains(&k.as_str())).cloned().collect();
+        let Some(Step {
+            action: Action::Command { arguments, .. },
+            ..
+        }) = search.best.steps.get(at)
+        else {
+            continue;
+        };
+        let optional: Vec<String> = arguments
+            .keys()
+            .filter(|k| !NEEDED.contains(&k.as_str()))
+            .cloned()
+            .collect();
         for key in optional {
             let mut candidate = search.best.clone();
-            if let Some(Step { action: Action::Command { arguments, .. }, .. }) = candidate.steps.get_mut(at) {
+            if let Some(Step {
+                action: Action::Command { arguments, .. },
+                ..
+            }) = candidate.steps.get_mut(at)
+            {
                 arguments.shift_remove(&key);
             }
             search.offer(candidate);
@@ -159,16 +188,30 @@ fn simplify_guests(search: &mut Search<'_>) {
             candidate.steps[at].wait = true;
             search.offer(candidate);
         }
-        loop {
-            let Action::Guest { op, .. } = &search.best.steps[at].action else { break };
+        while let Action::Guest { op, .. } = &search.best.steps[at].action {
             let Some(r) = range(op) else { break };
             let half = (r.length / 2) / grain * grain;
             let tries = [
-                Range { offset: r.offset, length: grain },
-                Range { offset: r.offset, length: half },
-                Range { offset: r.offset + half, length: r.length - half },
-                Range { offset: 0, length: r.length },
-                Range { offset: (r.offset / 2) / grain * grain, length: r.length },
+                Range {
+                    offset: r.offset,
+                    length: grain,
+                },
+                Range {
+                    offset: r.offset,
+                    length: half,
+                },
+                Range {
+                    offset: r.offset + half,
+                    length: r.length - half,
+                },
+                Range {
+                    offset: 0,
+                    length: r.length,
+                },
+                Range {
+                    offset: (r.offset / 2) / grain * grain,
+                    length: r.length,
+                },
             ];
             let better = tries.into_iter().filter(|t| *t != r && t.length > 0).any(|t| {
                 let mut candidate = search.best.clone();

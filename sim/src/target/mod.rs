@@ -1,0 +1,178 @@
+//! Targets: what a scenario runs on. One trait for the layer in simulation, the layer over real files and devices, and
+//! block layers of others.
+//!
+//! Rules: [`Target::issue`] starts an operation and returns; whatever the target does then happens inside
+//! [`Target::advance`], one thing at a time, in the order that the runner chooses. A target that cannot order something
+//! (a real disk) counts it as `external` and blocks in [`Move::External`] until something happened.
+//! What a target cannot do it says in its [`Capabilities`]; the generator stays within them.
+
+#[cfg(target_os = "linux")]
+pub mod loopdev;
+#[cfg(target_os = "linux")]
+pub mod real;
+pub mod simulated;
+
+use blkcheck_impl::Layer;
+
+use crate::choice::Key;
+use crate::history::{Record, StepId};
+use crate::oracle::Violation;
+use crate::panics::PanicReport;
+use crate::scenario::{Format, Scenario};
+
+#[cfg(target_os = "linux")]
+pub use real::RealTarget;
+pub use simulated::SimTarget;
+
+/// What a target can do.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Capabilities {
+    /// `drained-begin` and `drained-end` steps.
+    pub drain: bool,
+    /// Reports [`Record::Layer`] events.
+    pub events: bool,
+    /// The same choices give the same trace.
+    pub deterministic: bool,
+    /// Block status requests.
+    pub block_status: bool,
+    /// Direct I/O with `Disk::alignment`, and disks without cheap zeroes.
+    pub disk_options: bool,
+}
+
+/// How many things of each kind can happen next.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Alternatives {
+    /// Tasks that can go on, oldest first.
+    pub ready: u32,
+    /// Storage requests that can complete, oldest first.
+    pub storage: u32,
+    /// Somebody waits for time to pass.
+    pub timer: bool,
+    /// Things under way that the target cannot order.
+    pub external: bool,
+}
+
+/// One thing that happens.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Move {
+    /// This ready task goes on.
+    Ready(u32),
+    /// This storage request completes.
+    Storage(u32),
+    /// Time passes up to the next timer.
+    Timer,
+    /// Wait for something outside.
+    External,
+}
+
+/// Why a target cannot go on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Trouble {
+    /// The subject panicked.
+    Panicked(PanicReport),
+    /// Nothing can happen although something is unfinished.
+    Stuck(&'static str),
+    /// The environment is unusable.
+    Unusable(String),
+}
+
+/// Content of an open node.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NodeContent {
+    /// node-name.
+    pub name: String,
+    /// All bytes.
+    pub bytes: Vec<u8>,
+    /// Runs of (bytes, allocated in this node itself).
+    pub allocated: Vec<(u64, bool)>,
+}
+
+/// An image file after close.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ClosedFile {
+    /// File name.
+    pub name: String,
+    /// What it was created as.
+    pub format: Format,
+    /// Its bytes.
+    pub bytes: Vec<u8>,
+    /// Two writers had it open at once, so nobody answers for its content.
+    pub contested: bool,
+}
+
+/// What is left after close; all empty when nothing leaked.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Leftovers {
+    /// Tasks that did not end.
+    pub tasks: Vec<&'static str>,
+    /// Storage handles and requests.
+    pub storage: Vec<String>,
+    /// Nodes, edges and backends.
+    pub graph: Vec<String>,
+}
+
+/// What a scenario runs on.
+pub trait Target: std::fmt::Debug {
+    /// What it can do.
+    fn capabilities(&self) -> Capabilities;
+
+    /// The scenario as it has to be put for this target; `None`: as it is. Runner and oracles then see that one.
+    fn adapt(&self, _scenario: &Scenario) -> Option<Scenario> {
+        None
+    }
+
+    /// Forgets the last run, lays out the images, starts empty.
+    ///
+    /// # Errors
+    /// When the environment is unusable.
+    fn prepare(&mut self, scenario: &Scenario) -> Result<(), Trouble>;
+
+    /// Starts a step's operation. Its [`Record::Ended`] comes through [`Target::take_records`], now or later. Steps
+    /// that wait (`wait-job`, `settle`) are the runner's own and never come here.
+    fn issue(&mut self, scenario: &Scenario, step: StepId);
+
+    /// What can happen next.
+    fn alternatives(&mut self) -> Alternatives;
+
+    /// Identities of the ready tasks, then of the storage requests, in the order of [`Target::alternatives`].
+    fn keys(&self, into: &mut Vec<Key>);
+
+    /// Lets one thing happen.
+    ///
+    /// # Errors
+    /// A panic of the subject; the target then only takes [`Target::prepare`].
+    fn advance(&mut self, next: Move) -> Result<(), Trouble>;
+
+    /// Moves what happened since the last call to the end of `into`, in order.
+    fn take_records(&mut self, into: &mut Vec<Record>);
+
+    /// The layer, when it lives in this process.
+    fn layer(&self) -> Option<&Layer>;
+
+    /// Reads every node that somebody could read, in full.
+    ///
+    /// # Errors
+    /// When the subject panics or hangs over it.
+    fn contents(&mut self) -> Result<Vec<NodeContent>, Trouble>;
+
+    /// Shuts the subject down in an orderly way.
+    ///
+    /// # Errors
+    /// When the subject panics or hangs over it.
+    fn close(&mut self) -> Result<Leftovers, Trouble>;
+
+    /// The image files, after [`Target::close`].
+    fn closed_files(&mut self) -> Vec<ClosedFile>;
+
+    /// What judges outside of this program say of the images, after [`Target::closed_files`]. `sound`: names and guest
+    /// content, as the independent reader sees it, of those images that the subject answers for.
+    ///
+    /// # Errors
+    /// The verdict.
+    fn judge(&mut self, _sound: &[(&str, &[u8])]) -> Result<(), Violation> {
+        Ok(())
+    }
+
+    /// What the subject waits for, for people: tasks and requests.
+    fn describe(&self) -> Vec<String>;
+}
