@@ -324,6 +324,7 @@ fn the_verdict_and_the_exit_code_agree() {
 }
 
 /// Starts a campaign, waits until it is under way, sends one SIGINT.
+#[expect(clippy::disallowed_methods, reason = "how long a person waits is real time")]
 fn interrupted(dir: &Path) -> (Value, Duration, Option<i32>) {
     let mut child = Command::new(BLKCHECK)
         .current_dir(dir)

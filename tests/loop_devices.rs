@@ -2,6 +2,7 @@
 //! Needs root and the loop driver; without them each test says loudly that it was skipped, or fails when
 //! `BLKCHECK_REQUIRE_ALL=1`.
 #![cfg(target_os = "linux")]
+#![expect(clippy::disallowed_methods, reason = "waits for the kernel and for processes")]
 
 use std::fs;
 use std::io::{BufRead, BufReader};

@@ -136,10 +136,11 @@ fn modelled(image: &Image) -> (ModelLayer, Vec<u8>) {
     let mut layer = ModelLayer::new(ModelFormat::Qcow2(3), cluster, size);
     for (number, stored) in forms(image) {
         let start = usize::try_from(number).expect("small") * cluster;
-        for at in start..(start + cluster).min(size) {
-            layer.cells[at] = match stored {
+        let range = start..(start + cluster).min(size);
+        for (cell, &byte) in layer.cells[range.clone()].iter_mut().zip(&own[range]) {
+            *cell = match stored {
                 Stored::Zero | Stored::ZeroAllocated => Cell::Zero,
-                Stored::Data | Stored::Compressed => value(own[at]),
+                Stored::Data | Stored::Compressed => value(byte),
             };
         }
     }

@@ -57,6 +57,7 @@ fn loop_devices() {
 }
 
 /// Waits for what takes the kernel a moment.
+#[expect(clippy::disallowed_methods, reason = "how long the kernel takes is real time")]
 fn wait(what: &str, limit: Duration, mut done: impl FnMut() -> bool) {
     let deadline = Instant::now() + limit;
     while !done() {

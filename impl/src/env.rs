@@ -100,6 +100,10 @@ pub trait Storage: std::fmt::Debug {
 pub trait Env {
     /// Opens a storage object. The texts of errors are those of QEMU's drivers.
     fn open(&self, open: &OpenStorage<'_>) -> Result<Rc<dyn Storage>, QmpError>;
+    /// Whether a file name from an image header leads to a device, which needs another driver than a file.
+    fn is_device(&self, filename: &str) -> bool {
+        filename.starts_with("/dev/")
+    }
     /// Monotonic time.
     fn now(&self) -> Nanos;
     /// Completes at `deadline` or later. Dropping it forgets the timer.

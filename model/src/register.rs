@@ -638,7 +638,7 @@ mod tests {
         let read = disk.begin(Effect::Read, 0..2);
         let mut wrong = Vec::new();
         disk.observe(read, [Some(7), Some(8)].into_iter(), |v| {
-            wrong.push((v.grain, v.saw, v.allowed))
+            wrong.push((v.grain, v.saw, v.allowed));
         });
         assert_eq!(wrong, [(0, 7, vec![2]), (1, 8, vec![2])]);
     }

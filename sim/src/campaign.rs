@@ -23,6 +23,8 @@ use crate::shrink::{Limits, shrink};
 pub const RECHECK: u64 = 32;
 /// A mixed campaign of at least this many seeds must have met every mark.
 pub const MARKS_DUE: u64 = 20_000;
+/// The same for marks whose window is a single step.
+pub const RARE_MARKS_DUE: u64 = 2_000_000;
 /// Seeds a worker takes at a time.
 const BLOCK: u64 = 8;
 /// Findings kept with their evidence; the rest is counted.
@@ -240,7 +242,7 @@ impl Tally {
             trace_hash: self.trace_hash,
             coverage: coverage(&self.counts),
             unmet: if mixed {
-                crate::marks::unmet(&self.counts)
+                unmet(&self.counts, options, self.seeds)
             } else {
                 Vec::new()
             },
@@ -259,6 +261,13 @@ impl Tally {
             ..Summary::default()
         }
     }
+}
+
+/// Marks that this campaign owed and did not meet.
+fn unmet(counts: &Counts, options: &Options, seeds: u64) -> Vec<Mark> {
+    let faults = options.setup.faults != crate::cli::Faults::None;
+    let owed = |m: &Mark| (faults || !m.needs_faults()) && (seeds >= RARE_MARKS_DUE || !m.is_rare());
+    crate::marks::unmet(counts).into_iter().filter(owed).collect()
 }
 
 /// Situations by name, and `operation/state` pairs.

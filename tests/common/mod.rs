@@ -8,15 +8,15 @@ use blkcheck_sim::harness::{Harness, Replayed, Setup};
 use blkcheck_sim::scenario::{Scenario, parse};
 
 /// The command under test.
-pub const BLKCHECK: &str = env!("CARGO_BIN_EXE_blkcheck");
+pub(crate) const BLKCHECK: &str = env!("CARGO_BIN_EXE_blkcheck");
 
 /// The root of the repository.
-pub fn root() -> &'static Path {
+pub(crate) fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
 /// Says that a test did not run and why; fails when everything is required.
-pub fn skip(test: &str, reason: &str) {
+pub(crate) fn skip(test: &str, reason: &str) {
     assert_ne!(
         std::env::var("BLKCHECK_REQUIRE_ALL").as_deref(),
         Ok("1"),
@@ -26,7 +26,7 @@ pub fn skip(test: &str, reason: &str) {
 }
 
 /// The first line of `PROGRAM --version`; `None` where it is not installed.
-pub fn version(program: &str) -> Option<String> {
+pub(crate) fn version(program: &str) -> Option<String> {
     let output = Command::new(program).arg("--version").output().ok()?;
     String::from_utf8_lossy(&output.stdout)
         .lines()
@@ -35,7 +35,7 @@ pub fn version(program: &str) -> Option<String> {
 }
 
 /// Runs `blkcheck` in `dir`.
-pub fn blkcheck(dir: &Path, arguments: &[&str]) -> Output {
+pub(crate) fn blkcheck(dir: &Path, arguments: &[&str]) -> Output {
     Command::new(BLKCHECK)
         .current_dir(dir)
         .args(arguments)
@@ -43,29 +43,29 @@ pub fn blkcheck(dir: &Path, arguments: &[&str]) -> Output {
         .expect("the command starts")
 }
 
-pub fn stdout(output: &Output) -> String {
+pub(crate) fn stdout(output: &Output) -> String {
     String::from_utf8(output.stdout.clone()).expect("UTF-8")
 }
 
-pub fn stderr(output: &Output) -> String {
+pub(crate) fn stderr(output: &Output) -> String {
     String::from_utf8(output.stderr.clone()).expect("UTF-8")
 }
 
 /// Reads a scenario file of the repository.
-pub fn load(path: &Path) -> Scenario {
+pub(crate) fn load(path: &Path) -> Scenario {
     let text = std::fs::read(path).expect("the file is there");
     let name = path.strip_prefix(root()).unwrap_or(path).display().to_string();
     parse::parse(&name, &text).unwrap_or_else(|e| panic!("{e}"))
 }
 
 /// Replays a scenario on the simulated disk, every oracle watching.
-pub fn replay(scenario: &Scenario) -> Replayed {
+pub(crate) fn replay(scenario: &Scenario) -> Replayed {
     let mut harness = Harness::new(&Setup::default()).expect("memory is always there");
     harness.replay(scenario).expect("memory is always there")
 }
 
 /// The `.json` files of a directory of the repository, by name.
-pub fn scenario_files(dir: &str) -> Vec<PathBuf> {
+pub(crate) fn scenario_files(dir: &str) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(root().join(dir)).expect("the directory is there");
     let mut files: Vec<PathBuf> = entries
         .map(|e| e.expect("readable").path())
@@ -76,7 +76,7 @@ pub fn scenario_files(dir: &str) -> Vec<PathBuf> {
 }
 
 /// Compares a whole run with its reviewed snapshot in `tests/snapshots`.
-pub fn assert_snapshot(prefix: &str, path: &Path, run: &Replayed) {
+pub(crate) fn assert_snapshot(prefix: &str, path: &Path, run: &Replayed) {
     let stem = path.file_stem().expect("a file").to_string_lossy();
     insta::with_settings!({
         snapshot_path => root().join("tests/snapshots"),

@@ -13,7 +13,7 @@ use serde_json::{Map, Value};
 use crate::Layer;
 use crate::driver::{DriverFacts, OpenArgs};
 use crate::drivers;
-use crate::env::Fut;
+use crate::env::{Env, Fut};
 use crate::error::QmpError;
 use crate::graph::node::{DetectZeroes, Node};
 use crate::types::{NodeId, OpenFlags};
@@ -268,7 +268,7 @@ impl Layer {
             Some(value) => value,
             None => match node.driver().backing_header() {
                 None => return Ok(()),
-                Some((file, format)) => header_options(&overlay, &file, format.as_deref(), &here)
+                Some((file, format)) => header_options(self.env(), &overlay, &file, format.as_deref(), &here)
                     .map_err(|refusal| refusal.prefixed("Could not open backing file: "))?,
             },
         };
@@ -288,6 +288,7 @@ impl Layer {
 
 /// The definition of a backing node from an image header.
 fn header_options(
+    env: &dyn Env,
     overlay: &str,
     file: &str,
     format: Option<&str>,
@@ -311,7 +312,7 @@ fn header_options(
             "Image '{filename}' is in its own backing chain"
         )));
     }
-    let (protocol, filename) = split_protocol(&filename);
+    let (protocol, filename) = split_protocol(env, &filename);
     let mut definition = Map::new();
     definition.insert(
         "driver".into(),
@@ -328,7 +329,7 @@ fn header_options(
 }
 
 /// The protocol driver for a file name, and the name without its prefix.
-fn split_protocol(filename: &str) -> (&'static str, &str) {
+fn split_protocol<'a>(env: &dyn Env, filename: &'a str) -> (&'static str, &'a str) {
     for protocol in ["file", "host_device"] {
         if let Some(rest) = filename
             .strip_prefix(protocol)
@@ -338,7 +339,7 @@ fn split_protocol(filename: &str) -> (&'static str, &str) {
         }
     }
     (
-        if filename.starts_with("/dev/") {
+        if env.is_device(filename) {
             "host_device"
         } else {
             "file"
@@ -471,14 +472,16 @@ mod tests {
 
     #[test]
     fn protocols_by_prefix_or_place() {
-        assert_eq!(split_protocol("file:x"), ("file", "x"));
-        assert_eq!(split_protocol("host_device:/x"), ("host_device", "/x"));
-        assert_eq!(split_protocol("/dev/loop0"), ("host_device", "/dev/loop0"));
-        assert_eq!(split_protocol("filex"), ("file", "filex"));
+        let env = crate::memory::MemoryEnv::new();
+        assert_eq!(split_protocol(&env, "file:x"), ("file", "x"));
+        assert_eq!(split_protocol(&env, "host_device:/x"), ("host_device", "/x"));
+        assert_eq!(split_protocol(&env, "/dev/loop0"), ("host_device", "/dev/loop0"));
+        assert_eq!(split_protocol(&env, "filex"), ("file", "filex"));
     }
 
     #[test]
     fn a_chain_that_bites_its_tail_is_refused() {
+        let env = crate::memory::MemoryEnv::new();
         let top = Chain {
             filename: "/a",
             up: None,
@@ -489,7 +492,7 @@ mod tests {
             up: Some(&top),
             depth: 2,
         };
-        let refusal = header_options("/b", "/a", Some("raw"), &mid);
+        let refusal = header_options(&env, "/b", "/a", Some("raw"), &mid);
         // Without the raw driver the refusal is another one.
         if drivers::by_name("raw").is_some() {
             assert_eq!(

@@ -268,8 +268,7 @@ impl Layer {
     fn find_backing_image(&self, bs: NodeId, name: &str) -> Option<NodeId> {
         let mut at = self.skip_filters(bs);
         while let Some(below) = self.backing_chain_next(at) {
-            let direct = self.cow(at).expect("it has a chain below");
-            let exact = self.exact_filename(direct);
+            let exact = self.exact_filename(below);
             let found = if self.backing_overridden(at) {
                 exact.as_deref() == Some(name)
             } else {

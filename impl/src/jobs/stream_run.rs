@@ -140,7 +140,7 @@ impl Stream {
     ) -> u64 {
         let (offset, end) = range;
         let unit = (end - offset).min(if width == 1 { CHUNK } else { PARALLEL_CHUNK });
-        let (chunk, work) = match self.classify(layer, top, offset, unit, end).await {
+        let (chunk, work) = match window.beside(self.classify(layer, top, offset, unit, end)).await {
             Ok((work, bytes)) => (
                 Chunk {
                     offset,
@@ -166,7 +166,7 @@ impl Stream {
                 window.push_done(chunk, Ok(()));
                 if width > 1 {
                     // A long stretch of nothing must not keep the guests waiting.
-                    turn().await;
+                    window.beside(turn()).await;
                 }
             }
             Work::Copy => window.push(chunk, Box::pin(backend.prefetch(offset, chunk.bytes))),

@@ -5,7 +5,8 @@
 
 use std::collections::VecDeque;
 use std::future::poll_fn;
-use std::task::Poll;
+use std::pin::pin;
+use std::task::{Context, Poll};
 
 use crate::env::Fut;
 use crate::error::Errno;
@@ -65,13 +66,7 @@ impl<'a> Window<'a> {
             return None;
         }
         poll_fn(|cx| {
-            for (_, state) in &mut self.chunks {
-                if let State::Running(work) = state
-                    && let Poll::Ready(result) = work.as_mut().poll(cx)
-                {
-                    *state = State::Done(result);
-                }
-            }
+            self.advance(cx);
             if matches!(self.chunks[0].1, State::Done(_)) {
                 Poll::Ready(())
             } else {
@@ -83,6 +78,26 @@ impl<'a> Window<'a> {
             Some((chunk, State::Done(result))) => Some((chunk, result)),
             _ => unreachable!("the first chunk is done"),
         }
+    }
+
+    fn advance(&mut self, cx: &mut Context<'_>) {
+        for (_, state) in &mut self.chunks {
+            if let State::Running(work) = state
+                && let Poll::Ready(result) = work.as_mut().poll(cx)
+            {
+                *state = State::Done(result);
+            }
+        }
+    }
+
+    /// Runs something else to its end while the chunks in flight go on: they may hold what it waits for.
+    pub(crate) async fn beside<T>(&mut self, other: impl Future<Output = T>) -> T {
+        let mut other = pin!(other);
+        poll_fn(|cx| {
+            self.advance(cx);
+            other.as_mut().poll(cx)
+        })
+        .await
     }
 
     /// Waits for all, whatever comes of them.

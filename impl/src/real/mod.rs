@@ -195,6 +195,12 @@ impl Env for RealEnv {
         )?))
     }
 
+    fn is_device(&self, filename: &str) -> bool {
+        use std::os::unix::fs::FileTypeExt;
+        let found = std::fs::metadata(open::resolve(self.shared.options.root.as_deref(), filename));
+        found.is_ok_and(|m| m.file_type().is_block_device() || m.file_type().is_char_device())
+    }
+
     fn now(&self) -> Nanos {
         let nanos = self.shared.start.elapsed().as_nanos();
         Nanos::try_from(nanos).expect("a process lives less than five hundred years")

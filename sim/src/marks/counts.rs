@@ -230,6 +230,20 @@ impl Counts {
     }
 }
 
+impl Mark {
+    /// Whether it can only occur when storage fails, so that a campaign without faults does not owe it.
+    #[must_use]
+    pub fn needs_faults(self) -> bool {
+        matches!(self, Mark::JobError | Mark::JobStopsOnError)
+    }
+
+    /// Whether it is so rare that only a campaign of millions of seeds owes it: the window is a single step.
+    #[must_use]
+    pub fn is_rare(self) -> bool {
+        self == Mark::CancelAfterLastChunk
+    }
+}
+
 /// Marks that were never met.
 #[must_use]
 pub fn unmet(counts: &Counts) -> Vec<Mark> {

@@ -76,7 +76,7 @@ pub fn graphs(scenario: &Scenario, records: &[Record]) -> (Fold, Fold) {
     for record in records {
         match record {
             Record::Issued(step) if step.0 as usize >= setup && before.is_none() => {
-                before = Some(fold.clone())
+                before = Some(fold.clone());
             }
             Record::Ended(step, _) if (step.0 as usize) < scenario.steps.len() => {}
             Record::Layer(event) => {

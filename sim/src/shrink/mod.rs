@@ -2,7 +2,7 @@
 //!
 //! Workload, sizes and schedule shrink together: a candidate is tried with the recorded choices, with none, and with a
 //! few fresh random ones, because dropping a step moves every later choice. A candidate is kept only if the same
-//! oracle fires, and only if it is smaller ([`Size`]), so the search ends. It is bounded by a number of executions.
+//! oracle fires, and only if it is smaller (`Size`), so the search ends. It is bounded by a number of executions.
 //! Not promised: a global minimum.
 
 mod choices;

@@ -119,6 +119,7 @@ fn inlined(scenario: &Scenario, at: usize) -> Option<Scenario> {
 }
 
 fn replace_reference(arguments: &mut serde_json::Map<String, Value>, name: &Value, node: &Value) -> bool {
+    let mut found = false;
     for key in ["file", "backing"] {
         match arguments.get_mut(key) {
             Some(slot) if slot == name => {
@@ -126,17 +127,13 @@ fn replace_reference(arguments: &mut serde_json::Map<String, Value>, name: &Valu
                 return true;
             }
             Some(slot) => {
-                if slot
-                    .as_object_mut()
-                    .is_some_and(|inner| replace_reference(inner, name, node))
-                {
-                    return true;
-                }
+                let inner = slot.as_object_mut();
+                found |= inner.is_some_and(|inner| replace_reference(inner, name, node));
             }
             None => {}
         }
     }
-    false
+    found
 }
 
 /// Drops optional arguments.

@@ -9,6 +9,8 @@
 #[cfg(target_os = "linux")]
 pub mod loopdev;
 #[cfg(target_os = "linux")]
+mod ranges;
+#[cfg(target_os = "linux")]
 pub mod real;
 pub mod simulated;
 

@@ -12,6 +12,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::process::Command;
 use std::rc::Rc;
@@ -25,6 +26,7 @@ use blkcheck_impl::real::{RealEnv, RealOptions};
 use serde_json::{Map, Value};
 
 use super::loopdev::{LoopDevice, LoopError, Scratch, available, devices_over};
+use super::ranges::Ranges;
 use super::simulated::Outside;
 use super::{
     Alternatives, Capabilities, ClosedFile, Leftovers, Move, NodeContent, SimTarget, Target, Trouble,
@@ -60,6 +62,8 @@ struct Entry {
     writers: Rc<Cell<u32>>,
     /// Two writers at once have been seen.
     contested: Rc<Cell<bool>>,
+    /// Of all its handles together.
+    ranges: Ranges,
 }
 
 /// Counters shared by everything of one run.
@@ -130,6 +134,7 @@ struct World {
     entries: Rc<RefCell<Vec<Entry>>>,
     traffic: Rc<Traffic>,
     job_parallelism: usize,
+    medium: Medium,
 }
 
 impl Env for World {
@@ -156,6 +161,7 @@ impl Env for World {
             })?;
         let file = Handle {
             inner,
+            ranges: entry.ranges.clone(),
             writing: Cell::new(false),
             writers: Rc::clone(&entry.writers),
             contested: Rc::clone(&entry.contested),
@@ -164,6 +170,10 @@ impl Env for World {
         };
         file.count_writer(open.writable);
         Ok(Rc::new(file))
+    }
+
+    fn is_device(&self, filename: &str) -> bool {
+        self.medium == Medium::Loop && self.entries.borrow().iter().any(|e| e.name == filename)
     }
 
     fn now(&self) -> Nanos {
@@ -186,6 +196,7 @@ impl Env for World {
 /// An open image that counts what is under way.
 struct Handle {
     inner: Rc<dyn Storage>,
+    ranges: Ranges,
     writing: Cell<bool>,
     writers: Rc<Cell<u32>>,
     contested: Rc<Cell<bool>>,
@@ -211,8 +222,9 @@ impl Handle {
         }
     }
 
-    fn counted<'a, T: 'a>(&'a self, request: Fut<'a, T>) -> Fut<'a, T> {
+    fn counted<'a, T: 'a>(&'a self, bytes: Range<u64>, write: bool, request: Fut<'a, T>) -> Fut<'a, T> {
         Box::pin(async move {
+            let _in_use = self.ranges.take(bytes, write).await;
             let _under_way = Counted::new(&self.traffic, |t| &t.pending);
             request.await
         })
@@ -227,22 +239,34 @@ impl Drop for Handle {
 
 impl Storage for Handle {
     fn read<'a>(&'a self, offset: u64, buf: &'a mut [u8]) -> Fut<'a, Result<usize, Errno>> {
-        self.counted(self.inner.read(offset, buf))
+        self.counted(
+            offset..offset + buf.len() as u64,
+            false,
+            self.inner.read(offset, buf),
+        )
     }
     fn write<'a>(&'a self, offset: u64, buf: &'a [u8]) -> Fut<'a, Result<(), Errno>> {
-        self.counted(self.inner.write(offset, buf))
+        self.counted(
+            offset..offset + buf.len() as u64,
+            true,
+            self.inner.write(offset, buf),
+        )
     }
     fn flush(&self) -> Fut<'_, Result<(), Errno>> {
-        self.counted(self.inner.flush())
+        self.counted(0..0, false, self.inner.flush())
     }
     fn write_zeroes(&self, offset: u64, bytes: u64, may_unmap: bool) -> Fut<'_, Result<(), Errno>> {
-        self.counted(self.inner.write_zeroes(offset, bytes, may_unmap))
+        self.counted(
+            offset..offset + bytes,
+            true,
+            self.inner.write_zeroes(offset, bytes, may_unmap),
+        )
     }
     fn discard(&self, offset: u64, bytes: u64) -> Fut<'_, Result<(), Errno>> {
-        self.counted(self.inner.discard(offset, bytes))
+        self.counted(offset..offset + bytes, true, self.inner.discard(offset, bytes))
     }
     fn truncate(&self, length: u64) -> Fut<'_, Result<(), Errno>> {
-        self.counted(self.inner.truncate(length))
+        self.counted(0..u64::MAX, true, self.inner.truncate(length))
     }
     fn length(&self) -> Result<u64, Errno> {
         self.inner.length()
@@ -265,11 +289,18 @@ impl Storage for Handle {
         offset: u64,
         bytes: u64,
     ) -> Fut<'a, Result<(), Errno>> {
-        let source = source
-            .as_any()
-            .downcast_ref::<Handle>()
-            .map_or(source, |handle| &*handle.inner);
-        self.counted(self.inner.copy_from(source, source_offset, offset, bytes))
+        Box::pin(async move {
+            let source = source.as_any().downcast_ref::<Handle>().ok_or(Errno::ENOTSUP)?;
+            let (from, to) = (source_offset..source_offset + bytes, offset..offset + bytes);
+            // Source first, always: a source is below its target, so no two copies wait for each other.
+            let _read = source.ranges.take(from, false).await;
+            self.counted(
+                to,
+                true,
+                self.inner.copy_from(&*source.inner, source_offset, offset, bytes),
+            )
+            .await
+        })
     }
     fn as_any(&self) -> &dyn std::any::Any {
         self
@@ -350,6 +381,7 @@ impl RealTarget {
             path,
             writers,
             contested,
+            ranges: Ranges::default(),
         })
     }
 
@@ -430,6 +462,7 @@ impl Target for RealTarget {
 
     fn prepare(&mut self, scenario: &Scenario) -> Result<(), Trouble> {
         // The old layer goes first: it has the old files open. So does what it left in flight.
+        let medium = self.medium;
         let world = |real: &RealEnv, entries, traffic| {
             let real = real.clone();
             let job_parallelism = scenario.disk.job_parallelism as usize;
@@ -441,6 +474,7 @@ impl Target for RealTarget {
                     entries,
                     traffic,
                     job_parallelism,
+                    medium,
                 })
             }
         };
