@@ -25,7 +25,7 @@ use crate::image::build;
 use crate::scenario::{Action, Format, GuestOp, Image, Range, Scenario};
 use crate::stamp::{Content, Source};
 
-use grains::{collect, content_text, explain, history, seen, texts, zeroes};
+use grains::{collect, content_text, explain, history, seen, texts};
 
 const SECTOR: u64 = 512;
 
@@ -78,6 +78,8 @@ struct Open {
     first: usize,
     last: usize,
     start: u64,
+    /// A status query: its length, and whether "no layer decides" promises zeroes.
+    status: Option<(u64, bool)>,
 }
 
 /// What a grain was seen to hold.

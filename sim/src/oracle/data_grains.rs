@@ -3,7 +3,6 @@
 use blkcheck_model::register::{Value, Violation as Unexplained};
 
 use super::{Disk, Open, SECTOR, Seen, View, index, value_of, value_text};
-use crate::history::StatusRun;
 use crate::scenario::Scenario;
 use crate::stamp::{self, Content};
 
@@ -87,20 +86,6 @@ pub(super) fn torn_between_writes(disk: &Disk, piece: &[u8], at: u64, grain: usi
             Content::Misplaced(..) | Content::Torn => false,
         })
         && disk.log.iter().any(|l| l.covers(grain))
-}
-
-/// A block-status answer as values: 0 where it says ZERO, nothing elsewhere.
-pub(super) fn zeroes(runs: &[StatusRun], open: &Open, grain: u64, values: &mut Vec<Option<Value>>) {
-    const ZERO: u8 = 2;
-    values.resize(open.last - open.first, None);
-    let mut at = 0;
-    for run in runs {
-        if run.flags & ZERO != 0 {
-            let to = index((at + run.bytes).div_ceil(grain)).min(values.len());
-            values[index(at / grain).min(to)..to].fill(Some(0));
-        }
-        at += run.bytes;
-    }
 }
 
 pub(super) fn content_text(scenario: &Scenario, content: Content) -> String {

@@ -1,0 +1,86 @@
+//! Block status tells the truth, as far as a guest can ask: about the whole chain below an export.
+//!
+//! The answers make progress, cover the range and nothing more, never contradict themselves; ZERO only where zeroes may
+//! be read ([`super::data`] asks its registers). Where no layer is said to decide, zeroes must be read as well; this is
+//! left out under `raw` over a format, behind which a walk stops (io.md 3.3).
+//! Unchecked: the status of a single layer (no guest can ask; one that only errs there is not seen), OFFSET_VALID and
+//! the place it names, depth, COMPRESSED; allocation of each layer is `bottom`'s.
+
+use blkcheck_model::register::Value;
+
+use super::liveness::step_text;
+use super::{OracleName, Violation, violation};
+use crate::history::{StatusRun, StepId};
+use crate::scenario::Scenario;
+
+const DATA: u8 = 0x01;
+const ZERO: u8 = 0x02;
+const ALLOCATED: u8 = 0x10;
+
+/// The shape of an answer for a range of `length` bytes.
+pub(super) fn shape(scenario: &Scenario, step: StepId, length: u64, runs: &[StatusRun]) -> Result<(), Violation> {
+    let wrong = |what: String| {
+        let message = format!("{}: {what}", step_text(scenario, step));
+        let evidence = runs.iter().map(|r| format!("{:#x} bytes: flags {:#04x}, depth {}", r.bytes, r.flags, r.depth));
+        Err(violation(OracleName::Status, Some(step), message, evidence.collect()))
+    };
+    if runs.iter().any(|r| r.bytes == 0) {
+        return wrong("block status makes no progress".to_owned());
+    }
+    let covered: u64 = runs.iter().map(|r| r.bytes).sum();
+    if covered != length {
+        return wrong(format!("block status covers {covered:#x} bytes of {length:#x}"));
+    }
+    if runs.iter().any(|r| r.flags & DATA != 0 && r.flags & ALLOCATED == 0) {
+        return wrong("block status says DATA, but that no layer decides".to_owned());
+    }
+    Ok(())
+}
+
+/// An answer as values, one per grain: 0 where it promises zeroes, nothing elsewhere. `trusted`: an answer that no layer
+/// decides is such a promise.
+pub(super) fn zeroes(runs: &[StatusRun], grain: u64, trusted: bool, values: &mut [Option<Value>]) {
+    let index = |v: u64| usize::try_from(v).expect("small disks");
+    let mut at = 0;
+    for run in runs {
+        if run.flags & ZERO != 0 || trusted && run.flags & ALLOCATED == 0 {
+            let to = index((at + run.bytes).div_ceil(grain)).min(values.len());
+            values[index(at / grain).min(to)..to].fill(Some(0));
+        }
+        at += run.bytes;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::scenario_of;
+    use super::*;
+
+    fn run(flags: u8, bytes: u64) -> StatusRun {
+        StatusRun { flags, bytes, depth: 1 }
+    }
+
+    #[test]
+    fn answers_cover_their_range_and_do_not_contradict_themselves() {
+        let scenario =
+            scenario_of(r#"{"version":1,"grain":64,"images":[],"steps":[{"actor":"g","execute":"query-jobs"}]}"#);
+        let shape = |runs: &[StatusRun]| shape(&scenario, StepId(0), 1024, runs);
+        assert_eq!(shape(&[run(DATA | ALLOCATED, 512), run(ZERO, 512)]), Ok(()));
+        let text = |runs: &[StatusRun]| shape(runs).expect_err("wrong").message;
+        assert!(text(&[run(DATA | ALLOCATED, 512)]).contains("covers 0x200 bytes of 0x400"));
+        assert!(text(&[run(ZERO, 2048)]).contains("covers 0x800"));
+        assert!(text(&[run(ZERO, 1024), run(ZERO, 0)]).contains("no progress"));
+        assert!(text(&[run(DATA, 1024)]).contains("no layer decides"));
+    }
+
+    #[test]
+    fn promises_of_zeroes() {
+        let promised = |trusted| {
+            let mut values = [None; 4];
+            zeroes(&[run(DATA | ALLOCATED, 64), run(0, 96), run(ZERO, 96)], 64, trusted, &mut values);
+            values
+        };
+        assert_eq!(promised(false), [None, None, Some(0), Some(0)], "a grain that is partly promised counts");
+        assert_eq!(promised(true), [None, Some(0), Some(0), Some(0)]);
+    }
+}
