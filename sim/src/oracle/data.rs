@@ -18,7 +18,7 @@ use blkcheck_model::layer::Format as LayerFormat;
 use blkcheck_model::register::{Effect, OpId, Registers, Value, Violation as Unexplained};
 use blkcheck_model::{Driver, NodeId, World};
 
-use super::{FinalContent, OracleName, View, Violation, violation};
+use super::{FinalContent, OracleName, View, Violation, status, violation};
 use crate::follow::Follower;
 use crate::history::{Outcome, StepId};
 use crate::image::build;
@@ -317,14 +317,14 @@ impl Data {
         follower: &Follower,
         step: StepId,
         export: &str,
-        op: &GuestOp,
+        request: &GuestOp,
     ) {
         let node = follower.export_node(export);
         let disk = match node {
             Some(node) => {
                 let disk = Self::disk_of(view.scenario, &follower.world, node);
                 if disk.is_none() {
-                    self.written_below(view.scenario, &follower.world, node, op);
+                    self.written_below(view.scenario, &follower.world, node, request);
                 }
                 disk
             }
@@ -335,7 +335,7 @@ impl Data {
                 .find(|(name, _)| name == export)
                 .map(|(_, d)| *d),
         };
-        let (effect, value, what, range) = match *op {
+        let (effect, value, what, range) = match *request {
             GuestOp::Read(range) | GuestOp::BlockStatus(range) => (Effect::Read, 0, "read", range),
             GuestOp::Write(range) | GuestOp::WriteFua(range) => {
                 let value = value_of(Source::Step(step));
@@ -388,6 +388,12 @@ impl Data {
             first,
             last,
             start,
+            status: matches!(request, GuestOp::BlockStatus(_)).then(|| {
+                (
+                    length,
+                    node.is_some_and(|node| walks_to_the_end(&follower.world, node)),
+                )
+            }),
         });
         if logged.is_some() {
             self.loosen(disk, first, last);
@@ -456,7 +462,12 @@ impl Data {
                 let disk = &*disk;
                 wrong = collect(bytes, offset, disk, grain, &mut self.values, &open, view);
             }
-            Outcome::Status(Ok(runs)) => zeroes(runs, &open, grain, &mut self.values),
+            Outcome::Status(Ok(runs)) => {
+                let (length, trusted) = open.status.expect("a status query");
+                status::shape(view.scenario, step, length, runs)?;
+                self.values.resize(open.last - open.first, None);
+                status::zeroes(runs, (offset, grain), trusted, &disk.cuts, &mut self.values);
+            }
             _ => {}
         }
         // A failed read says nothing; nor does a grain that was not returned.
@@ -563,6 +574,7 @@ impl Data {
             first,
             last,
             start: view.now,
+            status: None,
         };
         self.values.clear();
         let wrong = collect(content.bytes, 0, d, grain, &mut self.values, &open, view);
@@ -667,6 +679,22 @@ pub(crate) fn allocation(image: &Image, grain: u64, grains: usize) -> Vec<bool> 
         }
     }
     own
+}
+
+/// Whether a block-status walk from this node meets every layer: `raw` over a format hides what is below.
+fn walks_to_the_end(world: &World, node: NodeId) -> bool {
+    let graph = &world.graph;
+    match graph.node(node).driver {
+        Driver::CopyOnRead => graph
+            .filter_child(node)
+            .is_some_and(|n| walks_to_the_end(world, n)),
+        Driver::Raw => graph
+            .primary_child(node)
+            .is_some_and(|n| graph.node(n).driver.is_protocol()),
+        Driver::Qcow2 => graph.cow_child(node).is_none_or(|n| walks_to_the_end(world, n)),
+        Driver::File | Driver::HostDevice => true,
+        Driver::NullCo => false,
+    }
 }
 
 /// The guest request of a step.

@@ -15,6 +15,7 @@ mod mirror;
 mod modelled;
 mod permissions;
 mod refusals;
+mod status;
 
 pub use drain::Drain;
 pub use frozen::Frozen;

@@ -18,11 +18,23 @@ const ZERO: u8 = 0x02;
 const ALLOCATED: u8 = 0x10;
 
 /// The shape of an answer for a range of `length` bytes.
-pub(super) fn shape(scenario: &Scenario, step: StepId, length: u64, runs: &[StatusRun]) -> Result<(), Violation> {
+pub(super) fn shape(
+    scenario: &Scenario,
+    step: StepId,
+    length: u64,
+    runs: &[StatusRun],
+) -> Result<(), Violation> {
     let wrong = |what: String| {
         let message = format!("{}: {what}", step_text(scenario, step));
-        let evidence = runs.iter().map(|r| format!("{:#x} bytes: flags {:#04x}, depth {}", r.bytes, r.flags, r.depth));
-        Err(violation(OracleName::Status, Some(step), message, evidence.collect()))
+        let evidence = runs
+            .iter()
+            .map(|r| format!("{:#x} bytes: flags {:#04x}, depth {}", r.bytes, r.flags, r.depth));
+        Err(violation(
+            OracleName::Status,
+            Some(step),
+            message,
+            evidence.collect(),
+        ))
     };
     if runs.iter().any(|r| r.bytes == 0) {
         return wrong("block status makes no progress".to_owned());
@@ -31,23 +43,41 @@ pub(super) fn shape(scenario: &Scenario, step: StepId, length: u64, runs: &[Stat
     if covered != length {
         return wrong(format!("block status covers {covered:#x} bytes of {length:#x}"));
     }
-    if runs.iter().any(|r| r.flags & DATA != 0 && r.flags & ALLOCATED == 0) {
+    if runs
+        .iter()
+        .any(|r| r.flags & DATA != 0 && r.flags & ALLOCATED == 0)
+    {
         return wrong("block status says DATA, but that no layer decides".to_owned());
     }
     Ok(())
 }
 
-/// An answer as values, one per grain: 0 where it promises zeroes, nothing elsewhere. `trusted`: an answer that no layer
-/// decides is such a promise.
-pub(super) fn zeroes(runs: &[StatusRun], grain: u64, trusted: bool, values: &mut [Option<Value>]) {
+/// An answer as values, one per grain from `offset`: 0 where it promises zeroes, nothing elsewhere. `trusted`: an answer
+/// that no layer decides is such a promise. A grain in which content ends (`cuts`) is promised only as a whole: zeroes
+/// may follow data there.
+pub(super) fn zeroes(
+    runs: &[StatusRun],
+    (offset, grain): (u64, u64),
+    trusted: bool,
+    cuts: &[u64],
+    values: &mut [Option<Value>],
+) {
     let index = |v: u64| usize::try_from(v).expect("small disks");
-    let mut at = 0;
+    let mut at = offset;
     for run in runs {
+        let end = at + run.bytes;
         if run.flags & ZERO != 0 || trusted && run.flags & ALLOCATED == 0 {
-            let to = index((at + run.bytes).div_ceil(grain)).min(values.len());
-            values[index(at / grain).min(to)..to].fill(Some(0));
+            for start in (at / grain * grain..end).step_by(index(grain)) {
+                let whole = at <= start && start + grain <= end;
+                let cut = cuts.iter().any(|c| (start..start + grain).contains(c));
+                if let Some(value) = values.get_mut(index((start - offset) / grain))
+                    && (whole || !cut)
+                {
+                    *value = Some(0);
+                }
+            }
         }
-        at += run.bytes;
+        at = end;
     }
 }
 
@@ -57,13 +87,18 @@ mod tests {
     use super::*;
 
     fn run(flags: u8, bytes: u64) -> StatusRun {
-        StatusRun { flags, bytes, depth: 1 }
+        StatusRun {
+            flags,
+            bytes,
+            depth: 1,
+        }
     }
 
     #[test]
     fn answers_cover_their_range_and_do_not_contradict_themselves() {
-        let scenario =
-            scenario_of(r#"{"version":1,"grain":64,"images":[],"steps":[{"actor":"g","execute":"query-jobs"}]}"#);
+        let scenario = scenario_of(
+            r#"{"version":1,"grain":64,"images":[],"steps":[{"actor":"g","execute":"query-jobs"}]}"#,
+        );
         let shape = |runs: &[StatusRun]| shape(&scenario, StepId(0), 1024, runs);
         assert_eq!(shape(&[run(DATA | ALLOCATED, 512), run(ZERO, 512)]), Ok(()));
         let text = |runs: &[StatusRun]| shape(runs).expect_err("wrong").message;
@@ -75,12 +110,22 @@ mod tests {
 
     #[test]
     fn promises_of_zeroes() {
-        let promised = |trusted| {
+        let promised = |trusted, cuts: &[u64]| {
             let mut values = [None; 4];
-            zeroes(&[run(DATA | ALLOCATED, 64), run(0, 96), run(ZERO, 96)], 64, trusted, &mut values);
+            let runs = [run(DATA | ALLOCATED, 64), run(0, 96), run(ZERO, 96)];
+            zeroes(&runs, (640, 64), trusted, cuts, &mut values);
             values
         };
-        assert_eq!(promised(false), [None, None, Some(0), Some(0)], "a grain that is partly promised counts");
-        assert_eq!(promised(true), [None, Some(0), Some(0), Some(0)]);
+        assert_eq!(
+            promised(false, &[]),
+            [None, None, Some(0), Some(0)],
+            "a grain that is partly promised counts"
+        );
+        assert_eq!(promised(true, &[]), [None, Some(0), Some(0), Some(0)]);
+        assert_eq!(
+            promised(false, &[800]),
+            [None, None, None, Some(0)],
+            "data may end where the zeroes begin"
+        );
     }
 }
