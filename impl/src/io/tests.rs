@@ -248,6 +248,12 @@ fn read_only_refuses_and_counts() {
     let perm = Perm::CONSISTENT_READ;
     let guest = Backend::new(&bench.layer, node.id, None, perm, Perm::all(), true).expect("reads only");
     assert_eq!(bench.run(guest.write(0, &[1; 512], NONE)), Err(Errno::EPERM));
+    assert_eq!(node.io.write_gen.get(), 0, "a backend that may not write is refused at the door");
+    let edge = guest.root_edge().expect("attached");
+    assert_eq!(
+        bench.run(bench.layer.write(edge, 0, &[1; 512], NONE)),
+        Err(Errno::EPERM)
+    );
     assert_eq!(node.io.write_gen.get(), 1, "finish runs for refused writes too");
     assert_eq!(bench.run(guest.flush()), Ok(()));
 }
@@ -266,7 +272,8 @@ fn writing_without_permission_is_our_bug() {
         true,
     )
     .expect("reads");
-    let _ = bench.run(guest.write(0, &[1; 512], NONE));
+    let edge = guest.root_edge().expect("attached");
+    let _ = bench.run(bench.layer.write(edge, 0, &[1; 512], NONE));
 }
 
 #[test]
