@@ -2,10 +2,13 @@
 //!
 //! A data request that looked a cluster up enters the current epoch until it is done. A freed cluster is tagged
 //! with the epoch of its removal; it may be reused once every epoch up to that one is empty. So a read (or an
-//! in-place write) that races with a discard never meets the cluster's next owner.
+//! in-place write) that races with a discard never meets the cluster's next owner. A cluster that became zero and
+//! kept its place waits likewise before it takes data again.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
+
+use super::lock::Gate;
 
 #[derive(Debug)]
 struct State {
@@ -19,6 +22,8 @@ struct State {
 #[derive(Debug)]
 pub(super) struct Epochs {
     state: RefCell<State>,
+    /// Opens whenever an epoch is over.
+    over: Gate,
 }
 
 impl Default for Epochs {
@@ -28,6 +33,7 @@ impl Default for Epochs {
                 base: 0,
                 counts: VecDeque::from([0]),
             }),
+            over: Gate::default(),
         }
     }
 }
@@ -64,6 +70,17 @@ impl Epochs {
     pub(super) fn is_over(&self, tag: u64) -> bool {
         tag < self.state.borrow().base
     }
+
+    /// Waits until no request of epoch `tag` or before is in flight.
+    pub(super) async fn wait_over(&self, tag: u64) {
+        loop {
+            let over = self.over.wait();
+            if self.is_over(tag) {
+                return;
+            }
+            over.await;
+        }
+    }
 }
 
 /// A data request in flight.
@@ -77,11 +94,17 @@ impl Drop for EpochGuard<'_> {
     #[inline]
     fn drop(&mut self) {
         let mut state = self.epochs.state.borrow_mut();
-        let index = usize::try_from(self.epoch - state.base).expect("epoch of a guard is kept");
+        let before = state.base;
+        let index = usize::try_from(self.epoch - before).expect("epoch of a guard is kept");
         state.counts[index] -= 1;
         while state.counts.len() > 1 && state.counts[0] == 0 {
             state.counts.pop_front();
             state.base += 1;
+        }
+        let ended = state.base > before;
+        drop(state);
+        if ended {
+            self.epochs.over.open();
         }
     }
 }

@@ -97,6 +97,8 @@ pub(super) struct Meta {
     /// Guest clusters being allocated: (id, first, end).
     pub in_flight: Vec<(u64, u64, u64)>,
     pub next_allocation: u64,
+    /// Epoch in which a data cluster last became a zero cluster and kept its place in the file.
+    pub kept_zero: Option<u64>,
     /// For copies of dirty ranges on their way out.
     pub scratch: Vec<u8>,
 }

@@ -81,6 +81,7 @@ pub(super) async fn open(cx: &Cx, args: OpenArgs<'_>) -> Result<Rc<dyn Driver>, 
         durable: Vec::new(),
         in_flight: Vec::new(),
         next_allocation: 0,
+        kept_zero: None,
         scratch: Vec::new(),
         header,
     };

@@ -127,6 +127,9 @@ impl Qcow2 {
     }
 
     async fn write_allocated(&self, cx: &Cx, allocation: &Allocation, buf: &[u8]) -> Result<usize, Errno> {
+        if allocation.reused {
+            self.leave_to_readers().await;
+        }
         let written = self.write_data(cx, allocation, buf).await;
         let _guard = self.lock.lock().await;
         let result = match written {
@@ -139,6 +142,15 @@ impl Qcow2 {
         self.meta.borrow_mut().in_flight.retain(|f| f.0 != allocation.id);
         self.settled.open();
         result.map(|()| buf.len())
+    }
+
+    /// A zero cluster that kept its place may still be read by who looked it up when it held data. Who sees our data
+    /// there before it is linked would see it vanish again: the next read finds the zero cluster.
+    async fn leave_to_readers(&self) {
+        let kept_zero = self.meta.borrow().kept_zero;
+        if let Some(tag) = kept_zero {
+            self.epochs.wait_over(tag).await;
+        }
     }
 
     /// Finds the run that starts at `guest` and allocates for it. Caller holds the image lock; no allocation in

@@ -176,7 +176,10 @@ impl Qcow2 {
             }
             self.check_reserved(cx, old, guest)?;
             self.meta.borrow_mut().l2.set_entry(slot, base + i, new.0);
-            if new.kind() != Kind::ZeroAlloc {
+            if new.kind() == Kind::ZeroAlloc {
+                let tag = self.epochs.retire();
+                self.meta.borrow_mut().kept_zero = Some(tag);
+            } else {
                 let why = if change == Change::Forget {
                     FreeKind::Other
                 } else {
