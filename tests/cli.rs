@@ -50,6 +50,16 @@ fn unusable(arguments: &[&str], says: &[&str]) {
 
 #[test]
 fn requests_that_make_no_sense() {
+    for faults in ["crash", "all"] {
+        unusable(
+            &["run", "--seeds", "0..1", "--faults", faults],
+            &["power loss is not built yet", "--faults errors"],
+        );
+    }
+    unusable(
+        &["run", "--seeds", "0..1", "--faults", "errors", "--on", "file"],
+        &["only the simulated disk fails on demand"],
+    );
     unusable(&["run", "--seeds", "5..5"], &["expected A..B with A < B", "5..5"]);
     unusable(&["run", "--seeds", "9..3"], &["expected A..B with A < B"]);
     unusable(&["run", "--seeds", "many"], &["expected A..B with A < B", "many"]);

@@ -170,12 +170,12 @@ pub fn check_verb(id: &str, status: JobStatus, verb: Verb) -> Result<(), Refusal
 pub enum Outcome {
     /// It did what it was for.
     Success,
-    /// Its run phase failed (no prepare).
+    /// Its run phase failed, or storage failed before it could take effect.
     Failed,
     /// It was cancelled (no prepare).
     Cancelled,
-    /// Prepare failed because the header could not be written: the graph has changed, the header has not.
-    HeaderNotWritten,
+    /// It did, but the flush that was to make it durable failed: graph and header have changed, yet it counts as failed.
+    NotFlushed,
 }
 
 /// What a stream was asked to do.

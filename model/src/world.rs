@@ -231,6 +231,20 @@ impl World {
     /// # Errors
     /// The outcome is impossible for this job.
     pub fn job_completed(&mut self, id: &str, outcome: Outcome) -> Result<Option<String>, String> {
+        self.job_completed_leaving(id, outcome, false)
+    }
+
+    /// The same; `writable`: storage failed when the node that was made writable for the job was to become read-only
+    /// again, and so it stays writable.
+    ///
+    /// # Errors
+    /// The outcome is impossible for this job.
+    pub fn job_completed_leaving(
+        &mut self,
+        id: &str,
+        outcome: Outcome,
+        writable: bool,
+    ) -> Result<Option<String>, String> {
         let at = self
             .jobs
             .iter()
@@ -239,13 +253,13 @@ impl World {
         let job = &self.jobs[at];
         match (outcome, job.cancelled) {
             _ if job.outcome.is_some() => return Err(format!("job '{id}' completes twice")),
-            (Outcome::Success | Outcome::HeaderNotWritten, true) => {
+            (Outcome::Success | Outcome::NotFlushed, true) => {
                 return Err(format!("job '{id}' was cancelled, yet takes effect"));
             }
             (Outcome::Cancelled, false) => return Err(format!("nobody cancelled job '{id}'")),
             _ => {}
         }
-        let error = command::stream::complete(self, at, outcome);
+        let error = command::stream::complete(self, at, outcome, writable);
         self.graph.reap();
         debug_assert_eq!(self.graph.check(), Ok(()), "after job '{id}' completed");
         Ok(error)

@@ -249,3 +249,30 @@ fn a_cancelled_stream_leaves_the_chain() {
     assert_eq!(world.edge_facts(), before.edge_facts());
     assert_eq!(world.files, before.files);
 }
+
+/// What failing storage may leave of a stream: nothing done, or everything done but not flushed.
+#[test]
+fn a_stream_that_storage_fails_is_undone_or_done() {
+    let before = chain();
+    let pending = || {
+        let mut world = streaming(before.clone());
+        world.job_status("j", JobStatus::Waiting).unwrap();
+        world.job_status("j", JobStatus::Pending).unwrap();
+        world
+    };
+    let below = |world: &World| {
+        let top = world.graph.skip_filters(world.graph.find("n3").unwrap());
+        let next = world.graph.backing_chain_next(top).unwrap();
+        world.graph.name(next).to_owned()
+    };
+    let mut undone = pending();
+    undone.job_completed("j", Outcome::Failed).unwrap();
+    assert_eq!((below(&undone).as_str(), &undone.files), ("n2", &before.files));
+    let mut done = pending();
+    assert_eq!(done.job_completed("j", Outcome::NotFlushed), Ok(None));
+    assert_eq!(below(&done), "n0");
+    assert_ne!(done.files, before.files);
+    assert!(done.graph.find("flt").is_none(), "the filter goes either way");
+    done.job_status("j", JobStatus::Aborting).unwrap();
+    done.job_status("j", JobStatus::Concluded).unwrap();
+}

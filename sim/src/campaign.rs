@@ -23,8 +23,6 @@ use crate::shrink::{Limits, shrink};
 pub const RECHECK: u64 = 32;
 /// A mixed campaign of at least this many seeds must have met every mark.
 pub const MARKS_DUE: u64 = 20_000;
-/// The same for marks whose window is a single step.
-pub const RARE_MARKS_DUE: u64 = 2_000_000;
 /// Seeds a worker takes at a time.
 const BLOCK: u64 = 8;
 /// Findings kept with their evidence; the rest is counted.
@@ -242,7 +240,7 @@ impl Tally {
             trace_hash: self.trace_hash,
             coverage: coverage(&self.counts),
             unmet: if mixed {
-                unmet(&self.counts, options, self.seeds)
+                unmet(&self.counts, options)
             } else {
                 Vec::new()
             },
@@ -264,9 +262,9 @@ impl Tally {
 }
 
 /// Marks that this campaign owed and did not meet.
-fn unmet(counts: &Counts, options: &Options, seeds: u64) -> Vec<Mark> {
+fn unmet(counts: &Counts, options: &Options) -> Vec<Mark> {
     let faults = options.setup.faults != crate::cli::Faults::None;
-    let owed = |m: &Mark| (faults || !m.needs_faults()) && (seeds >= RARE_MARKS_DUE || !m.is_rare());
+    let owed = |m: &Mark| faults || !m.needs_faults();
     crate::marks::unmet(counts).into_iter().filter(owed).collect()
 }
 
@@ -308,7 +306,7 @@ fn save_findings(options: &Options, summary: &mut Summary, stop: &AtomicBool) ->
                 schedules: 0,
             }
         } else {
-            Limits::default()
+            options.setup.limits(finding.violation.oracle)
         };
         save_finding(&options.out, &mut harness, finding, limits)?;
     }

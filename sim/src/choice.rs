@@ -14,15 +14,90 @@ pub enum ChoiceKind {
     Fault,
 }
 
-/// Identity of an alternative of [`ChoiceKind::Next`] that lasts from choice to choice: a task, a storage request, an
-/// actor, the clock. Dense per run; for choosers that give priorities to threads of control.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Hash)]
-pub struct Key(pub u64);
+/// Identity of an alternative of [`ChoiceKind::Next`]: a task, a storage request, an actor about to take a step, the
+/// clock. It does not depend on the schedule (see `owner`), so it means the same in another run of the same steps.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Key(u64);
+
+impl Key {
+    const CLASS: u32 = 56;
+    const OWNER: u32 = 24;
+    const NUMBER: u64 = (1 << Key::OWNER) - 1;
+    /// Time passes.
+    pub const CLOCK: Key = Key(3 << Key::CLASS);
+
+    const fn new(class: u64, owner: u32, number: u32) -> Key {
+        Key(class << Key::CLASS | (owner as u64) << Key::OWNER | number as u64 & Key::NUMBER)
+    }
+
+    /// The `number`-th task of an owner: 0 for the runner itself, else a step plus 1.
+    #[must_use]
+    pub const fn task(owner: u32, number: u32) -> Key {
+        Key::new(0, owner, number)
+    }
+
+    /// The `number`-th storage request of an owner.
+    #[must_use]
+    pub const fn request(owner: u32, number: u32) -> Key {
+        Key::new(1, owner, number)
+    }
+
+    /// An actor that can take this step.
+    #[must_use]
+    pub const fn actor(actor: u32, step: u32) -> Key {
+        Key::new(2, step + 1, actor)
+    }
+
+    /// 0 for the runner itself and the clock, else a step plus 1.
+    #[must_use]
+    pub const fn owner(self) -> u32 {
+        ((self.0 >> Key::OWNER) & 0xffff_ffff) as u32
+    }
+
+    /// The same thing with another owner.
+    #[must_use]
+    pub const fn with_owner(self, owner: u32) -> Key {
+        Key::new(self.0 >> Key::CLASS, owner, (self.0 & 0xff_ffff) as u32)
+    }
+
+    /// The thread of control behind it: an actor is the same whatever its next step.
+    #[must_use]
+    pub const fn thread(self) -> Key {
+        if self.0 >> Key::CLASS == 2 {
+            self.with_owner(0)
+        } else {
+            self
+        }
+    }
+
+    /// The event that it would be: a step is the same whoever takes it.
+    #[must_use]
+    pub const fn event(self) -> Key {
+        if self.0 >> Key::CLASS == 2 {
+            Key::new(2, self.owner(), 0)
+        } else {
+            self
+        }
+    }
+}
+
+impl std::fmt::Debug for Key {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let class = ["task", "request", "actor", "clock"][(self.0 >> Key::CLASS) as usize & 3];
+        write!(f, "{class}({}.{})", self.owner(), self.0 & Key::NUMBER)
+    }
+}
 
 /// A source of choices.
 pub trait Chooser {
     /// Picks one of `n >= 1` alternatives.
     fn choose(&mut self, kind: ChoiceKind, n: u32) -> u32;
+
+    /// Picks one of `n >= 1` ways in which a storage request ends: 0 well, all others badly. Who draws does so for about
+    /// one request in `one_in`; who plays a record has nothing to add.
+    fn ending(&mut self, n: u32, _one_in: u32) -> u32 {
+        self.choose(ChoiceKind::Fault, n)
+    }
 
     /// A run begins; about `steps` choices will follow.
     fn begin(&mut self, _steps: u32) {}
@@ -36,11 +111,17 @@ pub trait Chooser {
     fn choose_among(&mut self, kind: ChoiceKind, keys: &[Key]) -> u32 {
         self.choose(kind, u32::try_from(keys.len()).expect("few alternatives"))
     }
+
+    /// There was only this alternative; told to those who want keys.
+    fn passed(&mut self, _only: Key) {}
 }
 
 impl<C: Chooser + ?Sized> Chooser for &mut C {
     fn choose(&mut self, kind: ChoiceKind, n: u32) -> u32 {
         (**self).choose(kind, n)
+    }
+    fn ending(&mut self, n: u32, one_in: u32) -> u32 {
+        (**self).ending(n, one_in)
     }
     fn begin(&mut self, steps: u32) {
         (**self).begin(steps);
@@ -50,6 +131,9 @@ impl<C: Chooser + ?Sized> Chooser for &mut C {
     }
     fn choose_among(&mut self, kind: ChoiceKind, keys: &[Key]) -> u32 {
         (**self).choose_among(kind, keys)
+    }
+    fn passed(&mut self, only: Key) {
+        (**self).passed(only);
     }
 }
 
@@ -66,6 +150,15 @@ pub fn pick(chooser: &mut dyn Chooser, kind: ChoiceKind, n: u32) -> u32 {
     let chosen = chooser.choose(kind, n);
     assert!(chosen < n, "{chosen} of {n}");
     chosen
+}
+
+/// How one of `n` endings is drawn: badly once in `one_in` times, then all equally likely.
+fn draw_ending(rng: &mut Rng, n: u32, one_in: u32) -> u32 {
+    if n > 1 && rng.chance(1, one_in) {
+        1 + rng.below(n - 1)
+    } else {
+        0
+    }
 }
 
 /// Every alternative equally likely.
@@ -94,6 +187,10 @@ impl Chooser for Random {
             ChoiceKind::Fault => self.faults.below(n),
         }
     }
+
+    fn ending(&mut self, n: u32, one_in: u32) -> u32 {
+        draw_ending(&mut self.faults, n, one_in)
+    }
 }
 
 /// A recorded list, 0 after its end. Values are reduced modulo the number of alternatives, so a list recorded on
@@ -121,17 +218,25 @@ impl Chooser for Recorded<'_> {
     }
 }
 
-/// A fuzzer's bytes: one byte per choice (two from 257 alternatives on), 0 after the end.
+/// A fuzzer's bytes: one byte per choice (two from 257 alternatives on), after their end 0 or a tail's choices.
 #[derive(Clone, Debug)]
 pub struct Bytes<'a> {
     bytes: &'a [u8],
+    tail: Option<Random>,
 }
 
 impl<'a> Bytes<'a> {
-    /// Plays `bytes`.
+    /// Plays `bytes`, then zeros.
     #[must_use]
     pub fn new(bytes: &'a [u8]) -> Bytes<'a> {
-        Bytes { bytes }
+        Bytes { bytes, tail: None }
+    }
+
+    /// Plays `bytes`, then `tail`.
+    #[must_use]
+    pub fn then(bytes: &'a [u8], tail: Random) -> Bytes<'a> {
+        let tail = Some(tail);
+        Bytes { bytes, tail }
     }
 
     fn next(&mut self) -> u32 {
@@ -144,7 +249,10 @@ impl<'a> Bytes<'a> {
 }
 
 impl Chooser for Bytes<'_> {
-    fn choose(&mut self, _kind: ChoiceKind, n: u32) -> u32 {
+    fn choose(&mut self, kind: ChoiceKind, n: u32) -> u32 {
+        if let Some(tail) = self.tail.as_mut().filter(|_| self.bytes.is_empty()) {
+            return tail.choose(kind, n);
+        }
         let mut value = self.next();
         if n > 256 {
             value |= self.next() << 8;
@@ -185,6 +293,7 @@ impl Pct {
     }
 
     fn priority(&mut self, key: Key) -> u64 {
+        let key = key.thread();
         match self.priorities.binary_search_by_key(&key, |&(k, _)| k) {
             Ok(at) => self.priorities[at].1,
             Err(at) => {
@@ -216,6 +325,10 @@ impl Chooser for Pct {
         }
     }
 
+    fn ending(&mut self, n: u32, one_in: u32) -> u32 {
+        draw_ending(&mut self.faults, n, one_in)
+    }
+
     fn begin(&mut self, steps: u32) {
         self.step = 0;
         self.next_change = 0;
@@ -242,7 +355,7 @@ impl Chooser for Pct {
             let fallen = self.change_points.len() - self.next_change;
             let at = self
                 .priorities
-                .binary_search_by_key(&keys[chosen], |&(k, _)| k)
+                .binary_search_by_key(&keys[chosen].thread(), |&(k, _)| k)
                 .expect("has a priority");
             self.priorities[at].1 = fallen as u64;
             self.next_change += 1;
@@ -274,6 +387,11 @@ impl<C: Chooser> Chooser for Recording<'_, C> {
         self.log.push(chosen);
         chosen
     }
+    fn ending(&mut self, n: u32, one_in: u32) -> u32 {
+        let chosen = self.inner.ending(n, one_in);
+        self.log.push(chosen);
+        chosen
+    }
     fn begin(&mut self, steps: u32) {
         self.inner.begin(steps);
     }
@@ -284,6 +402,9 @@ impl<C: Chooser> Chooser for Recording<'_, C> {
         let chosen = self.inner.choose_among(kind, keys);
         self.log.push(chosen);
         chosen
+    }
+    fn passed(&mut self, only: Key) {
+        self.inner.passed(only);
     }
 }
 
@@ -310,6 +431,14 @@ mod tests {
         assert_eq!(pick(&mut Bytes::new(&[250]), ChoiceKind::Next, 7), 250 % 7);
         assert_eq!(pick(&mut Bytes::new(&[1, 1]), ChoiceKind::Next, 300), 257);
         assert_eq!(pick(&mut Bytes::new(&[]), ChoiceKind::Next, 300), 0);
+        let (mut then, mut tail) = (Bytes::then(&[3], Random::new(5)), Random::new(5));
+        assert_eq!(pick(&mut then, ChoiceKind::Next, 7), 3);
+        for n in 2..40 {
+            assert_eq!(
+                pick(&mut then, ChoiceKind::Next, n),
+                tail.choose(ChoiceKind::Next, n)
+            );
+        }
     }
 
     #[test]
@@ -318,6 +447,7 @@ mod tests {
         let mut faulty = Random::new(11);
         for _ in 0..50 {
             faulty.choose(ChoiceKind::Fault, 4);
+            faulty.ending(4, 2);
             assert_eq!(
                 plain.choose(ChoiceKind::Next, 6),
                 faulty.choose(ChoiceKind::Next, 6)
@@ -326,8 +456,22 @@ mod tests {
     }
 
     #[test]
+    fn endings_are_as_rare_as_asked_for_and_replay() {
+        let mut log = Vec::new();
+        let mut source = Recording::new(Random::new(5), &mut log);
+        let drawn: Vec<u32> = (0..4000).map(|_| source.ending(5, 8)).collect();
+        let bad = drawn.iter().filter(|&&e| e != 0).count();
+        assert!((400..600).contains(&bad), "{bad} of 4000 with one in 8");
+        assert!((1..5).all(|ending| drawn.contains(&ending)) && !drawn.contains(&5));
+        let mut replay = Recorded::new(&log);
+        assert!(drawn.iter().all(|&e| replay.ending(5, 1) == e));
+        assert_eq!(replay.ending(5, 1), 0, "after the end nothing fails");
+        assert!((0..50).all(|_| Random::new(1).ending(2, 1) == 1));
+    }
+
+    #[test]
     fn pct_of_depth_one_never_switches_by_itself_and_depth_two_switches_once() {
-        let keys = [Key(1), Key(2), Key(3)];
+        let keys = [Key::task(1, 0), Key::request(1, 0), Key::actor(0, 4)];
         let mut switched = 0;
         for seed in 0..200 {
             let mut one = Pct::new(1, seed);

@@ -4,7 +4,8 @@
 //! file as it is when it completes. Two requests in flight are in no order, whatever they touch: who needs an order
 //! waits. Requests must respect [`DiskOptions::alignment`], or it is a bug of the layer and panics.
 //! Buffers and request slots are reused from run to run.
-//! Not here: faults and power cuts; every write is as good as durable.
+//! A pending request may also be made to fail ([`Disk::fail`]), with a prefix of its sectors carried out or not.
+//! Not here: which requests fail, and power cuts; every write is as good as durable.
 
 use std::cell::RefCell;
 use std::future::Future;
@@ -14,6 +15,9 @@ use std::task::{Context, Poll, Waker};
 
 use blkcheck_impl::env::Extent;
 use blkcheck_impl::error::Errno;
+
+use crate::choice::Key;
+use crate::owner::Owners;
 
 /// Unit in which holes are tracked, bytes.
 const SECTOR: u64 = 512;
@@ -196,6 +200,7 @@ struct Request {
     buffer: Vec<u8>,
     progress: Progress,
     number: u64,
+    key: Key,
 }
 
 #[derive(Debug, Default)]
@@ -207,6 +212,7 @@ struct Inner {
     /// Oldest first.
     pending: Vec<u32>,
     submitted: u64,
+    owners: Owners,
 }
 
 /// The disk. Cheap to clone.
@@ -226,11 +232,75 @@ pub struct PendingRequest {
     pub op: Op,
 }
 
+/// A bad end of a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BadEnd {
+    /// What the layer is told.
+    pub errno: Errno,
+    /// How much of it is carried out first, bytes.
+    pub done: u64,
+}
+
+/// Most cuts inside one request that are told apart.
+const MOST_CUTS: u64 = 12;
+/// What the buffer of a failed read holds: nobody may take it for data.
+const GARBAGE: u8 = 0xa5;
+
+impl Op {
+    /// Sector boundaries inside the request: a failing write reaches the file up to one of them.
+    fn cuts(self) -> u64 {
+        match self {
+            Op::Write { offset, bytes } | Op::WriteZeroes { offset, bytes, .. } if bytes > 0 => {
+                (offset + bytes - 1) / SECTOR - offset / SECTOR
+            }
+            _ => 0,
+        }
+    }
+
+    /// In how many ways it can end, well included.
+    fn endings(self) -> u32 {
+        let cuts = u32::try_from(self.cuts().min(MOST_CUTS)).expect("few");
+        match self {
+            Op::Read { .. } | Op::Flush => 2,
+            Op::Discard { .. } | Op::Truncate { .. } => 3,
+            Op::Write { .. } | Op::WriteZeroes { .. } => 4 + cuts,
+        }
+    }
+
+    /// Its `ending`-th end, from 1 on: the plain ones first.
+    fn bad_end(self, ending: u32) -> BadEnd {
+        let end = |errno, done| BadEnd { errno, done };
+        match (self, ending) {
+            (Op::Discard { bytes, .. }, 2) | (Op::Write { bytes, .. } | Op::WriteZeroes { bytes, .. }, 3) => {
+                end(Errno::EIO, bytes)
+            }
+            (Op::Truncate { .. } | Op::Write { .. } | Op::WriteZeroes { .. }, 2) => end(Errno::ENOSPC, 0),
+            (Op::Write { offset, .. } | Op::WriteZeroes { offset, .. }, 4..) => {
+                let cuts = self.cuts();
+                let cut = (u64::from(ending) - 3) * cuts.div_ceil(MOST_CUTS);
+                end(
+                    Errno::EIO,
+                    (offset / SECTOR + cut.clamp(1, cuts)) * SECTOR - offset,
+                )
+            }
+            _ => end(Errno::EIO, 0),
+        }
+    }
+}
+
 fn to_usize(v: u64) -> usize {
     usize::try_from(v).expect("checked against MAX_FILE")
 }
 
 impl Disk {
+    /// A disk whose requests are counted in these books.
+    #[must_use]
+    pub fn owned(owners: Owners) -> Disk {
+        let disk = Disk::default();
+        disk.inner.borrow_mut().owners = owners;
+        disk
+    }
+
     /// Forgets files and requests, keeps their memory.
     pub fn reset(&self, options: DiskOptions) {
         let inner = &mut *self.inner.borrow_mut();
@@ -377,11 +447,11 @@ impl Disk {
         self.inner.borrow().pending.len()
     }
 
-    /// The number (in order of submission over the run) of the i-th oldest pending request.
+    /// The identity of the i-th oldest pending request.
     #[must_use]
-    pub fn pending_number(&self, i: usize) -> u64 {
+    pub fn pending_key(&self, i: usize) -> Key {
         let inner = self.inner.borrow();
-        inner.requests[inner.pending[i] as usize].number
+        inner.requests[inner.pending[i] as usize].key
     }
 
     /// The pending requests, oldest first.
@@ -407,6 +477,31 @@ impl Disk {
     pub fn complete(&self, i: usize) {
         let waker = self.inner.borrow_mut().complete(i);
         waker.wake();
+    }
+
+    /// The file of the i-th oldest pending request, and what the request does.
+    #[must_use]
+    pub fn pending_op(&self, i: usize) -> (FileId, Op) {
+        let inner = self.inner.borrow();
+        let request = &inner.requests[inner.pending[i] as usize];
+        (request.file, request.op)
+    }
+
+    /// In how many ways the i-th oldest pending request can end; the first is well.
+    #[must_use]
+    pub fn endings(&self, i: usize) -> u32 {
+        self.pending_op(i).1.endings()
+    }
+
+    /// Makes the i-th oldest pending request fail in one of these ways (1 on) and wakes who waits for it.
+    ///
+    /// # Panics
+    /// When there is no such request or way: a bug of the caller.
+    pub fn fail(&self, i: usize, ending: u32) -> BadEnd {
+        assert!((1..self.endings(i)).contains(&ending), "ending {ending}");
+        let (bad, waker) = self.inner.borrow_mut().fail(i, ending);
+        waker.wake();
+        bad
     }
 
     /// A read.
@@ -502,11 +597,13 @@ impl Inner {
                 buffer,
                 progress,
                 number: 0,
+                key: Key::request(0, 0),
             });
             u32::try_from(self.requests.len() - 1).expect("few requests")
         });
         let request = &mut self.requests[slot as usize];
         (request.file, request.op, request.number) = (file, op, self.submitted);
+        request.key = self.owners.request();
         request.buffer.clear();
         request.buffer.extend_from_slice(data);
         request.progress = Progress::Pending(waker);
@@ -541,6 +638,28 @@ impl Inner {
         }
         match std::mem::replace(&mut request.progress, Progress::Over(Ok(done))) {
             Progress::Pending(waker) => waker,
+            Progress::Free | Progress::Over(_) => unreachable!("pending requests are pending"),
+        }
+    }
+
+    fn fail(&mut self, i: usize, ending: u32) -> (BadEnd, Waker) {
+        let slot = self.pending.remove(i);
+        let request = &mut self.requests[slot as usize];
+        let file = &mut self.files[request.file.0 as usize];
+        let bad = request.op.bad_end(ending);
+        match request.op {
+            Op::Read { bytes, .. } => request.buffer.resize(to_usize(bytes), GARBAGE),
+            Op::Write { offset, .. } if bad.done > 0 => {
+                file.write(offset, &request.buffer[..to_usize(bad.done)]);
+            }
+            Op::WriteZeroes {
+                offset, may_unmap, ..
+            } => file.zero(offset, bad.done, bad.done > 0, may_unmap),
+            Op::Discard { offset, .. } => file.zero(offset, bad.done, false, true),
+            Op::Write { .. } | Op::Flush | Op::Truncate { .. } => {}
+        }
+        match std::mem::replace(&mut request.progress, Progress::Over(Err(bad.errno))) {
+            Progress::Pending(waker) => (bad, waker),
             Progress::Free | Progress::Over(_) => unreachable!("pending requests are pending"),
         }
     }

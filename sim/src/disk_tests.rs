@@ -177,3 +177,74 @@ fn two_writers_at_once_are_noticed() {
     assert!(disk.contested(file));
     assert_eq!(disk.open_handles(), 2);
 }
+
+/// How a write of `bytes` at `offset` ends in each bad way, and which of its sectors are then there.
+fn bad_ends(offset: u64, bytes: usize) -> Vec<(Errno, Vec<bool>)> {
+    let (disk, file) = disk_with("a", 65536);
+    let source = vec![1; bytes];
+    let mut ends = Vec::new();
+    for ending in 1.. {
+        disk.patch(file, 0, &[7; 65536]);
+        let mut write = Box::pin(disk.write(file, offset, &source));
+        assert!(poll(&mut write).is_pending());
+        if ending == disk.endings(0) {
+            disk.complete(0);
+            assert_eq!(poll(&mut write), Poll::Ready(Ok(0)));
+            break;
+        }
+        let bad = disk.fail(0, ending);
+        assert_eq!(poll(&mut write), Poll::Ready(Err(bad.errno)));
+        let written = disk.with_bytes(file, |all| {
+            let start = to_usize(offset);
+            assert!(all[..start].iter().chain(&all[start + bytes..]).all(|b| *b == 7));
+            all[start..start + bytes]
+                .iter()
+                .map(|b| *b == 1)
+                .collect::<Vec<_>>()
+        });
+        assert_eq!(written.iter().filter(|w| **w).count() as u64, bad.done);
+        ends.push((bad.errno, written));
+    }
+    ends
+}
+
+#[test]
+fn a_failed_write_has_any_prefix_of_its_sectors_written() {
+    let ends = bad_ends(512, 2048);
+    assert_eq!(ends.len(), 6, "nothing twice, everything, three cuts");
+    let prefixes: Vec<usize> = ends
+        .iter()
+        .map(|(_, written)| written.iter().position(|w| !w).unwrap_or(written.len()))
+        .collect();
+    assert_eq!(prefixes, [0, 0, 2048, 512, 1024, 1536]);
+    assert_eq!(ends[1].0, Errno::ENOSPC);
+    assert!(
+        ends.iter()
+            .all(|(_, written)| written.is_sorted_by(|a, b| a >= b))
+    );
+    // Within one sector there is nothing to cut, across a boundary there is.
+    assert_eq!(bad_ends(16, 64).len(), 3);
+    let across = bad_ends(500, 64);
+    assert_eq!(across.len(), 4);
+    assert_eq!(across[3].1.iter().filter(|w| **w).count(), 12);
+    assert_eq!(bad_ends(0, 65536).len(), 3 + 12, "few ways for long ones");
+}
+
+#[test]
+fn failed_reads_give_no_data_and_other_failures_change_nothing() {
+    let (disk, file) = disk_with("a", 1024);
+    let mut seen = [0; 4];
+    let mut read = Box::pin(disk.read(file, 0, &mut seen));
+    assert!(poll(&mut read).is_pending());
+    disk.fail(0, 1);
+    assert_eq!(poll(&mut read), Poll::Ready(Err(Errno::EIO)));
+    drop(read);
+    assert_ne!(seen, [7; 4], "who takes the buffer for data is found out");
+    for op in [Op::Flush, Op::Truncate { length: 0 }] {
+        let mut request = Box::pin(disk.request(file, op));
+        assert!(poll(&mut request).is_pending());
+        disk.fail(0, 1);
+        assert_eq!(poll(&mut request), Poll::Ready(Err(Errno::EIO)));
+        disk.with_bytes(file, |bytes| assert_eq!(bytes, [7; 1024]));
+    }
+}

@@ -19,6 +19,9 @@ use std::task::{Context, Poll, Wake, Waker};
 
 use blkcheck_impl::env::{Fut, Nanos};
 
+use crate::choice::Key;
+use crate::owner::Owners;
+
 /// Wakes made during a poll on the executor's own thread.
 struct Local {
     /// Identity of the executor that polls on this thread now; 0 for none.
@@ -87,22 +90,24 @@ struct Slot {
     name: &'static str,
     /// Number of this task in the run, from 0.
     number: u32,
+    key: Key,
     queued: bool,
 }
 
-/// Tasks that were started and are not in the slab yet, with their names.
-type NewTasks = Vec<(&'static str, Fut<'static, ()>)>;
+/// Tasks that were started and are not in the slab yet, with their names and identities.
+type NewTasks = Vec<(&'static str, Key, Fut<'static, ()>)>;
 
 /// Where tasks come from while the executor itself is borrowed. Cheap to clone.
 #[derive(Clone, Default)]
 pub struct Spawner {
     new: Rc<RefCell<NewTasks>>,
+    owners: Owners,
 }
 
 impl Spawner {
     /// A task that becomes ready after the current poll.
     pub fn spawn(&self, name: &'static str, task: Fut<'static, ()>) {
-        self.new.borrow_mut().push((name, task));
+        self.new.borrow_mut().push((name, self.owners.task(), task));
     }
 }
 
@@ -181,6 +186,11 @@ impl Executor {
 
     /// Starts a task; it is ready, after all that are.
     pub fn spawn(&mut self, name: &'static str, future: Fut<'static, ()>) {
+        let key = self.spawner.owners.task();
+        self.start(name, key, future);
+    }
+
+    fn start(&mut self, name: &'static str, key: Key, future: Fut<'static, ()>) {
         let slot = self.free.pop().unwrap_or_else(|| self.grow());
         let remote = &self.remote;
         let entry = &mut self.slots[slot as usize];
@@ -201,6 +211,7 @@ impl Executor {
         entry.future = Some(future);
         entry.name = name;
         entry.number = self.spawned;
+        entry.key = key;
         entry.queued = true;
         self.spawned += 1;
         self.live += 1;
@@ -222,6 +233,7 @@ impl Executor {
             shared,
             name: "",
             number: 0,
+            key: Key::task(0, 0),
             queued: false,
         });
         slot
@@ -249,10 +261,16 @@ impl Executor {
         self.live
     }
 
-    /// The i-th ready task's number in this run.
+    /// The i-th ready task's identity.
     #[must_use]
-    pub fn ready_number(&self, i: usize) -> u32 {
-        self.slots[self.ready[i] as usize].number
+    pub fn ready_key(&self, i: usize) -> Key {
+        self.slots[self.ready[i] as usize].key
+    }
+
+    /// Who starts tasks, and storage requests, of this run.
+    #[must_use]
+    pub fn owners(&self) -> Owners {
+        self.spawner.owners.clone()
     }
 
     /// Names and numbers of the tasks that are not over, by number.
@@ -275,6 +293,7 @@ impl Executor {
         entry.queued = false;
         let future = entry.future.as_mut().expect("ready tasks live");
         let mut cx = Context::from_waker(&entry.waker);
+        self.spawner.owners.enter_task(entry.key);
         LOCAL.with(|local| local.executor.set(self.id));
         let polled = catch_unwind(AssertUnwindSafe(|| future.as_mut().poll(&mut cx)));
         LOCAL.with(|local| local.executor.set(0));
@@ -337,8 +356,8 @@ impl Executor {
     fn take_spawned(&mut self) {
         while !self.spawner.new.borrow().is_empty() {
             let new = std::mem::take(&mut *self.spawner.new.borrow_mut());
-            for (name, future) in new {
-                self.spawn(name, future);
+            for (name, key, future) in new {
+                self.start(name, key, future);
             }
         }
     }
@@ -362,6 +381,7 @@ impl Executor {
     /// Forgets every task and the time, keeps the memory. Destructors of tasks may panic; that is swallowed, since
     /// it can only follow a panic that was reported.
     pub fn reset(&mut self) {
+        self.spawner.owners.reset();
         self.spawner.new.borrow_mut().clear();
         for slot in 0..self.slots.len() {
             let future = self.slots[slot].future.take();

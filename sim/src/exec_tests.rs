@@ -45,8 +45,8 @@ fn picking_keeps_the_order_of_the_rest() {
     exec.poll(2);
     exec.poll(0);
     // 2 and 0 yielded and are now behind 1, 3, 4.
-    let numbers: Vec<u32> = (0..exec.ready()).map(|i| exec.ready_number(i)).collect();
-    assert_eq!(numbers, [1, 3, 4, 2, 0]);
+    let keys: Vec<Key> = (0..exec.ready()).map(|i| exec.ready_key(i)).collect();
+    assert_eq!(keys, [1, 3, 4, 2, 0].map(|n| Key::task(0, n)));
     assert_eq!(*log.borrow(), [2, 0]);
 }
 
@@ -161,5 +161,5 @@ fn reset_forgets_tasks_time_and_late_wakes() {
         (0, 0, 0, false)
     );
     exec.spawn("again", Box::pin(async {}));
-    assert_eq!(exec.ready_number(0), 0);
+    assert_eq!(exec.ready_key(0), Key::task(0, 0));
 }

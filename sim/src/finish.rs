@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use blkcheck_impl::jobs::JobStatus;
 use serde_json::Value;
 
-use crate::image::check::{Severity, check};
+use crate::image::check::{Problem, Severity, check};
 use crate::image::read::{Files, Reader};
 use crate::oracle::{FinalContent, Oracle, OracleName, View, Violation};
 use crate::scenario::{Action, Format, Scenario};
@@ -45,6 +45,7 @@ pub(crate) fn quiescent(
             name: &n.name,
             bytes: &n.bytes,
             allocated: &n.allocated,
+            zeroes: &n.zeroes,
         })
         .collect();
     oracles
@@ -80,10 +81,11 @@ impl Files for Closed<'_> {
 }
 
 /// Checks every image, reads it through its chain and shows it to the oracles. Images that the scenario itself gave
-/// away for writing as plain bytes, or opened twice for writing, are nobody's responsibility. Returns the others' names
-/// and content, for judges outside.
+/// away for writing as plain bytes, or opened twice for writing, are nobody's responsibility. Where storage failed
+/// (`faulted`: places in the scenario) space may have leaked. Returns the others' names and content, for judges outside.
 pub(crate) fn closed(
     files: &[ClosedFile],
+    faulted: &[u32],
     view: &View<'_>,
     oracles: &mut [Box<dyn Oracle>],
 ) -> Result<Vec<(String, Vec<u8>)>, Violation> {
@@ -91,7 +93,10 @@ pub(crate) fn closed(
     let sound = |f: &&ClosedFile| !f.contested && !exposed.contains(f.name.as_str());
     for file in files.iter().filter(sound).filter(|f| f.format == Format::Qcow2) {
         let problems = check(&file.bytes);
-        if let Some(worst) = problems.iter().max_by_key(|p| p.severity) {
+        let image = view.scenario.images.iter().position(|i| i.file == file.name);
+        let leaks_pass = faulted.iter().any(|f| Some(*f as usize) == image);
+        let counts = |p: &&Problem| !leaks_pass || p.severity != Severity::Leak;
+        if let Some(worst) = problems.iter().filter(counts).max_by_key(|p| p.severity) {
             let kind = if worst.severity == Severity::Corruption {
                 "corrupt"
             } else {
@@ -127,6 +132,7 @@ pub(crate) fn closed(
             name,
             bytes: &c.bytes,
             allocated: &c.allocated,
+            zeroes: &[],
         })
         .collect();
     oracles

@@ -3,19 +3,25 @@
 //!
 //! Rules: commands of one name take the main lock in the order in which they were issued (the lock is FIFO). What
 //! the model thinks is comparable with the layer whenever [`Followed::settled`]: no main-context operation is under
-//! way and the answer of the last command is known. A command that the layer refuses because storage failed below it
-//! is taken back from the model by replaying everything before it.
+//! way and the answer of the last command is known.
+//! Failing storage: a command may then be refused, and a job's completion fail, but only if a fault hit storage while
+//! it was under way (or a request failed then, after a flush that failed for good). What it may leave behind is a short
+//! list: nothing; a node that stays writable; for a stream, everything done but not flushed. The model first assumes
+//! the first of these; where the settled layer is not that, [`Follower::reconsider`] replays the run with the next.
+//! Everything else about the layer is compared as ever, so a state that is not on the list is a finding.
 //! Not here: comparing. [`crate::oracle`] does that.
 
 use std::rc::Rc;
 
+use blkcheck_impl::error::Errno;
 use blkcheck_impl::event::Event;
 use blkcheck_impl::jobs::JobStatus as Seen;
+use blkcheck_model::command::failing::Left;
 use blkcheck_model::graph::BackingHeader;
 use blkcheck_model::{Command, FileFacts, FileKind, JobStatus, NodeId, Outcome, Qcow2Facts, Refusal, World};
 use serde_json::Value;
 
-use crate::history::{self, Record, StepId};
+use crate::history::{self, FaultKind, Record, StepId};
 use crate::scenario::{Action, Format, Scenario};
 
 /// What one record meant to the model.
@@ -39,18 +45,32 @@ pub struct Followed {
 #[derive(Clone, Debug)]
 enum Entry {
     Command(StepId),
+    /// A command that storage failed: names that it used up, and what it left.
+    Failed(StepId, u32, Option<Left>),
     Status(Rc<str>, JobStatus),
-    Completed(Rc<str>, Outcome),
+    /// Last: the node made writable for the job stays so.
+    Completed(Rc<str>, Outcome, bool),
     Stopped(Rc<str>),
 }
 
-/// A main-context operation under way, or over but not answered.
+/// An entry of the journal that may have been another one.
 #[derive(Debug)]
+struct Doubt {
+    at: usize,
+    others: Vec<Entry>,
+}
+
+/// A main-context operation under way, or over but not answered.
+#[derive(Debug, Default)]
 struct Operation {
     step: Option<StepId>,
     prediction: Option<Result<Value, Refusal>>,
-    /// A request failed while it ran.
+    /// Storage failed while it ran.
     failed_io: bool,
+    /// How often it was made to.
+    faults: u32,
+    /// Node names that the layer made up meanwhile.
+    auto_names: u32,
 }
 
 /// The model beside a run.
@@ -66,6 +86,11 @@ pub struct Follower {
     unanswered: Vec<Operation>,
     /// Jobs that went through pending: their prepare ran.
     prepared: Vec<Rc<str>>,
+    /// Storage fails by order of the scenario: what fails without an order is the layer's fault.
+    ordered: bool,
+    /// A flush failed: the layer gives such a file up, and every later flush fails without storage being asked.
+    flush_lost: bool,
+    doubts: Vec<Doubt>,
     off: bool,
 }
 
@@ -79,7 +104,36 @@ impl Follower {
         self.operation = None;
         self.unanswered.clear();
         self.prepared.clear();
+        self.ordered = scenario.disk.faults.is_some();
+        self.flush_lost = false;
+        self.doubts.clear();
         self.off = false;
+    }
+
+    /// Whether failing storage left it open what the layer is like now.
+    #[must_use]
+    pub fn in_doubt(&self) -> bool {
+        !self.doubts.is_empty()
+    }
+
+    /// What was in doubt turned out to be as the model has it.
+    pub fn sure(&mut self) {
+        self.doubts.clear();
+    }
+
+    /// The layer is not what the model assumed after storage failed: replays the run with the next assumption. False
+    /// when there is none left.
+    pub fn reconsider(&mut self, scenario: &Scenario) -> bool {
+        while let Some(doubt) = self.doubts.last_mut() {
+            let Some(other) = doubt.others.pop() else {
+                self.doubts.pop();
+                continue;
+            };
+            self.journal[doubt.at] = other;
+            self.replay(scenario);
+            return true;
+        }
+        false
     }
 
     /// The shutdown has begun: the model no longer follows.
@@ -133,12 +187,21 @@ impl Follower {
                 }
             }
             Record::Ended(step, history::Outcome::Command(result)) => {
-                self.answered(scenario, *step, result.is_err(), &mut followed);
+                self.answered(scenario, *step, result.as_ref().err(), &mut followed);
             }
             Record::Layer(event) => self.event(scenario, event, &mut followed),
+            Record::Fault(fault) => self.fault(fault),
             Record::Ended(..) => {}
         }
         followed
+    }
+
+    fn fault(&mut self, fault: &history::Fault) {
+        self.flush_lost |= fault.kind == FaultKind::Flush;
+        if let Some(operation) = &mut self.operation {
+            operation.failed_io = true;
+            operation.faults += 1;
+        }
     }
 
     fn event(&mut self, scenario: &Scenario, event: &Event, followed: &mut Followed) {
@@ -153,9 +216,14 @@ impl Follower {
                 }
                 followed.settled = self.unanswered.is_empty();
             }
-            Event::RequestEnd { result: Err(_), .. } => {
+            Event::RequestEnd { result: Err(_), .. } if self.flush_lost || !self.ordered => {
                 if let Some(operation) = &mut self.operation {
                     operation.failed_io = true;
+                }
+            }
+            Event::NodeAdded { name, .. } if name.starts_with('#') => {
+                if let Some(operation) = &mut self.operation {
+                    operation.auto_names += 1;
                 }
             }
             Event::JobStatus { id, to, .. } => self.status(id, *to, followed),
@@ -183,19 +251,29 @@ impl Follower {
         self.operation = Some(Operation {
             step,
             prediction,
-            failed_io: false,
+            ..Operation::default()
         });
     }
 
-    fn answered(&mut self, scenario: &Scenario, step: StepId, refused: bool, followed: &mut Followed) {
+    fn answered(
+        &mut self,
+        scenario: &Scenario,
+        step: StepId,
+        refused: Option<&history::Refusal>,
+        followed: &mut Followed,
+    ) {
         match self.unanswered.iter().position(|o| o.step == Some(step)) {
             Some(at) => {
                 let operation = self.unanswered.remove(at);
-                self.prediction = operation.prediction;
-                if refused && operation.failed_io && matches!(self.prediction, Some(Ok(_))) {
-                    self.take_back(scenario, step);
-                    self.prediction = None;
+                if let Some(refusal) = refused
+                    && operation.failed_io
+                    && !is_predicted(operation.prediction.as_ref(), refusal)
+                    && speaks_of_storage(&refusal.desc)
+                {
+                    self.take_back(scenario, step, &operation);
                     followed.changed = true;
+                } else {
+                    self.prediction = operation.prediction;
                 }
                 followed.settled = self.operation.is_none() && self.unanswered.is_empty();
             }
@@ -235,12 +313,16 @@ impl Follower {
                 let outcome = match error {
                     None => Outcome::Success,
                     Some(_) if !prepared => Outcome::Failed,
-                    // The effect failed: either it is refused, as the model then says too, or the header was not
-                    // written, which only failing storage does.
-                    Some(_) => match self.world.clone().job_completed(id, Outcome::Success) {
-                        Ok(Some(_)) => Outcome::Success,
-                        _ => Outcome::HeaderNotWritten,
-                    },
+                    // The effect is refused, as the model then says too, or storage failed.
+                    Some(error) => {
+                        let expected = self.world.clone().job_completed(id, Outcome::Success);
+                        let refused = matches!(&expected, Ok(Some(e)) if e == error);
+                        if !refused && self.storage_failed() && speaks_of_storage(error) {
+                            Outcome::Failed
+                        } else {
+                            Outcome::Success
+                        }
+                    }
                 };
                 self.completed(id, outcome, error, followed);
             }
@@ -248,9 +330,18 @@ impl Follower {
         }
     }
 
+    /// Whether storage failed under the operation that is under way.
+    fn storage_failed(&self) -> bool {
+        self.operation.as_ref().is_some_and(|o| o.failed_io)
+    }
+
     fn completed(&mut self, id: &str, outcome: Outcome, error: Option<&str>, followed: &mut Followed) {
+        let prepared = self.prepared.iter().any(|p| &**p == id);
         self.prepared.retain(|p| &**p != id);
-        self.journal.push(Entry::Completed(id.into(), outcome));
+        if self.storage_failed() {
+            self.doubt_completion(id, outcome, prepared);
+        }
+        self.journal.push(Entry::Completed(id.into(), outcome, false));
         followed.changed = true;
         followed.completed = Some(outcome);
         match self.world.job_completed(id, outcome) {
@@ -267,21 +358,87 @@ impl Follower {
         }
     }
 
-    /// Everything again but for the command of `step`.
-    fn take_back(&mut self, scenario: &Scenario, step: StepId) {
+    /// How else a completion may have ended, the likelier last.
+    fn doubt_completion(&mut self, id: &str, outcome: Outcome, prepared: bool) {
+        let entry = |outcome, writable| Entry::Completed(id.into(), outcome, writable);
+        let was_read_only = self.world.job(id).is_some_and(|j| j.stream.was_read_only);
+        let not_flushed = prepared && outcome == Outcome::Failed;
+        // After a prepare that failed, becoming read-only again must have failed as well.
+        let twice = self.operation.as_ref().is_some_and(|o| o.faults > 1) || self.flush_lost || !self.ordered;
+        let was_read_only = was_read_only && (twice || !not_flushed);
+        let mut others = Vec::new();
+        if not_flushed && was_read_only {
+            others.push(entry(Outcome::NotFlushed, true));
+        }
+        if was_read_only {
+            others.push(entry(outcome, true));
+        }
+        if not_flushed {
+            others.push(entry(Outcome::NotFlushed, false));
+        }
+        let at = self.journal.len();
+        self.doubts.push(Doubt { at, others });
+    }
+
+    /// Storage failed this command: as if it had changed nothing, or what else it may have left.
+    fn take_back(&mut self, scenario: &Scenario, step: StepId, operation: &Operation) {
+        let auto_names = operation.auto_names;
+        let at = self
+            .journal
+            .iter()
+            .rposition(|e| matches!(e, Entry::Command(s) if *s == step))
+            .expect("an executed command is in the journal");
+        self.journal[at] = Entry::Failed(step, auto_names, None);
+        // Where the command itself failed, becoming read-only again must have failed as well.
+        let twice = operation.faults > 1 || self.flush_lost || !self.ordered;
+        let left = Left::ALL
+            .iter()
+            .rev()
+            .filter(|left| twice || **left == Left::WritableAndRecorded);
+        let others = left
+            .map(|left| Entry::Failed(step, auto_names, Some(*left)))
+            .collect();
+        self.doubts.push(Doubt { at, others });
+        self.prediction = None;
+        self.replay(scenario);
+    }
+
+    /// The whole run so far again.
+    fn replay(&mut self, scenario: &Scenario) {
         self.world = world_of(scenario);
-        self.journal
-            .retain(|e| !matches!(e, Entry::Command(s) if *s == step));
         for entry in &self.journal {
             // What went wrong was told when it happened first.
             match entry {
                 Entry::Command(step) => drop(execute(&mut self.world, scenario, *step)),
+                Entry::Failed(step, auto_names, left) => {
+                    self.world.auto_names += auto_names;
+                    if let (Some(left), Action::Command { execute, arguments }) =
+                        (left, action(scenario, *step))
+                    {
+                        let arguments = Value::Object(arguments.clone());
+                        self.world.command_left(&Command::new(execute, &arguments), *left);
+                    }
+                }
                 Entry::Status(id, to) => drop(self.world.job_status(id, *to)),
-                Entry::Completed(id, outcome) => drop(self.world.job_completed(id, *outcome)),
+                Entry::Completed(id, outcome, writable) => {
+                    drop(self.world.job_completed_leaving(id, *outcome, *writable));
+                }
                 Entry::Stopped(id) => drop(self.world.job_stopped_on_error(id)),
             }
         }
     }
+}
+
+/// Whether a refusal is the predicted one.
+fn is_predicted(prediction: Option<&Result<Value, Refusal>>, got: &history::Refusal) -> bool {
+    matches!(prediction, Some(Err(p)) if p.class.name() == got.class && p.desc == got.desc)
+}
+
+/// Whether a text names an errno that failing storage gives.
+fn speaks_of_storage(text: &str) -> bool {
+    [Errno::EIO, Errno::ENOSPC]
+        .iter()
+        .any(|errno| text.contains(errno.text()))
 }
 
 fn action(scenario: &Scenario, step: StepId) -> &Action {
@@ -307,7 +464,8 @@ fn execute(world: &mut World, scenario: &Scenario, step: StepId) -> Option<Resul
     Some(world.execute(&Command::new(execute, &arguments)))
 }
 
-fn world_of(scenario: &Scenario) -> World {
+/// The files of a scenario, and nothing open.
+pub(crate) fn world_of(scenario: &Scenario) -> World {
     World::new(scenario.images.iter().map(|image| {
         let backing = image.backing_file.as_ref().map(|file| BackingHeader {
             file: file.as_str().into(),
@@ -351,8 +509,6 @@ fn model_status(status: Seen) -> JobStatus {
 
 #[cfg(test)]
 mod tests {
-    use blkcheck_impl::error::Errno;
-    use blkcheck_impl::types::{NodeId as Node, RequestId};
     use serde_json::json;
 
     use super::*;
@@ -405,10 +561,13 @@ mod tests {
         for record in [
             Record::Issued(StepId(0)),
             main("blockdev-add", false),
-            Record::Layer(Event::RequestEnd {
-                request: RequestId(0),
-                node: Node(0),
-                result: Err(Errno::EIO),
+            Record::Fault(history::Fault {
+                image: 0,
+                kind: FaultKind::Read,
+                offset: 0,
+                bytes: 512,
+                done: 0,
+                errno: Errno::EIO.0,
             }),
             main("blockdev-add", true),
             Record::Ended(StepId(0), history::Outcome::Command(Err(refusal))),
@@ -417,6 +576,102 @@ mod tests {
         }
         assert_eq!(follower.world.graph.find("f"), None);
         assert_eq!(follower.prediction(), None);
+    }
+
+    fn fault(kind: FaultKind) -> Record {
+        Record::Fault(history::Fault {
+            image: 0,
+            kind,
+            offset: 0,
+            bytes: 512,
+            done: 0,
+            errno: Errno::EIO.0,
+        })
+    }
+
+    fn refused(step: u32, desc: &str) -> Record {
+        let refusal = history::Refusal {
+            class: "GenericError".into(),
+            desc: desc.into(),
+        };
+        Record::Ended(StepId(step), history::Outcome::Command(Err(refusal)))
+    }
+
+    #[test]
+    fn a_refusal_is_storages_only_if_storage_failed_and_the_text_says_so() {
+        let scenario = scenario();
+        let predicted = |records: &[Record]| {
+            let mut follower = Follower::default();
+            follower.reset(&scenario);
+            follower.ordered = true;
+            for record in records {
+                follower.record(&scenario, record);
+            }
+            follower.prediction().is_some()
+        };
+        let (begin, end) = (main("blockdev-add", false), main("blockdev-add", true));
+        let issued = Record::Issued(StepId(0));
+        let eio = refused(0, "Could not open: Input/output error");
+        let run = |at: usize, answer: Record| {
+            let mut records = vec![issued.clone(), begin.clone(), end.clone(), answer];
+            records.insert(at, fault(FaultKind::Read));
+            predicted(&records)
+        };
+        assert!(!run(2, eio.clone()), "a fault in the middle of it explains it");
+        assert!(run(1, eio.clone()), "one before it does not");
+        assert!(
+            run(2, refused(0, "no reason")),
+            "nor does it explain just any text"
+        );
+    }
+
+    #[test]
+    fn what_failing_storage_left_is_one_of_a_short_list() {
+        let scenario = scenario_of(
+            r#"{"version":1,"grain":512,"images":[
+            {"file":"b","format":"qcow2","size":4096},
+            {"file":"a","format":"qcow2","size":4096,"backing-file":"b","backing-format":"qcow2"}],"steps":[
+            {"actor":"m","execute":"blockdev-add","arguments":{"driver":"qcow2","node-name":"a","read-only":true,
+                "file":{"driver":"file","filename":"a"}}},
+            {"actor":"m","execute":"change-backing-file","arguments":{
+                "device":"a","image-node-name":"a","backing-file":"c"}}]}"#,
+        );
+        let run = |faults: usize| {
+            let mut follower = Follower::default();
+            follower.reset(&scenario);
+            follower.ordered = true;
+            let mut records = vec![
+                Record::Issued(StepId(0)),
+                main("blockdev-add", false),
+                main("blockdev-add", true),
+                Record::Ended(StepId(0), history::Outcome::Command(Ok(json!({})))),
+                Record::Issued(StepId(1)),
+                main("change-backing-file", false),
+            ];
+            records.extend(std::iter::repeat_n(fault(FaultKind::Write), faults));
+            records.push(main("change-backing-file", true));
+            records.push(refused(1, "Could not change: Input/output error"));
+            for record in &records {
+                assert_eq!(follower.record(&scenario, record).wrong, None);
+            }
+            assert!(follower.in_doubt());
+            let mut states = Vec::new();
+            loop {
+                let a = follower.world.graph.find("a").expect("open");
+                let header = follower.world.header(a).and_then(|h| h.backing.as_ref());
+                states.push((
+                    follower.world.graph.node(a).writable,
+                    header.is_some_and(|b| &*b.file == "c"),
+                ));
+                if !follower.reconsider(&scenario) {
+                    break;
+                }
+            }
+            assert!(!follower.in_doubt());
+            states
+        };
+        assert_eq!(run(1), [(false, false), (true, true)]);
+        assert_eq!(run(2), [(false, false), (true, false), (true, true)]);
     }
 
     #[test]

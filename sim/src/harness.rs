@@ -5,15 +5,16 @@ use std::rc::Rc;
 
 use crate::choice::{Chooser, Pct, Random, Recorded, Recording};
 use crate::cli::{CliError, Faults, On, Scheduler};
-use crate::generate::{Profile, Reach, generate};
+use crate::generate::{Profile, Reach, add_faults, generate};
+use crate::guide::{Path, Tracking};
 use crate::history::Record;
 use crate::marks::{Counts, Detector};
 use crate::oracle::{self, FinalContent, Oracle, OracleName, View, Violation};
 use crate::run::{RunResult, Runner};
 use crate::scenario::Scenario;
-use crate::shrink::{Execute, Trial};
+use crate::shrink::{Execute, Limits, Trial};
 use crate::target::real::{Medium, RealTarget};
-use crate::target::{SimTarget, Target};
+use crate::target::{QemuTarget, SimTarget, Target};
 
 /// Records compared when a seed runs twice.
 const TRACE_KEPT: usize = 1 << 16;
@@ -29,6 +30,8 @@ pub struct Setup {
     pub profile: Profile,
     /// Which faults.
     pub faults: Faults,
+    /// The daemon to run on; `None`: the one in PATH.
+    pub qemu: Option<&'static std::path::Path>,
 }
 
 impl Default for Setup {
@@ -38,6 +41,7 @@ impl Default for Setup {
             scheduler: Scheduler::Random,
             profile: Profile::Mixed,
             faults: Faults::None,
+            qemu: None,
         }
     }
 }
@@ -56,6 +60,7 @@ impl Setup {
             On::Memory => "memory",
             On::File => "file",
             On::Loop => "loop",
+            On::Qemu => "qemu",
         }
     }
 
@@ -74,6 +79,8 @@ impl Setup {
         match self.faults {
             Faults::None => "none",
             Faults::Errors => "errors",
+            Faults::Crash => "crash",
+            Faults::All => "all",
         }
     }
 
@@ -85,14 +92,53 @@ impl Setup {
                 alignment: false,
                 fine_grain: true,
                 raw_tails: true,
+                rates: true,
+                inline_backing: true,
             },
             On::Loop => Reach {
                 drain: true,
                 alignment: false,
                 fine_grain: true,
                 raw_tails: false,
+                rates: true,
+                inline_backing: true,
+            },
+            On::Qemu => Reach {
+                drain: false,
+                alignment: false,
+                fine_grain: true,
+                raw_tails: false,
+                rates: false,
+                inline_backing: false,
             },
         }
+    }
+
+    /// What shrinking one finding may cost: a daemon is some thousand times slower than a simulation, and one that
+    /// hangs has to be waited for.
+    #[must_use]
+    pub fn limits(&self, oracle: OracleName) -> Limits {
+        match (self.on, oracle) {
+            (On::Memory | On::File | On::Loop, _) => Limits::default(),
+            (On::Qemu, OracleName::Daemon) => Limits {
+                executions: 12,
+                schedules: 0,
+            },
+            (On::Qemu, _) => Limits {
+                executions: 120,
+                schedules: 0,
+            },
+        }
+    }
+
+    /// The scenario of a seed.
+    #[must_use]
+    pub fn scenario(&self, seed: u64) -> Scenario {
+        let mut scenario = generate(seed, self.profile, self.reach());
+        if self.faults == Faults::Errors {
+            add_faults(&mut scenario, seed);
+        }
+        scenario
     }
 
     fn chooser(&self, seed: u64) -> Box<dyn Chooser> {
@@ -162,9 +208,14 @@ impl Harness {
             On::Memory => Box::new(SimTarget::new()),
             On::File => Box::new(RealTarget::new(Medium::File).map_err(environment)?),
             On::Loop => Box::new(RealTarget::new(Medium::Loop).map_err(environment)?),
+            On::Qemu => Box::new(QemuTarget::new(setup.qemu).map_err(environment)?),
         };
         let marks = Rc::<RefCell<Detector>>::default();
-        let mut oracles = oracle::all();
+        let mut oracles = if target.capabilities().events {
+            oracle::all()
+        } else {
+            oracle::outside()
+        };
         // Last, so that a run that fails counts only what it did.
         let allocation = Rc::<RefCell<Vec<NodeAllocation>>>::default();
         oracles.push(Box::new(Watcher {
@@ -187,7 +238,7 @@ impl Harness {
     /// # Errors
     /// When the environment fails.
     pub fn seed(&mut self, seed: u64, twice: bool) -> Result<SeedRun, CliError> {
-        let scenario = generate(seed, self.setup.profile, self.setup.reach());
+        let scenario = self.setup.scenario(seed);
         let mut chooser = self.setup.chooser(seed);
         let deterministic = self.target.capabilities().deterministic;
         let result = self.once(&scenario, &mut *chooser)?;
@@ -212,7 +263,7 @@ impl Harness {
     /// # Errors
     /// When the environment fails.
     pub fn recorded(&mut self, seed: u64) -> Result<Scenario, CliError> {
-        let mut scenario = generate(seed, self.setup.profile, self.setup.reach());
+        let mut scenario = self.setup.scenario(seed);
         let mut chooser = self.setup.chooser(seed);
         let mut choices = Vec::new();
         self.once(&scenario, &mut Recording::new(&mut *chooser, &mut choices))?;
@@ -316,7 +367,9 @@ pub fn records_of(scenario: &Scenario) -> Option<(Scenario, Vec<Record>)> {
 impl Execute for Harness {
     fn execute(&mut self, scenario: &Scenario, chooser: &mut dyn Chooser) -> Trial {
         let mut choices = std::mem::take(&mut self.choices);
-        let result = self.once(scenario, &mut Recording::new(chooser, &mut choices));
+        let mut path = Path::default();
+        let tracking = Tracking::new(chooser, &mut path);
+        let result = self.once(scenario, &mut Recording::new(tracking, &mut choices));
         let mut made = choices.clone();
         self.choices = choices;
         trim(&mut made);
@@ -324,6 +377,7 @@ impl Execute for Harness {
         Trial {
             violation: result.ok().and_then(|r| r.violation),
             choices: made,
+            path,
         }
     }
 }

@@ -59,4 +59,40 @@ pub enum Record {
     Ended(StepId, Outcome),
     /// The layer told something (targets that can be observed).
     Layer(Event),
+    /// Storage failed a request because the run said so. Whoever waits for it is told after this.
+    Fault(Fault),
+}
+
+/// What kind of storage request failed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum FaultKind {
+    /// A read.
+    Read,
+    /// A write.
+    Write,
+    /// Zeroing a range.
+    WriteZeroes,
+    /// Giving a range back.
+    Discard,
+    /// A flush.
+    Flush,
+    /// A change of length.
+    Truncate,
+}
+
+/// A storage request that was made to fail.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Fault {
+    /// The image whose file it was on, by its place in the scenario.
+    pub image: u32,
+    /// What it was.
+    pub kind: FaultKind,
+    /// Start, bytes; the new length for a truncate.
+    pub offset: u64,
+    /// Length, bytes.
+    pub bytes: u64,
+    /// How much of it reached the file all the same, bytes.
+    pub done: u64,
+    /// What the layer was told.
+    pub errno: i32,
 }

@@ -10,12 +10,13 @@ mod counts;
 
 pub use counts::{Counts, Mark, State, unmet};
 
+use blkcheck_impl::error::Errno;
 use blkcheck_impl::event::{Event, Parent, ReqKind};
 use blkcheck_impl::jobs::JobStatus;
 use blkcheck_impl::types::{JobId, NodeId, ReqFlags, RequestId};
 use serde_json::{Map, Value};
 
-use crate::history::{Outcome, Record, StepId};
+use crate::history::{Fault, FaultKind, Outcome, Record, StepId};
 use crate::oracle::Mirror;
 use crate::scenario::{Action, Format, GuestOp, Scenario, Stored};
 
@@ -38,6 +39,10 @@ struct Job {
     status: JobStatus,
     copied: bool,
     user_paused: bool,
+    /// An error stopped it, and nobody resumed it since.
+    stopped: bool,
+    /// Its run phase ended well.
+    prepared: bool,
     chunks: u32,
     end: u64,
 }
@@ -120,6 +125,7 @@ impl Detector {
             Record::Issued(step) => self.issued(scenario, *step),
             Record::Ended(step, outcome) => self.ended(scenario, *step, outcome),
             Record::Layer(event) => self.event(event),
+            Record::Fault(fault) => self.fault(fault),
         }
     }
 
@@ -212,6 +218,8 @@ impl Detector {
             .and_then(|id| self.created.iter().position(|c| c == id))
             .and_then(|i| self.jobs.get(i).copied());
         match (verb(execute), job) {
+            (Some("cancel"), Some(job)) if job.stopped => self.hit(Mark::CancelledAfterError),
+            (Some("resume"), Some(job)) if job.stopped => self.hit(Mark::ResumedAfterError),
             (Some("cancel"), Some(job)) => match job.status {
                 JobStatus::Paused | JobStatus::Standby => self.hit(Mark::CancelPaused),
                 JobStatus::Pending => self.hit(Mark::CancelPending),
@@ -257,6 +265,8 @@ impl Detector {
             ("Cannot freeze", Mark::RefusedFrozen),
             ("Permission conflict", Mark::RefusedPermission),
             (" is busy: ", Mark::RefusedBlocker),
+            (Errno::EIO.text(), Mark::CommandFails),
+            (Errno::ENOSPC.text(), Mark::CommandFails),
             ("cannot accept command verb", Mark::RefusedVerb),
         ] {
             if desc.contains(text) {
@@ -297,6 +307,20 @@ impl Detector {
             {
                 self.hit(Mark::StreamIntermediate);
             }
+        }
+    }
+
+    fn fault(&mut self, fault: &Fault) {
+        match fault.kind {
+            FaultKind::Read => self.hit(Mark::FaultyRead),
+            FaultKind::Flush => self.hit(Mark::FaultyFlush),
+            FaultKind::Write if fault.done == 0 => self.hit(Mark::FaultyWrite),
+            FaultKind::Write if fault.done < fault.bytes => self.hit(Mark::PartialWrite),
+            FaultKind::Write => self.hit(Mark::LateFaultyWrite),
+            FaultKind::WriteZeroes | FaultKind::Discard | FaultKind::Truncate => {}
+        }
+        if fault.errno == Errno::ENOSPC.0 {
+            self.hit(Mark::NoSpace);
         }
     }
 
@@ -442,6 +466,8 @@ impl Detector {
                 status: to,
                 copied: false,
                 user_paused: false,
+                stopped: false,
+                prepared: false,
                 chunks: 0,
                 end: 0,
             });
@@ -451,6 +477,7 @@ impl Detector {
             return;
         };
         self.jobs[i].status = to;
+        self.jobs[i].prepared |= to == JobStatus::Pending;
         let j = self.jobs[i];
         match (from, to) {
             (JobStatus::Created, JobStatus::Null) => self.hit(Mark::JobEarlyFail),
@@ -470,6 +497,7 @@ impl Detector {
                     self.hit(Mark::JobParkedByDrain);
                 }
             }
+            (JobStatus::Paused, JobStatus::Running) if j.stopped => self.jobs[i].stopped = false,
             (JobStatus::Paused, JobStatus::Running) if j.user_paused => self.hit(Mark::PauseResume),
             (_, JobStatus::Aborting) if j.copied => self.hit(Mark::StreamAborts),
             (_, JobStatus::Pending) if self.sections > 0 => self.hit(Mark::CompletionDuringDrain),
@@ -486,6 +514,13 @@ impl Detector {
         }
     }
 
+    /// The job that a QMP event is about.
+    fn told(&mut self, data: &Value) -> Option<&mut Job> {
+        let id = data.get("device").and_then(Value::as_str)?;
+        let at = self.created.iter().position(|c| c == id)?;
+        self.jobs.get_mut(at)
+    }
+
     fn qmp(&mut self, name: &str, data: &Value) {
         match name {
             "BLOCK_JOB_PENDING" => self.hit(Mark::FinalizePending),
@@ -493,6 +528,16 @@ impl Detector {
                 self.hit(Mark::JobError);
                 if data.get("action").and_then(Value::as_str) == Some("stop") {
                     self.hit(Mark::JobStopsOnError);
+                    if let Some(job) = self.told(data) {
+                        job.stopped = true;
+                    }
+                }
+            }
+            "BLOCK_JOB_COMPLETED" => {
+                let error = data.get("error").and_then(Value::as_str);
+                let by_storage = error == Some(Errno::EIO.text()) || error == Some(Errno::ENOSPC.text());
+                if by_storage && self.told(data).is_some_and(|job| job.prepared) {
+                    self.hit(Mark::CompletionFails);
                 }
             }
             _ => {}

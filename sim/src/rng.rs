@@ -7,7 +7,7 @@
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rng {
     state: u64,
-    /// A fuzzer's bytes instead of the generator; 0 once they are used up.
+    /// A fuzzer's bytes, before the generator's own numbers.
     tape: Option<Tape>,
 }
 
@@ -23,6 +23,10 @@ impl Tape {
         self.at += 1;
         u32::from(byte)
     }
+
+    fn is_over(&self) -> bool {
+        self.at >= self.bytes.len()
+    }
 }
 
 /// The purposes that have a stream of their own.
@@ -34,6 +38,8 @@ pub enum Stream {
     Schedule,
     /// What fails.
     Faults,
+    /// What may fail at all.
+    FaultPlan,
 }
 
 impl Rng {
@@ -44,6 +50,7 @@ impl Rng {
             Stream::Workload => 0x776f_726b_6c6f_6164,
             Stream::Schedule => 0x7363_6865_6475_6c65,
             Stream::Faults => 0x6661_756c_7473_0000,
+            Stream::FaultPlan => 0x6661_756c_7470_6c61,
         };
         // Mixed before use: seeds that follow each other must not give shifted copies of one stream.
         let mut rng = Rng {
@@ -57,11 +64,12 @@ impl Rng {
         }
     }
 
-    /// Numbers from a fuzzer's bytes: small ones take one byte, so that a changed byte changes one decision.
+    /// Numbers from a fuzzer's bytes, then those of `self`. Small ones take one byte, so that a changed byte changes
+    /// one decision.
     #[must_use]
-    pub fn tape(bytes: &[u8]) -> Rng {
+    pub fn after(self, bytes: &[u8]) -> Rng {
         Rng {
-            state: 0,
+            state: self.state,
             tape: Some(Tape {
                 bytes: bytes.to_vec(),
                 at: 0,
@@ -86,7 +94,7 @@ impl Rng {
     #[inline]
     pub fn below(&mut self, n: u32) -> u32 {
         assert!(n > 0, "nothing to choose from");
-        if let Some(tape) = &mut self.tape {
+        if let Some(tape) = self.tape.as_mut().filter(|tape| !tape.is_over()) {
             let mut value = tape.byte();
             if n > 1 << 8 {
                 value |= tape.byte() << 8;
@@ -159,6 +167,18 @@ mod tests {
         assert_eq!(rng.next_u64(), 0xe220_a839_7b1d_cdaf);
         assert_eq!(rng.next_u64(), 0x6e78_9e6a_a1b9_65f4);
         assert_eq!(rng.next_u64(), 0x06c4_5d18_8009_454f);
+    }
+
+    #[test]
+    fn a_tape_comes_first() {
+        let plain = Rng::stream(3, Stream::Workload);
+        let mut taped = plain.clone().after(&[7, 1, 2]);
+        assert_eq!((taped.below(5), taped.below(1000)), (2, 513));
+        let (mut plain, mut rest) = (plain, [0; 8]);
+        for slot in &mut rest {
+            *slot = plain.below(1000);
+        }
+        assert_eq!(rest.map(|_| taped.below(1000)), rest, "the stream from its start");
     }
 
     #[test]

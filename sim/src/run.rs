@@ -12,13 +12,14 @@ use std::rc::Rc;
 
 use blkcheck_impl::event::Event;
 use blkcheck_impl::jobs::JobStatus;
+use blkcheck_impl::types::JobId;
 use serde_json::{Map, Value};
 
 use crate::choice::{ChoiceKind, Chooser, Key, pick};
 use crate::finish;
 use crate::history::{Outcome, Record, StepId};
 use crate::oracle::{Oracle, OracleName, View, Violation};
-use crate::scenario::{Action, Scenario, Step};
+use crate::scenario::{Action, Scenario, Step, WaitJob};
 use crate::target::{Alternatives, Move, Target, Trouble};
 use crate::trace::{Fold, Trace};
 
@@ -29,6 +30,8 @@ const STEP_LIMIT: u64 = 1_000_000;
 const PATIENCE: u32 = 20_000;
 /// How often a job is pushed on from the same status before that counts as hanging.
 const PUSHES: u8 = 2;
+/// How often a job is pushed on gently over its whole life.
+const PATIENT_PUSHES: u8 = 16;
 
 /// What a run gave.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -53,10 +56,15 @@ struct Actor {
 
 #[derive(Debug)]
 struct JobState {
+    job: JobId,
     id: Rc<str>,
     status: JobStatus,
     visited: u16,
+    /// How far it has come, bytes.
+    offset: u64,
     pushes: u8,
+    /// Over its whole life.
+    all_pushes: u8,
 }
 
 /// A reusable runner.
@@ -78,6 +86,8 @@ pub struct Runner {
     /// Drained sections that are open: (begun by step).
     sections: Vec<StepId>,
     unfinished: u32,
+    /// Images on whose files a request failed.
+    faulted: Vec<u32>,
     incoming: Vec<Record>,
     batch: Vec<Record>,
     records: Vec<Record>,
@@ -204,6 +214,7 @@ impl Runner {
         self.jobs.clear();
         self.job_waits.clear();
         self.sections.clear();
+        self.faulted.clear();
         self.incoming.clear();
         self.records.clear();
         self.trace.clear();
@@ -220,6 +231,7 @@ impl Runner {
                 OracleName::Panic,
                 format!("{} ({})", report.message, report.location),
             ),
+            Trouble::Lost(text) => (OracleName::Daemon, text),
             Trouble::Stuck(what) => (OracleName::Liveness, format!("{what} did not finish")),
         };
         Stop::Violation(Violation {
@@ -258,7 +270,7 @@ impl Runner {
             waited = if starving { waited + 1 } else { 0 };
             let chosen = if waited > PATIENCE {
                 if can.storage > 0 { can.ready } else { total - 1 }
-            } else if total > 1 && chooser.wants_keys() {
+            } else if chooser.wants_keys() {
                 self.keyed(chooser, target, can)
             } else {
                 pick(chooser, ChoiceKind::Next, total)
@@ -267,7 +279,12 @@ impl Runner {
                 Move::Ready(chosen)
             } else if chosen < can.ready + can.storage {
                 waited = 0;
-                Move::Storage(chosen - can.ready)
+                let storage = chosen - can.ready;
+                if self.fails(storage, chooser, target) {
+                    self.digest(target, oracles)?;
+                    continue;
+                }
+                Move::Storage(storage)
             } else if chosen < can.ready + can.storage + actors {
                 let (step, _) = self.issuable[(chosen - can.ready - can.storage) as usize];
                 self.issue(StepId(step), target);
@@ -281,16 +298,37 @@ impl Runner {
         }
     }
 
+    /// Whether this storage request ends badly; it then has.
+    fn fails(&self, storage: u32, chooser: &mut dyn Chooser, target: &mut dyn Target) -> bool {
+        let Some(faults) = self.scenario.disk.faults else {
+            return false;
+        };
+        if !faults.setup && self.barrier() != u32::MAX {
+            return false;
+        }
+        let endings = target.endings(storage);
+        if endings == 1 {
+            return false;
+        }
+        let ending = chooser.ending(endings, faults.one_in);
+        assert!(ending < endings, "{ending} of {endings}");
+        if ending > 0 {
+            target.fail(storage, ending);
+        }
+        ending > 0
+    }
+
     fn keyed(&mut self, chooser: &mut dyn Chooser, target: &dyn Target, can: Alternatives) -> u32 {
         self.keys.clear();
         target.keys(&mut self.keys);
-        self.keys.extend(
-            self.issuable
-                .iter()
-                .map(|&(_, actor)| Key(2 << 40 | u64::from(actor))),
-        );
+        self.keys
+            .extend(self.issuable.iter().map(|&(step, actor)| Key::actor(actor, step)));
         if can.timer {
-            self.keys.push(Key(3 << 40));
+            self.keys.push(Key::CLOCK);
+        }
+        if let &[only] = &self.keys[..] {
+            chooser.passed(only);
+            return 0;
         }
         chooser.choose_among(ChoiceKind::Next, &self.keys)
     }
@@ -358,7 +396,7 @@ impl Runner {
                 }
             }
             Action::WaitJob { job } => {
-                if self.job_reached(&job.id, &job.status) {
+                if self.job_reached(job) {
                     self.incoming.push(Record::Ended(step, Outcome::Passed));
                 } else {
                     self.job_waits.push(step);
@@ -371,17 +409,20 @@ impl Runner {
         }
     }
 
-    /// Whether a job has been in this status, or is gone.
-    fn job_reached(&self, id: &str, status: &str) -> bool {
-        match self.jobs.iter().rfind(|j| &*j.id == id) {
-            None => true,
-            Some(job) => {
-                job.status == JobStatus::Null
-                    || finish::STATUSES
-                        .iter()
-                        .any(|&(s, n)| n == status && job.visited >> (s as u16) & 1 == 1)
-            }
-        }
+    /// Whether a job has been where a step waits for it to be, or is gone.
+    fn job_reached(&self, wanted: &WaitJob) -> bool {
+        let Some(job) = self.jobs.iter().rfind(|j| *j.id == *wanted.id) else {
+            return true;
+        };
+        let visited = |(status, name): (JobStatus, &str)| {
+            name == wanted.status && job.visited >> (status as u16) & 1 == 1
+        };
+        let underway = matches!(
+            job.status,
+            JobStatus::Created | JobStatus::Running | JobStatus::Paused
+        );
+        let far_enough = wanted.offset.is_none_or(|offset| job.offset >= offset) || !underway;
+        job.status == JobStatus::Null || far_enough && finish::STATUSES.into_iter().any(visited)
     }
 
     /// Takes in what happened: hash, own books, oracles.
@@ -430,8 +471,16 @@ impl Runner {
         match record {
             Record::Issued(_) => {}
             Record::Ended(step, outcome) => self.ended(*step, outcome),
-            Record::Layer(Event::JobStatus { id, to, .. }) => self.job_status(id, *to),
+            Record::Layer(Event::JobStatus { job, id, to, .. }) => self.job_status(*job, id, *to),
+            Record::Layer(Event::JobChunk {
+                job, offset, bytes, ..
+            }) => self.job_chunk(*job, offset + bytes),
             Record::Layer(_) => {}
+            Record::Fault(fault) => {
+                if !self.faulted.contains(&fault.image) {
+                    self.faulted.push(fault.image);
+                }
+            }
         }
     }
 
@@ -474,7 +523,14 @@ impl Runner {
         }
     }
 
-    fn job_status(&mut self, id: &Rc<str>, to: JobStatus) {
+    fn job_chunk(&mut self, job: JobId, end: u64) {
+        if let Some(state) = self.jobs.iter_mut().find(|j| j.job == job) {
+            state.offset = state.offset.max(end);
+            self.end_job_waits();
+        }
+    }
+
+    fn job_status(&mut self, job: JobId, id: &Rc<str>, to: JobStatus) {
         match self
             .jobs
             .iter_mut()
@@ -488,19 +544,26 @@ impl Runner {
             None => {
                 let (id, visited) = (Rc::clone(id), 1 << (to as u16));
                 self.jobs.push(JobState {
+                    job,
                     id,
                     status: to,
                     visited,
+                    offset: 0,
                     pushes: 0,
+                    all_pushes: 0,
                 });
             }
         }
+        self.end_job_waits();
+    }
+
+    fn end_job_waits(&mut self) {
         let mut waits = std::mem::take(&mut self.job_waits);
         waits.retain(|&step| {
             let Action::WaitJob { job } = &self.scenario.steps[step.0 as usize].action else {
                 unreachable!("only wait-job steps are here")
             };
-            let over = self.job_reached(&job.id, &job.status);
+            let over = self.job_reached(job);
             if over {
                 self.incoming.push(Record::Ended(step, Outcome::Passed));
             }
@@ -527,10 +590,18 @@ impl Runner {
         }
         for at in 0..self.jobs.len() {
             let job = &mut self.jobs[at];
-            let Some(command) = push(job.status, job.pushes) else {
+            // What stops at the same error again and again is not to be helped by going on.
+            let parked = matches!(job.status, JobStatus::Paused | JobStatus::Standby);
+            let pushes = if parked && job.all_pushes >= PATIENT_PUSHES {
+                job.pushes.max(1)
+            } else {
+                job.pushes
+            };
+            let Some(command) = push(job.status, pushes) else {
                 continue;
             };
             job.pushes += 1;
+            job.all_pushes = job.all_pushes.saturating_add(1);
             let mut arguments = Map::new();
             arguments.insert("id".into(), Value::String(job.id.to_string()));
             let action = Action::Command {
@@ -630,7 +701,7 @@ impl Runner {
             now: self.now,
             layer: target.layer(),
         };
-        let sound = finish::closed(&files, &view, oracles)?;
+        let sound = finish::closed(&files, &self.faulted, &view, oracles)?;
         let sound: Vec<(&str, &[u8])> = sound
             .iter()
             .map(|(name, bytes)| (&name[..], &bytes[..]))

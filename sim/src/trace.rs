@@ -103,6 +103,13 @@ impl Fold {
                 self.outcome(outcome);
             }
             Record::Layer(event) => self.event(event),
+            Record::Fault(fault) => {
+                self.pair(3, fault.image);
+                self.pair(fault.kind as u32, fault.errno.unsigned_abs());
+                for word in [fault.offset, fault.bytes, fault.done] {
+                    self.word(word);
+                }
+            }
         }
     }
 

@@ -168,20 +168,17 @@ impl CopyOnRead {
         let Some(next) = layer.backing_chain_next(file) else {
             return Ok(plain);
         };
-        Ok(
-            match layer
-                .is_allocated_above(next, Some(bottom), true, offset, n)
-                .await
-            {
-                Ok((_, 0)) => plain,
-                Ok((depth, below)) => Piece {
-                    bytes: below,
-                    copy: depth > 0,
-                },
-                // Rather copy than miss something; the read finds out.
-                Err(_) => Piece { bytes: n, copy: true },
-            },
-        )
+        // Without an answer nothing is copied: what lies below `bottom` must not be, and a stream must not skip.
+        let (depth, below) = layer
+            .is_allocated_above(next, Some(bottom), true, offset, n)
+            .await?;
+        if below == 0 {
+            return Ok(plain);
+        }
+        Ok(Piece {
+            bytes: below,
+            copy: depth > 0,
+        })
     }
 }
 
@@ -502,10 +499,10 @@ mod tests {
         mid.status_error.set(Some(Errno::EIO));
         assert_eq!(
             bench.read(&guest, 0, CLUSTER),
-            Ok(expect(&[(0xb0, 1)])),
-            "copied rather than missed"
+            Err(Errno::EIO),
+            "neither copied from below bottom nor missed"
         );
-        assert!(top.is_allocated(0));
+        assert!(!top.is_allocated(0));
         top.status_error.set(Some(Errno::EIO));
         assert_eq!(
             bench.read(&guest, 0, CLUSTER),

@@ -248,7 +248,11 @@ fn read_only_refuses_and_counts() {
     let perm = Perm::CONSISTENT_READ;
     let guest = Backend::new(&bench.layer, node.id, None, perm, Perm::all(), true).expect("reads only");
     assert_eq!(bench.run(guest.write(0, &[1; 512], NONE)), Err(Errno::EPERM));
-    assert_eq!(node.io.write_gen.get(), 0, "a backend that may not write is refused at the door");
+    assert_eq!(
+        node.io.write_gen.get(),
+        0,
+        "a backend that may not write is refused at the door"
+    );
     let edge = guest.root_edge().expect("attached");
     assert_eq!(
         bench.run(bench.layer.write(edge, 0, &[1; 512], NONE)),

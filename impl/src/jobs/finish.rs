@@ -7,10 +7,24 @@
 //! A transaction holds one job, so "all jobs of the transaction" is this one.
 
 use std::rc::Rc;
+use std::task::Poll;
 
 use crate::error::{Errno, QmpError};
 use crate::jobs::job::Job;
 use crate::jobs::status::{JobStatus, Verb};
+
+/// Lets every other task that can go on do so once.
+async fn step_aside() {
+    let mut stood = false;
+    std::future::poll_fn(|cx| {
+        if std::mem::replace(&mut stood, true) {
+            return Poll::Ready(());
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
+}
 
 impl Job {
     /// Last act of the job's task: `run` has returned `ret`.
@@ -21,6 +35,9 @@ impl Job {
         let layer = self.layer();
         self.busy.set(false);
         layer.kick();
+        // The end of a job is an event of the main context of its own (QEMU: a bottom half), not the tail of its last
+        // chunk: commands may come first.
+        step_aside().await;
         let main = layer.main("job-exit").await;
         self.completed().await;
         layer.reap().await;

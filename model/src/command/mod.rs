@@ -7,6 +7,7 @@ pub mod args;
 pub mod change_backing;
 pub mod del;
 pub mod export;
+pub mod failing;
 pub mod open;
 pub mod stream;
 pub mod verbs;

@@ -113,10 +113,13 @@ impl Options {
                 Kind::Leaf { filename }
             }
             Driver::NullCo => {
+                // A negative size aborts QEMU 10.0; here it is refused.
                 let size = args
                     .opt_int("size")?
-                    .and_then(|size| u64::try_from(size).ok())
-                    .unwrap_or(1 << 30);
+                    .map(u64::try_from)
+                    .transpose()
+                    .map_err(|_| Refusal::new("Parameter 'size' expects a non-negative number below 2^64"))?;
+                let size = size.unwrap_or(1 << 30);
                 args.optional("latency-ns");
                 args.opt_bool("read-zeroes")?;
                 Kind::NullCo {
@@ -185,9 +188,13 @@ impl ChildRef {
         match value {
             Value::String(name) => Ok(ChildRef::Name(Rc::from(name.as_str()))),
             Value::Object(object) => Ok(ChildRef::Inline(Box::new(Options::parse(nested(object, &path))?))),
-            _ => Err(Refusal::new(format!(
-                "Invalid parameter type for '{path}', expected: BlockdevRef"
-            ))),
+            _ => {
+                // Only a backing file can be told to be none.
+                let or_null = if name == "backing" { "OrNull" } else { "" };
+                Err(Refusal::new(format!(
+                    "Invalid parameter type for '{path}', expected: BlockdevRef{or_null}"
+                )))
+            }
         }
     }
 }

@@ -288,39 +288,41 @@ fn attach_job(graph: &mut Graph, job: &mut Job, filter: NodeId, range: &Range) -
 }
 
 /// The job at this place of the list went through its completion. The error text that it must end with, if any.
-pub(crate) fn complete(world: &mut World, at: usize, outcome: Outcome) -> Option<String> {
+/// `writable`: see [`World::job_completed_leaving`].
+pub(crate) fn complete(world: &mut World, at: usize, outcome: Outcome, writable: bool) -> Option<String> {
     let mut error = None;
     let mut outcome = outcome;
-    if matches!(outcome, Outcome::Success | Outcome::HeaderNotWritten) {
-        error = prepare(world, at, outcome == Outcome::Success);
-        if error.is_some() && outcome == Outcome::Success {
+    if matches!(outcome, Outcome::Success | Outcome::NotFlushed) {
+        error = prepare(world, at);
+        if error.is_some() {
             outcome = Outcome::Failed;
         }
     }
-    clean(world, at);
+    clean(world, at, writable);
     world.jobs[at].outcome = Some(outcome);
     error
 }
 
 /// Makes the stream take effect.
-fn prepare(world: &mut World, at: usize, header_writable: bool) -> Option<String> {
+fn prepare(world: &mut World, at: usize) -> Option<String> {
     drop_filter(world, at);
     let stream = world.jobs[at].stream.clone();
     let graph = &mut world.graph;
     let top = graph.skip_filters(stream.device);
-    graph.cow_child(top)?;
+    let below = graph.cow_child(top)?;
     // Read now, not at the start: others may have changed what is below the streamed range.
     let base = graph.chain_child(stream.above_base);
     if graph.attempt(|graph| graph.set_backing(top, base)).is_err() {
         return Some("Operation not permitted".to_owned());
     }
-    if !header_writable {
-        return None;
-    }
     let header = base.map(|base| header_for(graph, graph.skip_filters(base), &stream));
-    change_backing::write_header(world, top, header)
-        .err()
-        .map(str::to_owned)
+    let errno = change_backing::write_header(world, top, header).err()?;
+    // The header goes on naming the layers below; so does the graph.
+    world
+        .graph
+        .set_backing(top, Some(below))
+        .expect("the link of a moment ago is allowed");
+    Some(errno.to_owned())
 }
 
 /// What is recorded for a base.
@@ -355,7 +357,7 @@ fn drop_filter(world: &mut World, at: usize) {
 }
 
 /// Whatever happened: no filter, no backend, the device as writable as before.
-fn clean(world: &mut World, at: usize) {
+fn clean(world: &mut World, at: usize, writable: bool) {
     drop_filter(world, at);
     if let Some(backend) = world.jobs[at].backend.take() {
         world.graph.remove_edge_and_refresh(backend);
@@ -372,7 +374,7 @@ fn clean(world: &mut World, at: usize) {
         was_read_only,
         ..
     } = world.jobs[at].stream;
-    if was_read_only {
+    if was_read_only && !writable {
         // A writer may have come meanwhile; then the device stays writable.
         let _ = world.graph.attempt(|graph| graph.set_read_only(device, true));
     }

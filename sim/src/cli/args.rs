@@ -30,6 +30,9 @@ pub(super) enum Command {
     Shrink(ShrinkArgs),
     /// Prints a scenario as a short listing for people.
     Show(ShowArgs),
+    /// Compares the model with the real qemu-storage-daemon 10.x, one step at a time.
+    #[cfg(target_os = "linux")]
+    Compare(CompareArgs),
     /// Prints the JSON Schema of scenario files.
     Schema,
 }
@@ -48,6 +51,9 @@ pub(super) struct RunArgs {
     /// What runs the scenarios.
     #[arg(long, value_enum, default_value_t = On::Memory)]
     pub(super) on: On,
+    /// The daemon for `--on qemu` instead of the one in PATH.
+    #[arg(long, value_name = "PATH")]
+    pub(super) qemu: Option<PathBuf>,
     /// How choices are made: `random`, or `pct:D` (priorities with D change points).
     #[arg(long, default_value = "random", value_parser = parse_scheduler)]
     pub(super) scheduler: Scheduler,
@@ -78,6 +84,9 @@ pub(super) struct ReplayArgs {
     /// What runs it.
     #[arg(long, value_enum, default_value_t = On::Memory)]
     pub(super) on: On,
+    /// The daemon for `--on qemu` instead of the one in PATH.
+    #[arg(long, value_name = "PATH")]
+    pub(super) qemu: Option<PathBuf>,
     /// One JSON object on stdout, nothing else.
     #[arg(long)]
     pub(super) json: bool,
@@ -98,6 +107,28 @@ pub(super) struct ShowArgs {
     pub(super) file: PathBuf,
 }
 
+#[derive(Debug, Args)]
+pub(super) struct CompareArgs {
+    /// Scenario files.
+    #[arg(value_name = "FILE", conflicts_with_all = ["seeds", "exhaustive"])]
+    pub(super) files: Vec<PathBuf>,
+    /// Seeds whose scenarios to compare, first included, last excluded; without any request 0..1000.
+    #[arg(long, value_name = "A..B", value_parser = parse_seeds, conflicts_with = "exhaustive")]
+    pub(super) seeds: Option<Range<u64>>,
+    /// Every sequence of up to so many commands over a chain of three layers and a filter.
+    #[arg(long, value_name = "DEPTH", value_parser = clap::value_parser!(u32).range(1..=4))]
+    pub(super) exhaustive: Option<u32>,
+    /// The daemon instead of the one in PATH.
+    #[arg(long, value_name = "PATH")]
+    pub(super) qemu: Option<PathBuf>,
+    /// Directory for the scenario files of what is found.
+    #[arg(long, value_name = "DIR", default_value = "blkcheck-findings")]
+    pub(super) out: PathBuf,
+    /// One JSON object on stdout, nothing else.
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
 /// Targets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum On {
@@ -107,6 +138,8 @@ pub enum On {
     File,
     /// The block layer over real loop devices (needs root).
     Loop,
+    /// The shipping qemu-storage-daemon 10.x, its storage requests released by the choice stream; deterministic.
+    Qemu,
 }
 
 /// Fault injection.
@@ -114,8 +147,12 @@ pub enum On {
 pub enum Faults {
     /// None; nothing is drawn.
     None,
-    /// Storage requests may fail.
+    /// Storage requests may fail, with part of their work done or not.
     Errors,
+    /// Power loss (not built yet).
+    Crash,
+    /// Everything (not built yet).
+    All,
 }
 
 /// How choices are made.

@@ -4,6 +4,8 @@
 //! holds one JSON object and nothing else.
 
 mod args;
+#[cfg(target_os = "linux")]
+mod compare;
 mod replay;
 mod run;
 mod shrink;
@@ -56,6 +58,8 @@ pub fn main() -> ExitCode {
         Some(args::Command::Replay(a)) => replay::replay(&a),
         Some(args::Command::Shrink(a)) => shrink::shrink(&a),
         Some(args::Command::Show(a)) => show(&a.file),
+        #[cfg(target_os = "linux")]
+        Some(args::Command::Compare(a)) => compare::compare(&a),
         Some(args::Command::Schema) => {
             print_out(
                 &serde_json::to_string_pretty(&crate::scenario::schema::schema()).expect("a schema is JSON"),
@@ -71,6 +75,11 @@ pub fn main() -> ExitCode {
             ExitCode::from(2)
         }
     }
+}
+
+/// A path of the command line, which lasts as long as the command.
+pub(crate) fn lasting(path: &Path) -> &'static Path {
+    Box::leak(path.to_owned().into_boxed_path())
 }
 
 /// Prints to stdout; a closed pipe is not an error of ours.

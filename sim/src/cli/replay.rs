@@ -11,6 +11,7 @@ pub(super) fn replay(args: &ReplayArgs) -> Result<Found, CliError> {
     let scenario = load(&args.file)?;
     let mut harness = Harness::new(&Setup {
         on: args.on,
+        qemu: args.qemu.as_deref().map(super::lasting),
         ..Setup::default()
     })?;
     let replayed = harness.replay(&scenario)?;

@@ -22,6 +22,7 @@ pub(super) fn default_campaign() -> Result<Found, CliError> {
         time: None,
         threads: 0,
         on: On::Memory,
+        qemu: None,
         scheduler: Scheduler::Random,
         profile: Profile::Mixed,
         faults: Faults::None,
@@ -31,9 +32,17 @@ pub(super) fn default_campaign() -> Result<Found, CliError> {
 }
 
 pub(super) fn run(args: &RunArgs) -> Result<Found, CliError> {
-    if args.faults != Faults::None {
-        let text = "--faults errors: fault injection is not built yet; this version runs --faults none only";
-        return Err(CliError::Request(text.to_owned()));
+    match args.faults {
+        Faults::None => {}
+        Faults::Errors if args.on == On::Memory => {}
+        Faults::Errors => {
+            let text = "--faults errors: only the simulated disk fails on demand; use --on memory";
+            return Err(CliError::Request(text.to_owned()));
+        }
+        Faults::Crash | Faults::All => {
+            let text = "--faults crash and --faults all: power loss is not built yet; use --faults errors";
+            return Err(CliError::Request(text.to_owned()));
+        }
     }
     let span = match (&args.seeds, args.time) {
         (Some(seeds), _) => Span::Seeds(seeds.clone()),
@@ -48,6 +57,7 @@ pub(super) fn run(args: &RunArgs) -> Result<Found, CliError> {
         scheduler: args.scheduler,
         profile: args.profile,
         faults: args.faults,
+        qemu: args.qemu.as_deref().map(super::lasting),
     };
     let options = Options {
         span,

@@ -4,14 +4,16 @@
 //! Rules: draws only from the workload stream; stays within the target's capabilities; always yields a scenario that
 //! `validate` accepts. Nothing here looks at outcomes: a generated command may well be refused, and refusals are
 //! checked like results. A profile narrows the swarm, it never adds a feature of its own.
-//! Not covered: faults and power loss (they are choices, not workload).
+//! What may fail is drawn apart, by [`add_faults`]; whether it does is a choice. Not covered: power loss.
 
 mod chain;
+mod faults;
 mod guests;
 mod jobs;
 mod monitor;
 mod swarm;
 
+pub use faults::add_faults;
 pub use swarm::{Profile, Swarm};
 
 use crate::rng::{Rng, Stream};
@@ -28,6 +30,10 @@ pub struct Reach {
     pub fine_grain: bool,
     /// Images whose files may grow (not on fixed-size devices).
     pub raw_tails: bool,
+    /// Jobs with a speed (time can pass by choice).
+    pub rates: bool,
+    /// Backing nodes given inline over a file name in the header.
+    pub inline_backing: bool,
 }
 
 impl Reach {
@@ -39,6 +45,8 @@ impl Reach {
             alignment: true,
             fine_grain: true,
             raw_tails: true,
+            rates: true,
+            inline_backing: true,
         }
     }
 }
@@ -61,6 +69,12 @@ pub fn generate_from(rng: &mut Rng, profile: Profile, reach: Reach) -> Scenario 
     let mut steps = Vec::with_capacity(96);
     chain.setup(rng, &swarm, &mut steps);
     interleave(rng, &swarm, &chain, &mut steps);
+    if !reach.rates {
+        without_rates(&mut steps);
+    }
+    if !reach.inline_backing {
+        without_inline_backing(&mut steps);
+    }
     Scenario {
         version: VERSION,
         title: None,
@@ -76,6 +90,47 @@ pub fn generate_from(rng: &mut Rng, profile: Profile, reach: Reach) -> Scenario 
         steps,
         choices: Vec::new(),
         expect: None,
+    }
+}
+
+/// Takes speeds out of jobs: for targets where time is not a choice. What is refused stays refused.
+pub fn without_rates(steps: &mut [Step]) {
+    for step in steps {
+        let Action::Command { execute, arguments } = &mut step.action else {
+            continue;
+        };
+        if matches!(&**execute, "block-stream" | "block-job-set-speed")
+            && let Some(speed) = arguments.get_mut("speed")
+            && speed.as_i64().is_none_or(|s| s > 0)
+        {
+            *speed = serde_json::Value::from(0);
+        }
+    }
+}
+
+/// Opens inline backing nodes by commands of their own, just before: for targets that cannot join options with the
+/// file name in a header.
+pub fn without_inline_backing(steps: &mut Vec<Step>) {
+    let mut at = 0;
+    while at < steps.len() {
+        let Action::Command { execute, arguments } = &mut steps[at].action else {
+            at += 1;
+            continue;
+        };
+        let inner = match arguments.get_mut("backing") {
+            Some(backing @ serde_json::Value::Object(_)) if execute == "blockdev-add" => {
+                let name = backing.get("node-name").cloned();
+                name.map(|name| std::mem::replace(backing, name))
+            }
+            _ => None,
+        };
+        match inner {
+            Some(inner) => {
+                let actor = steps[at].actor.clone();
+                steps.insert(at, command(&actor, "blockdev-add", inner));
+            }
+            None => at += 1,
+        }
     }
 }
 

@@ -41,6 +41,7 @@ impl Monitor {
         }
         match rng.weighted(&weights) {
             1 => steps.push(job_verb(rng, &self.jobs, MONITOR)),
+            2 if rng.chance(1, 4) => self.interfere(rng, chain, steps),
             2 => steps.push(self.wait(rng)),
             3 => self.node(rng, chain, steps),
             4 => self.export(rng, chain, steps),
@@ -55,12 +56,27 @@ impl Monitor {
         let job = WaitJob {
             id: self.jobs.any(rng),
             status: status.to_owned(),
+            offset: None,
         };
-        Step {
-            actor: MONITOR.to_owned(),
-            action: Action::WaitJob { job },
-            wait: true,
-        }
+        wait_for(job)
+    }
+
+    /// Lets a job come to some point, often its very end, and does something to it there.
+    fn interfere(&self, rng: &mut Rng, chain: &Chain, steps: &mut Vec<Step>) {
+        let length = chain.images.last().map_or(0, |image| image.size);
+        let offset = if rng.chance(1, 2) {
+            length
+        } else {
+            u64::from(rng.below(8)) * length / 8
+        };
+        let id = self.jobs.any(rng);
+        steps.push(wait_for(WaitJob {
+            id: id.clone(),
+            status: "running".to_owned(),
+            offset: Some(offset),
+        }));
+        let verb = *rng.pick(&["block-job-cancel", "block-job-cancel", "block-job-pause"]);
+        steps.push(command(MONITOR, verb, json!({"device": id})));
     }
 
     fn node(&mut self, rng: &mut Rng, chain: &Chain, steps: &mut Vec<Step>) {
@@ -75,10 +91,13 @@ impl Monitor {
         }
         let name = if rng.chance(1, 16) {
             self.any_node(rng, chain)
+        } else if self.added > 0 && rng.chance(1, 3) {
+            // Free again if it was deleted meanwhile, else refused.
+            format!("extra{}", rng.below(self.added))
         } else {
-            format!("extra{}", self.added)
+            self.added += 1;
+            format!("extra{}", self.added - 1)
         };
-        self.added += 1;
         let below = self.any_node(rng, chain);
         let mut add = match rng.below(5) {
             0 => json!({"driver": "null-co", "size": 65536, "read-zeroes": true}),
@@ -115,6 +134,14 @@ impl Monitor {
         let device = chain.nodes.last().expect("a chain has nodes").name.clone();
         let arguments = json!({"device": device, "image-node-name": image, "backing-file": "renamed.img"});
         command(MONITOR, "change-backing-file", arguments)
+    }
+}
+
+fn wait_for(job: WaitJob) -> Step {
+    Step {
+        actor: MONITOR.to_owned(),
+        action: Action::WaitJob { job },
+        wait: true,
     }
 }
 

@@ -96,6 +96,26 @@ marks! {
     JobError = "job meets an I/O error",
     /// An I/O error stops a job.
     JobStopsOnError = "job stops on an error",
+    /// A user resumes a job that an error stopped.
+    ResumedAfterError = "job resumed after an error",
+    /// A job that an error stopped is cancelled.
+    CancelledAfterError = "job cancelled after an error",
+    /// A stream's run ends well, and storage fails when it is to take effect.
+    CompletionFails = "stream fails to take effect for want of storage",
+    /// A command other than a query fails because storage does.
+    CommandFails = "command refused by failing storage",
+    /// A read fails.
+    FaultyRead = "storage fails a read",
+    /// A write fails with nothing written.
+    FaultyWrite = "storage fails a write",
+    /// A write fails with a part of it written.
+    PartialWrite = "storage fails a write in the middle",
+    /// A write fails with all of it written.
+    LateFaultyWrite = "storage fails a write that it carried out",
+    /// A flush fails.
+    FaultyFlush = "storage fails a flush",
+    /// Storage has no space.
+    NoSpace = "storage is full",
     /// A guest request fails.
     GuestError = "guest request fails",
     /// A guest write-zeroes covers stored data.
@@ -234,13 +254,21 @@ impl Mark {
     /// Whether it can only occur when storage fails, so that a campaign without faults does not owe it.
     #[must_use]
     pub fn needs_faults(self) -> bool {
-        matches!(self, Mark::JobError | Mark::JobStopsOnError)
-    }
-
-    /// Whether it is so rare that only a campaign of millions of seeds owes it: the window is a single step.
-    #[must_use]
-    pub fn is_rare(self) -> bool {
-        self == Mark::CancelAfterLastChunk
+        matches!(
+            self,
+            Mark::JobError
+                | Mark::JobStopsOnError
+                | Mark::ResumedAfterError
+                | Mark::CancelledAfterError
+                | Mark::CompletionFails
+                | Mark::CommandFails
+                | Mark::FaultyRead
+                | Mark::FaultyWrite
+                | Mark::PartialWrite
+                | Mark::LateFaultyWrite
+                | Mark::FaultyFlush
+                | Mark::NoSpace
+        )
     }
 }
 

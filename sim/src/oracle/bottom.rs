@@ -46,6 +46,11 @@ struct Stream {
 /// See the module.
 #[derive(Debug, Default)]
 pub(crate) struct Bottom {
+    /// Copies are not told.
+    outside: bool,
+    /// Outside: what may have been copied: the image that is filled, and the layers that it may come from; `None`:
+    /// from anywhere.
+    copies: Vec<(usize, Option<Vec<usize>>)>,
     layers: Vec<Layer>,
     streams: Vec<Stream>,
     /// Writes under way: step, image, start, end.
@@ -87,7 +92,61 @@ impl Layer {
 }
 
 impl Bottom {
+    /// For a subject that does not tell its copies: whatever a filter that was ever there may copy counts as copied.
+    pub(crate) fn outside() -> Bottom {
+        Bottom {
+            outside: true,
+            ..Bottom::default()
+        }
+    }
+
+    /// Filters that are there now, and what they may copy into which image.
+    fn filters(&mut self, scenario: &Scenario, world: &World) {
+        let graph = &world.graph;
+        for (id, node) in graph.nodes().filter(|(_, n)| n.driver == Driver::CopyOnRead) {
+            let Some(disk) = Data::disk_of(scenario, world, id) else {
+                continue;
+            };
+            let below = graph.skip_filters(id);
+            let copy = (
+                disk,
+                node.bottom.and_then(|b| range_of(scenario, world, below, b)),
+            );
+            if !self.copies.contains(&copy) {
+                self.copies.push(copy);
+            }
+        }
+    }
+
+    /// Everything that may be allocated by copies, to the end: one layer's copies may be copied by another.
+    fn copy_all(&mut self) {
+        loop {
+            let mut grew = false;
+            for (disk, range) in &self.copies {
+                for c in 0..self.layers[*disk].may.len() {
+                    let layer = &self.layers[*disk];
+                    let (from, to) = (
+                        c as u64 * layer.cluster,
+                        ((c as u64 + 1) * layer.cluster).min(layer.size),
+                    );
+                    let held = |lower: &usize| {
+                        let layer = &self.layers[*lower];
+                        to > layer.size || Layer::holds(&layer.may, layer.clusters(from, to))
+                    };
+                    if !layer.may[c] && range.as_ref().is_none_or(|r| r.iter().any(held)) {
+                        self.layers[*disk].may[c] = true;
+                        grew = true;
+                    }
+                }
+            }
+            if !grew {
+                return;
+            }
+        }
+    }
+
     pub(crate) fn reset(&mut self, scenario: &Scenario) {
+        self.copies.clear();
         self.layers.clear();
         self.layers.extend(scenario.images.iter().map(Layer::new));
         self.streams.clear();
@@ -96,6 +155,9 @@ impl Bottom {
 
     /// A command was executed by the model; a stream may be new.
     pub(crate) fn executed(&mut self, scenario: &Scenario, world: &World) {
+        if self.outside {
+            self.filters(scenario, world);
+        }
         let Some(job) = world.jobs.first() else { return };
         if self.streams.iter().any(|s| s.id == job.id) {
             return;
@@ -261,12 +323,13 @@ impl Bottom {
     }
 
     pub(crate) fn quiescent(
-        &self,
+        &mut self,
         view: &View<'_>,
         world: &World,
         data: &Data,
         contents: &[FinalContent<'_>],
     ) -> Result<(), Violation> {
+        self.copy_all();
         for content in contents {
             let Some(node) = world.graph.find(content.name) else {
                 continue;
@@ -420,6 +483,7 @@ mod tests {
                     name: "top",
                     bytes: &[],
                     allocated,
+                    zeroes: &[],
                 },
             )
         };

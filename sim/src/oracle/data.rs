@@ -11,6 +11,8 @@
 //! overlay's initial content would be: until a guest write to the overlay has ended.
 //! A grain of more than 512 bytes may be torn between writes that overlap; its sectors are then judged one by one, by
 //! membership only.
+//! An image whose flush failed may have lost on close what was not flushed before, and only that: a grain then holds
+//! what it held at the last flush that succeeded, or what was written since.
 //! Unchecked: windows (`raw` with offset or size), `null-co`, the plain bytes of a qcow2 file, disks whose image is open
 //! twice or was written below its format (contents then have no meaning), durability.
 
@@ -20,12 +22,12 @@ use blkcheck_model::{Driver, NodeId, World};
 
 use super::{FinalContent, OracleName, View, Violation, status, violation};
 use crate::follow::Follower;
-use crate::history::{Outcome, StepId};
+use crate::history::{Fault, FaultKind, Outcome, StepId};
 use crate::image::build;
 use crate::scenario::{Action, Format, GuestOp, Image, Range, Scenario};
-use crate::stamp::{Content, Source};
+use crate::stamp::{self, Content, Source};
 
-use grains::{collect, content_text, explain, history, seen, texts};
+use grains::{collect, content_text, explain, history, seen, texts, torn_between_writes};
 
 const SECTOR: u64 = 512;
 
@@ -64,6 +66,8 @@ struct Disk {
     /// Per grain: decided by this image from the start.
     own: Vec<bool>,
     log: Vec<Logged>,
+    /// When the last flush began that succeeded.
+    flushed: u64,
     /// Nothing can be said.
     unknown: bool,
 }
@@ -97,6 +101,10 @@ pub(crate) struct Data {
     grain: u64,
     disks: Vec<Option<Disk>>,
     open: Vec<Option<Open>>,
+    /// Flushes under way: step, disk, begin.
+    flushes: Vec<(StepId, usize, u64)>,
+    /// Images a flush of whose file failed.
+    lost: Vec<usize>,
     /// Exports that were there once: a request may be issued while one goes.
     exports: Vec<(String, usize)>,
     values: Vec<Option<Value>>,
@@ -143,7 +151,17 @@ impl Data {
         self.disks.clear();
         self.disks.resize_with(scenario.images.len(), || None);
         self.open.clear();
+        self.flushes.clear();
+        self.lost.clear();
         self.exports.clear();
+    }
+
+    /// Storage failed a request.
+    pub(crate) fn fault(&mut self, fault: &Fault) {
+        let image = fault.image as usize;
+        if fault.kind == FaultKind::Flush && !self.lost.contains(&image) {
+            self.lost.push(image);
+        }
     }
 
     /// Whether the content of an image can be judged.
@@ -306,6 +324,7 @@ impl Data {
             loose,
             own,
             log: Vec::new(),
+            flushed: 0,
             unknown,
         }
     }
@@ -345,7 +364,10 @@ impl Data {
                 (Effect::Write(0), 0, "write-zeroes", range)
             }
             GuestOp::Discard(range) => (Effect::Discard, 0, "discard", range),
-            GuestOp::Flush => return,
+            GuestOp::Flush => {
+                self.flushes.extend(disk.map(|disk| (step, disk, view.now)));
+                return;
+            }
         };
         // What an export does not let through has no effect.
         if effect != Effect::Read && node.is_some() && !follower.export_writable(export) {
@@ -440,6 +462,13 @@ impl Data {
         step: StepId,
         outcome: &Outcome,
     ) -> Result<(), Violation> {
+        if let Some(at) = self.flushes.iter().position(|f| f.0 == step) {
+            let (_, disk, begun) = self.flushes.swap_remove(at);
+            if let (Some(d), Outcome::Done(Ok(()))) = (&mut self.disks[disk], outcome) {
+                d.flushed = d.flushed.max(begun);
+            }
+            return Ok(());
+        }
         let Some(open) = self.open.get_mut(step.0 as usize).and_then(Option::take) else {
             return Ok(());
         };
@@ -481,7 +510,7 @@ impl Data {
         };
         let g = verdict.expect("just set");
         let disk = self.disks[open.disk].as_ref().expect("judged");
-        let who = super::liveness::step_text(view.scenario, step);
+        let who = super::liveness::act_text(view.scenario, step).unwrap_or_default();
         let at = g as u64 * grain;
         let (oracle, message) = match saw {
             Err(content) => (
@@ -595,6 +624,40 @@ impl Data {
         ))
     }
 
+    /// A closed image, of which (or of a layer below) a flush failed.
+    fn at_least_flushed(
+        &self,
+        view: &View<'_>,
+        disk: usize,
+        content: &FinalContent<'_>,
+    ) -> Result<(), Violation> {
+        let Some(d) = self.disks[disk].as_ref().filter(|d| !d.unknown) else {
+            return Ok(());
+        };
+        let lost_below: Vec<&Disk> = d
+            .chain
+            .iter()
+            .filter(|below| self.lost.contains(below))
+            .filter_map(|below| self.disks[*below].as_ref())
+            .collect();
+        for (g, bytes) in content.bytes.chunks(index(self.grain)).enumerate() {
+            let at = g as u64 * self.grain;
+            let saw = match seen(bytes, at, &d.cuts, self.grain) {
+                Seen::Value(value) => value,
+                Seen::Skip => continue,
+                Seen::Wrong(Content::Torn) if torn_between_writes(d, bytes, at, g, view.now) => continue,
+                Seen::Wrong(content) => return Err(lost_text(view.scenario, d, g, disk, content)),
+            };
+            let below = lost_below.iter().any(|l| {
+                l.initial.get(g) == Some(&saw) || l.log.iter().any(|l| l.covers(g) && l.value == saw)
+            });
+            if !(below || d.loose.get(g) == Some(&true) || d.may_be_left(g, saw)) {
+                return Err(lost_text(view.scenario, d, g, disk, stamp::read(bytes, at)));
+            }
+        }
+        Ok(())
+    }
+
     pub(crate) fn quiescent(
         &mut self,
         view: &View<'_>,
@@ -602,6 +665,7 @@ impl Data {
         contents: &[FinalContent<'_>],
     ) -> Result<(), Violation> {
         for content in contents {
+            status::layer(content)?;
             let Some(node) = follower.world.graph.find(content.name) else {
                 continue;
             };
@@ -624,15 +688,57 @@ impl Data {
             };
             // The independent reader goes by the headers; a chain that was put together otherwise reads otherwise.
             let recorded = recorded_chain(view.scenario, &follower.world, disk);
-            if self.disks[disk]
-                .as_ref()
-                .is_some_and(|d| Some(&d.chain) == recorded.as_ref())
-            {
+            let Some(d) = self.disks[disk].as_ref() else {
+                continue;
+            };
+            if Some(&d.chain) != recorded.as_ref() {
+                continue;
+            }
+            if self.lost.contains(&disk) || d.chain.iter().any(|below| self.lost.contains(below)) {
+                self.at_least_flushed(view, disk, content)?;
+            } else {
                 self.whole(view, disk, content)?;
             }
         }
         Ok(())
     }
+}
+
+impl Disk {
+    /// Whether a grain may hold this after everything since the last good flush was lost in part.
+    fn may_be_left(&self, grain: usize, value: Value) -> bool {
+        // A write that ended before that flush began hides everything that ended before the write began.
+        let hidden = |end: u64| {
+            self.log
+                .iter()
+                .any(|l| l.covers(grain) && l.what != "discard" && l.start > end && l.end < self.flushed)
+        };
+        let initially = self.initial.get(grain) == Some(&value)
+            && !self
+                .log
+                .iter()
+                .any(|l| l.covers(grain) && l.what != "discard" && l.end < self.flushed);
+        initially
+            || self
+                .log
+                .iter()
+                .any(|l| l.covers(grain) && l.value == value && (l.end == u64::MAX || !hidden(l.end)))
+    }
+}
+
+fn lost_text(scenario: &Scenario, d: &Disk, grain: usize, disk: usize, content: Content) -> Violation {
+    let message = format!(
+        "after a failed flush, {} at {:#x} holds {}, which a flush before had made impossible",
+        scenario.images[disk].file,
+        grain as u64 * u64::from(scenario.grain),
+        content_text(scenario, content)
+    );
+    violation(
+        OracleName::Transparency,
+        None,
+        message,
+        history(scenario, d, grain),
+    )
 }
 
 /// A stamp of an image or step that a chain may have lost by a stream: its disk is not below any more, but its content

@@ -43,7 +43,10 @@ impl Run {
     /// Everything opened; the graph's events are left out, since only content is looked at here.
     fn new(guests: &[(&str, u64, u64, &str)]) -> Run {
         let steps: Vec<String> = guests.iter().map(|g| guest_step(g.0, g.1, g.2, g.3)).collect();
-        let scenario = scenario(&steps.iter().map(String::as_str).collect::<Vec<_>>());
+        Run::of(scenario(&steps.iter().map(String::as_str).collect::<Vec<_>>()))
+    }
+
+    fn of(scenario: Scenario) -> Run {
         let mut run = Run {
             oracle: Modelled::default(),
             scenario,
@@ -259,6 +262,7 @@ fn whole_contents_are_judged_at_the_end() {
                 name: "top",
                 bytes,
                 allocated: &[],
+                zeroes: &[],
             }],
         )
     };
@@ -298,4 +302,67 @@ fn a_refusal_that_should_not_be_is_reported() {
         (v.oracle, v.message.as_str()),
         (OracleName::Graph, "node 'fb' should exist")
     );
+}
+
+/// After a failed flush a closed image may be as old as the last flush that succeeded, and no older.
+#[test]
+fn a_failed_flush_may_lose_what_was_not_flushed_before() {
+    let flush = r#"{"actor":"g","export":"x","do":"flush"}"#.to_owned();
+    let write = |offset| guest_step("write", offset, 64, "x");
+    let closed = |lost: bool, holds: [Source; 2]| {
+        // 0x200 is written, flushed, written again; 0x240 only before the flush.
+        let steps = [write(512), write(576), flush.clone(), write(512)];
+        let mut run = Run::of(scenario(&steps.each_ref().map(String::as_str)));
+        for n in 0..4 {
+            run.begin(n);
+            run.done(n);
+        }
+        if lost {
+            run.record(&Record::Fault(Fault {
+                image: 1,
+                kind: FaultKind::Flush,
+                offset: 0,
+                bytes: 0,
+                done: 0,
+                errno: 5,
+            }))
+            .expect("no verdict yet");
+        }
+        let mut bytes = initial();
+        for (i, source) in holds.into_iter().enumerate() {
+            let at = 512 + 64 * i;
+            bytes[at..at + 64].copy_from_slice(&stamped(at as u64, 64, source));
+        }
+        let view = View {
+            scenario: &run.scenario,
+            now: 1000,
+            layer: None,
+        };
+        let content = FinalContent {
+            name: "top",
+            bytes: &bytes,
+            allocated: &[],
+            zeroes: &[],
+        };
+        run.oracle.closed(&view, &[content])
+    };
+    assert_eq!(closed(false, [step(3), step(1)]), Ok(()));
+    assert!(
+        closed(false, [step(0), step(1)]).is_err(),
+        "nothing failed, nothing is lost"
+    );
+    assert_eq!(closed(true, [step(3), step(1)]), Ok(()));
+    assert_eq!(
+        closed(true, [step(0), step(1)]),
+        Ok(()),
+        "written after the flush, lost"
+    );
+    for (holds, why) in [
+        ([TOP, step(1)], "flushed, then lost"),
+        ([step(3), TOP], "flushed, then lost"),
+        ([step(1), step(1)], "never written there"),
+    ] {
+        let v = closed(true, holds).expect_err(why);
+        assert!(v.message.contains("after a failed flush"), "{}", v.message);
+    }
 }

@@ -10,7 +10,7 @@
 
 use blkcheck_impl::event::{Event, Parent};
 use blkcheck_impl::graph::inspect::GraphView;
-use blkcheck_impl::types::{NodeId, OpenFlags};
+use blkcheck_impl::types::{NodeId, OpenFlags, Role};
 use blkcheck_model::{Parent as ModelParent, World};
 
 use super::mirror::Mirror;
@@ -22,6 +22,8 @@ type Key = (u64, u16, bool);
 /// Compares; keeps its vectors.
 #[derive(Debug, Default)]
 pub(crate) struct Comparison {
+    /// Drivers, frozen links and roles other than backing are not known.
+    outside: bool,
     /// Model node by id -> the layer's node.
     ours: Vec<Option<NodeId>>,
     expected: Vec<Key>,
@@ -61,6 +63,23 @@ pub(crate) fn follow(mirror: &mut Mirror, event: &Event) -> Result<(), Violation
 }
 
 impl Comparison {
+    /// Of a graph seen from outside.
+    pub(crate) fn outside() -> Comparison {
+        Comparison {
+            outside: true,
+            ..Comparison::default()
+        }
+    }
+
+    /// What is compared of a role.
+    fn role(&self, kind: u64, role: u8) -> u8 {
+        match (kind, self.outside) {
+            (0, false) => role,
+            (0, true) => role & Role::COW.bits(),
+            _ => 0,
+        }
+    }
+
     /// Nodes and edges.
     pub(crate) fn compare(&mut self, world: &World, mirror: &Mirror) -> Result<(), Violation> {
         self.match_nodes(world, mirror)?;
@@ -73,10 +92,13 @@ impl Comparison {
                     ModelParent::Export(_) | ModelParent::JobBackend(_) => (1, 0),
                     ModelParent::Job(_) => (2, 0),
                 };
-                let role = if kind == 0 { edge.role.bits() } else { 0 };
+                let role = self.role(kind, edge.role.bits());
                 let masks = masks(edge.masks.perm.bits(), edge.masks.shared.bits());
-                self.expected
-                    .push((structure(kind, parent, role), masks, edge.frozen_by.is_some()));
+                self.expected.push((
+                    structure(kind, parent, role),
+                    masks,
+                    !self.outside && edge.frozen_by.is_some(),
+                ));
             }
             self.found.clear();
             for &edge in &mirror.node(our_id).expect("matched").parents {
@@ -86,7 +108,7 @@ impl Comparison {
                     Some(Parent::Backend(_)) => (1, 0),
                     Some(Parent::Job(_)) | None => (2, 0),
                 };
-                let role = if kind == 0 { e.role.bits() } else { 0 };
+                let role = self.role(kind, e.role.bits());
                 self.found.push((
                     structure(kind, parent, role),
                     masks(e.perm.bits(), e.shared.bits()),
@@ -118,8 +140,8 @@ impl Comparison {
             };
             let either = [Some(&edge.masks), scratch.get(&id)]
                 .map(|m| m.map(|m| masks(m.perm.bits(), m.shared.bits())));
-            let key = structure(kind, parent, role);
-            let frozen = edge.frozen_by.is_some();
+            let key = structure(kind, parent, self.role(kind, role));
+            let frozen = !self.outside && edge.frozen_by.is_some();
             let found = left
                 .iter()
                 .position(|k| k.0 == key && k.2 == frozen && either.contains(&Some(k.1)));
@@ -141,7 +163,7 @@ impl Comparison {
                     node_lists(world, mirror),
                 ));
             };
-            if mirror.node(ours).is_some_and(|n| n.driver != node.driver.name()) {
+            if !self.outside && mirror.node(ours).is_some_and(|n| n.driver != node.driver.name()) {
                 let driver = mirror.node(ours).map_or("", |n| n.driver);
                 let message = format!(
                     "node '{}' has driver {driver}, expected {}",

@@ -5,11 +5,15 @@
 //! exactly one of `_COMPLETED` and `_CANCELLED`, between leaving the run phase and `concluded`; a job that was never
 //! started tells neither. Offsets in its events never decrease and never pass the length. The pause count moves by
 //! one edge at a time, a job parks only while it is above zero, and a parked job handles no chunk.
+//! Errors: the action that `BLOCK_JOB_ERROR` tells is one that the job's `on-error` takes (`stop` on lack of space only
+//! after storage ran out of it); after `report` or `ignore` a job that is not cancelled fails, and none fails in its run
+//! phase without having told such an error; after `stop` it handles no chunk until it is resumed.
 //! Unchecked: which verbs are admitted when (`refusals`, by the model), the wall-clock rate, `waiting` without
 //! `pending` (needs grouped jobs, which no job here can be in).
 
 use std::rc::Rc;
 
+use blkcheck_impl::error::Errno;
 use blkcheck_impl::event::Event;
 use blkcheck_impl::jobs::JobStatus::{
     self, Aborting, Concluded, Created, Null, Paused, Pending, Ready, Running, Standby,
@@ -20,7 +24,7 @@ use serde_json::Value;
 
 use super::{FinalContent, Oracle, OracleName, View, Violation, violation};
 use crate::history::Record;
-use crate::scenario::Scenario;
+use crate::scenario::{Action, Scenario};
 
 /// QAPI name of a status.
 pub(crate) fn status_name(status: JobStatus) -> &'static str {
@@ -69,12 +73,22 @@ struct Job {
     ended: bool,
     pause_count: u32,
     offset: u64,
+    /// Its run phase ended well.
+    prepared: bool,
+    /// Told an error that makes it fail in the end.
+    doomed: bool,
+    /// Told an error that stops it, and was not resumed since.
+    stopped: bool,
 }
 
 /// See the module.
 #[derive(Debug, Default)]
 pub struct Jobs {
     jobs: Vec<Job>,
+    /// `on-error` of every block-stream so far, by job id; one that was refused cannot be told apart here.
+    policies: Vec<(String, String)>,
+    /// Storage ran out of space.
+    no_space: bool,
 }
 
 impl Jobs {
@@ -85,6 +99,10 @@ impl Jobs {
             Event::JobChunk {
                 job, offset, bytes, ..
             } => match self.jobs.iter().find(|j| j.job == *job) {
+                Some(j) if j.stopped => Err(wrong(format!(
+                    "job '{}' handles {offset:#x}+{bytes:#x} after an error stopped it",
+                    j.id
+                ))),
                 Some(j) if j.status == Running => Ok(()),
                 Some(j) => Err(wrong(format!(
                     "job '{}' handles {offset:#x}+{bytes:#x} while it is {}",
@@ -128,6 +146,9 @@ impl Jobs {
                     ended,
                     pause_count: 1,
                     offset: 0,
+                    prepared: false,
+                    doomed: false,
+                    stopped: false,
                 });
                 self.jobs.len() - 1
             }
@@ -168,6 +189,8 @@ impl Jobs {
         }
         j.untold = from != to;
         j.started |= to == Running;
+        j.prepared |= to == Pending;
+        j.stopped &= from != Paused;
         j.status = to;
         Ok(())
     }
@@ -177,6 +200,7 @@ impl Jobs {
             return Ok(());
         };
         let before = std::mem::replace(&mut j.pause_count, count);
+        j.stopped &= count > 0;
         if before.abs_diff(count) <= 1 {
             return Ok(());
         }
@@ -184,6 +208,36 @@ impl Jobs {
             "the pause count of job '{}' jumps from {before} to {count}",
             j.id
         )))
+    }
+
+    /// The policies that a job of this id may have.
+    fn policies<'a>(&'a self, id: &'a str) -> impl Iterator<Item = &'a str> {
+        let of_it = self.policies.iter().filter(move |(job, _)| job == id);
+        of_it.map(|(_, policy)| policy.as_str())
+    }
+
+    /// `BLOCK_JOB_ERROR`.
+    fn error(&mut self, at: usize, action: &str) -> Result<(), Violation> {
+        let id = Rc::clone(&self.jobs[at].id);
+        let stops = |policy: &str| match policy {
+            "stop" => action == "stop",
+            "ignore" => action == "ignore",
+            "report" => action == "report",
+            // Lack of space stops, everything else is reported.
+            _ => action == "report" || action == "stop" && self.no_space,
+        };
+        if self.policies(&id).next().is_some() && !self.policies(&id).any(stops) {
+            let policies: Vec<&str> = self.policies(&id).collect();
+            let message = format!(
+                "job '{id}' with on-error {} has the error action {action}",
+                policies.join(" or ")
+            );
+            return Err(wrong(message));
+        }
+        let j = &mut self.jobs[at];
+        j.stopped |= action == "stop";
+        j.doomed |= action != "stop";
+        Ok(())
     }
 
     fn qmp(&mut self, name: &str, data: &Value) -> Result<(), Violation> {
@@ -195,10 +249,11 @@ impl Jobs {
             }
             _ => return Ok(()),
         };
-        let j = id.and_then(|id| self.jobs.iter_mut().rev().find(|j| &*j.id == id));
-        let Some(j) = j else {
+        let at = id.and_then(|id| self.jobs.iter().rposition(|j| &*j.id == id));
+        let Some(at) = at else {
             return Err(wrong(format!("{name} names no job: {data}")));
         };
+        let j = &mut self.jobs[at];
         let is = status_name(j.status);
         let said = |what: &str| Err(wrong(format!("{name} of job '{}' {what}", j.id)));
         if name == "JOB_STATUS_CHANGE" {
@@ -239,6 +294,12 @@ impl Jobs {
                         if failed { "an" } else { "no" }
                     ));
                 }
+                if name == "BLOCK_JOB_COMPLETED" && j.doomed && !failed {
+                    return said("has no error, although it told one that it does not survive");
+                }
+                if name == "BLOCK_JOB_COMPLETED" && failed && !j.doomed && !j.prepared {
+                    return said("has an error that it never told");
+                }
                 if name == "BLOCK_JOB_CANCELLED" && j.status == Pending {
                     return said("comes without aborting first");
                 }
@@ -257,6 +318,9 @@ impl Jobs {
             }
             j.offset = offset;
         }
+        if name == "BLOCK_JOB_ERROR" {
+            return self.error(at, text("action").unwrap_or(""));
+        }
         Ok(())
     }
 }
@@ -272,13 +336,28 @@ impl Oracle for Jobs {
 
     fn reset(&mut self, _scenario: &Scenario) {
         self.jobs.clear();
+        self.policies.clear();
+        self.no_space = false;
     }
 
-    fn record(&mut self, _view: &View<'_>, record: &Record) -> Result<(), Violation> {
+    fn record(&mut self, view: &View<'_>, record: &Record) -> Result<(), Violation> {
         match record {
-            Record::Layer(event) => self.event(event),
-            Record::Issued(_) | Record::Ended(..) => Ok(()),
+            Record::Layer(event) => return self.event(event),
+            Record::Issued(step) => {
+                if let Some(Action::Command { execute, arguments }) =
+                    view.scenario.steps.get(step.0 as usize).map(|s| &s.action)
+                    && execute == "block-stream"
+                {
+                    let text = |key: &str| arguments.get(key).and_then(Value::as_str);
+                    let policy = text("on-error").unwrap_or("report").to_owned();
+                    self.policies
+                        .push((text("job-id").unwrap_or_default().to_owned(), policy));
+                }
+            }
+            Record::Fault(fault) => self.no_space |= fault.errno == Errno::ENOSPC.0,
+            Record::Ended(..) => {}
         }
+        Ok(())
     }
 
     fn closed(&mut self, _view: &View<'_>, _contents: &[FinalContent<'_>]) -> Result<(), Violation> {
@@ -297,8 +376,9 @@ impl Oracle for Jobs {
 mod tests {
     use serde_json::json;
 
-    use super::super::tests::{feed, scenario};
+    use super::super::tests::{feed, feed_on, scenario, scenario_of};
     use super::*;
+    use crate::history::StepId;
 
     fn qmp(name: &'static str, data: Value) -> Event {
         Event::Qmp {
@@ -319,6 +399,11 @@ mod tests {
         for word in script.split(' ') {
             let data = json!({"device": "j", "id": "j", "type": "stream", "len": 100, "offset": 10});
             match word {
+                "+error" => {
+                    let mut data = data;
+                    data["action"] = json!("report");
+                    records.push(qmp("BLOCK_JOB_ERROR", data));
+                }
                 "+completed" => records.push(qmp("BLOCK_JOB_COMPLETED", data)),
                 "+failed" => {
                     let mut data = data;
@@ -369,7 +454,7 @@ mod tests {
             "created resume running waiting pending +pending +completed concluded null",
             "created resume running waiting pending +pending aborting +cancelled concluded null",
             "created resume running waiting pending aborting +failed concluded null",
-            "created resume running aborting +failed concluded null",
+            "created resume running +error aborting +failed concluded null",
             "created null",
             "created aborting concluded null",
         ] {
@@ -458,5 +543,109 @@ mod tests {
                 .message
                 .contains("beyond its length")
         );
+    }
+
+    /// A job started with this policy; then the words of `script`: error actions, `full`, `chunk`, `resumed`, and the
+    /// ends `ok`, `fails`.
+    fn errors(policy: &str, script: &str) -> Result<(), Violation> {
+        let scenario = scenario_of(&format!(
+            r#"{{"version":1,"grain":64,"images":[],"steps":[{{"actor":"m","execute":"block-stream",
+            "arguments":{{"job-id":"j","device":"d","on-error":"{policy}"}}}}]}}"#
+        ));
+        let mut oracle = Jobs::default();
+        oracle.reset(&scenario);
+        let mut records = vec![Record::Issued(StepId(0))];
+        let status = |records: &mut Vec<Record>, from, to| {
+            records.push(Record::Layer(Event::JobStatus {
+                job: JobId(0),
+                id: "j".into(),
+                from,
+                to,
+            }));
+            let told = json!({"id": "j", "status": status_name(to)});
+            records.push(Record::Layer(qmp("JOB_STATUS_CHANGE", told)));
+        };
+        let count = |count| Record::Layer(Event::JobPauseCount { job: JobId(0), count });
+        status(&mut records, Undefined, Created);
+        status(&mut records, Created, Running);
+        records.push(count(0));
+        for word in script.split(' ') {
+            match word {
+                "full" => records.push(Record::Fault(crate::history::Fault {
+                    image: 0,
+                    kind: crate::history::FaultKind::Write,
+                    offset: 0,
+                    bytes: 512,
+                    done: 0,
+                    errno: Errno::ENOSPC.0,
+                })),
+                "chunk" => records.push(Record::Layer(Event::JobChunk {
+                    job: JobId(0),
+                    offset: 0,
+                    bytes: 64,
+                    copied: true,
+                })),
+                "parked" => {
+                    records.push(count(1));
+                    status(&mut records, Running, Paused);
+                }
+                "resumed" => {
+                    records.push(count(0));
+                    status(&mut records, Paused, Running);
+                }
+                "ok" => {
+                    status(&mut records, Running, Waiting);
+                    status(&mut records, Waiting, Pending);
+                    records.push(Record::Layer(qmp("BLOCK_JOB_COMPLETED", json!({"device": "j"}))));
+                }
+                "fails" => {
+                    status(&mut records, Running, Aborting);
+                    let data = json!({"device": "j", "error": "Input/output error"});
+                    records.push(Record::Layer(qmp("BLOCK_JOB_COMPLETED", data)));
+                }
+                action => {
+                    let data = json!({"device": "j", "operation": "read", "action": action});
+                    records.push(Record::Layer(qmp("BLOCK_JOB_ERROR", data)));
+                }
+            }
+        }
+        feed_on(&mut oracle, &scenario, records)
+    }
+
+    #[test]
+    fn errors_are_handled_as_the_policy_says() {
+        for (policy, script) in [
+            ("report", "chunk report fails"),
+            ("ignore", "ignore chunk ignore fails"),
+            ("stop", "stop parked resumed chunk stop parked resumed ok"),
+            ("enospc", "full stop parked resumed ok"),
+            ("auto", "report fails"),
+        ] {
+            assert_eq!(errors(policy, script), Ok(()), "{policy}: {script}");
+        }
+        for (policy, script, text) in [
+            (
+                "report",
+                "ignore fails",
+                "on-error report has the error action ignore",
+            ),
+            (
+                "stop",
+                "report fails",
+                "on-error stop has the error action report",
+            ),
+            (
+                "enospc",
+                "stop parked",
+                "on-error enospc has the error action stop",
+            ),
+            ("report", "report ok", "has no error, although it told one"),
+            ("ignore", "ignore ok", "has no error, although it told one"),
+            ("stop", "stop chunk", "handles 0x0+0x40 after an error stopped it"),
+            ("report", "chunk fails", "has an error that it never told"),
+        ] {
+            let v = errors(policy, script).expect_err(script);
+            assert!(v.message.contains(text), "{policy}, {script}: {}", v.message);
+        }
     }
 }

@@ -11,7 +11,7 @@ use blkcheck_impl::types::{BackendId, NodeId, RequestId};
 use super::mirror::Mirror;
 use super::{Oracle, OracleName, View, Violation, violation};
 use crate::history::{Record, StepId};
-use crate::scenario::{Action, Scenario, Step};
+use crate::scenario::{Action, Scenario, Step, listing};
 
 /// A request in flight.
 #[derive(Clone, Copy, Debug)]
@@ -171,18 +171,24 @@ fn remove(list: &mut Vec<NodeId>, node: NodeId) -> bool {
 
 /// One step in a few words.
 pub(crate) fn step_text(scenario: &Scenario, step: StepId) -> String {
-    let Some(Step { actor, action, .. }) = scenario.steps.get(step.0 as usize) else {
-        return format!("step {}", step.0);
-    };
+    match act_text(scenario, step) {
+        Some(act) => format!("step {}, {act}", step.0),
+        None => format!("step {}", step.0),
+    }
+}
+
+/// The same without its number: who does what.
+pub(crate) fn act_text(scenario: &Scenario, step: StepId) -> Option<String> {
+    let Step { actor, action, .. } = scenario.steps.get(step.0 as usize)?;
     let what = match action {
         Action::Command { execute, .. } => execute.clone(),
-        Action::Guest { export, op } => format!("{op:?} on {export}"),
+        Action::Guest { export, op } => format!("{} on {export}", listing::request(*op)),
         Action::DrainBegin { node } => format!("drained-begin {node}"),
         Action::DrainEnd { node } => format!("drained-end {node}"),
         Action::WaitJob { job } => format!("wait for job {} to be {}", job.id, job.status),
         Action::Settle { .. } => "settle".to_owned(),
     };
-    format!("step {}, {actor}: {what}", step.0)
+    Some(format!("{actor}: {what}"))
 }
 
 impl Oracle for Liveness {
@@ -205,6 +211,7 @@ impl Oracle for Liveness {
             Record::Issued(step) => self.open.push(*step),
             Record::Ended(step, _) => self.open.retain(|s| s != step),
             Record::Layer(event) => self.event(event),
+            Record::Fault(_) => {}
         }
         Ok(())
     }

@@ -62,6 +62,8 @@ pub enum OracleName {
     Leaks,
     /// The subject panicked.
     Panic,
+    /// The subject is a process of its own, and it died, hangs or talks nonsense.
+    Daemon,
     /// The same choices gave another trace.
     Determinism,
 }
@@ -85,6 +87,7 @@ impl OracleName {
             OracleName::Image => "image",
             OracleName::Leaks => "leaks",
             OracleName::Panic => "panic",
+            OracleName::Daemon => "daemon",
             OracleName::Determinism => "determinism",
         }
     }
@@ -124,6 +127,8 @@ pub struct FinalContent<'a> {
     pub bytes: &'a [u8],
     /// Allocation of this layer alone: runs of (bytes, allocated) covering the length.
     pub allocated: &'a [(u64, bool)],
+    /// Ranges (offset, bytes) that the block status of this layer alone calls zeroes, as far as it was asked.
+    pub zeroes: &'a [(u64, u64)],
 }
 
 /// One property.
@@ -175,6 +180,17 @@ pub fn all() -> Vec<Box<dyn Oracle>> {
         Box::new(Jobs::default()),
         Box::new(Liveness::default()),
         Box::new(Modelled::default()),
+        Box::new(Leaks::default()),
+    ]
+}
+
+/// Those that need no look inside: for subjects that are known by their answers, their job events and the graph they
+/// show when at rest.
+#[must_use]
+pub fn outside() -> Vec<Box<dyn Oracle>> {
+    vec![
+        Box::new(Jobs::default()),
+        Box::new(Modelled::outside()),
         Box::new(Leaks::default()),
     ]
 }

@@ -2,6 +2,7 @@
 //! name in verdicts: `refusals`, `graph`, `permissions` and `frozen` (settled comparison), `jobs` (what the model says a
 //! job cannot do), `data`, `status`, `transparency`, `bottom`.
 
+use blkcheck_impl::Layer;
 use blkcheck_impl::event::Event;
 use blkcheck_impl::graph::inspect::GraphView;
 use blkcheck_impl::jobs::JobStatus;
@@ -31,6 +32,15 @@ pub struct Modelled {
 }
 
 impl Modelled {
+    /// For a subject that is seen from outside only: roles, frozen links and copies are not told.
+    pub(crate) fn outside() -> Modelled {
+        Modelled {
+            comparison: Comparison::outside(),
+            bottom: Bottom::outside(),
+            ..Modelled::default()
+        }
+    }
+
     /// Whether the model accepts the command under way.
     #[cfg(test)]
     pub(crate) fn accepts(&self) -> bool {
@@ -38,15 +48,31 @@ impl Modelled {
     }
 
     fn settled(&mut self, view: &View<'_>) -> Result<(), Violation> {
-        self.comparison.compare(&self.follower.world, &self.mirror)?;
-        if std::mem::take(&mut self.changed)
-            && let Some(layer) = view.layer
-        {
-            let books = layer.inspect();
-            self.comparison.books(&self.follower.world, &books)?;
-            self.books = Some(books);
+        let in_doubt = self.follower.in_doubt();
+        let books = view
+            .layer
+            .filter(|_| self.changed || in_doubt)
+            .map(Layer::inspect);
+        let mut verdict = self.compare(books.as_ref());
+        while verdict.is_err() && self.follower.reconsider(view.scenario) {
+            // The first verdict is the one to report: what else may have been is less likely.
+            verdict = self.compare(books.as_ref()).or(verdict);
+        }
+        if in_doubt {
+            self.follower.sure();
+            self.data.sync(view.scenario, &self.follower.world);
+        }
+        verdict?;
+        if books.is_some() {
+            self.changed = false;
+            self.books = books;
         }
         Ok(())
+    }
+
+    fn compare(&mut self, books: Option<&GraphView>) -> Result<(), Violation> {
+        self.comparison.compare(&self.follower.world, &self.mirror)?;
+        books.map_or(Ok(()), |books| self.comparison.books(&self.follower.world, books))
     }
 
     /// A refused command left everything as it was.
@@ -87,7 +113,7 @@ impl Oracle for Modelled {
     fn record(&mut self, view: &View<'_>, record: &Record) -> Result<(), Violation> {
         let graph_event = match record {
             Record::Layer(event) => graph::follow(&mut self.mirror, event),
-            Record::Issued(_) | Record::Ended(..) => Ok(()),
+            Record::Issued(_) | Record::Ended(..) | Record::Fault(_) => Ok(()),
         };
         graph_event?;
         let followed = self.follower.record(view.scenario, record);
@@ -129,7 +155,8 @@ impl Oracle for Modelled {
             }
             Record::Ended(step, Outcome::Command(got)) if followed.answered.is_some() => {
                 refusals::judge(view.scenario, *step, self.follower.prediction(), got)?;
-                if got.is_err() && followed.settled {
+                // What failing storage may leave is settled below.
+                if got.is_err() && followed.settled && !self.follower.in_doubt() {
                     self.refused(view, *step)?;
                 }
             }
@@ -137,6 +164,7 @@ impl Oracle for Modelled {
                 self.bottom.ended(*step, outcome);
                 self.data.ended(view, *step, outcome)?;
             }
+            Record::Fault(fault) => self.data.fault(fault),
             Record::Layer(event) => {
                 if let (Some(outcome), Event::Qmp { data, .. }) = (followed.completed, event)
                     && let Some(id) = data.get("device").and_then(serde_json::Value::as_str)

@@ -3,13 +3,13 @@
 //! The answers make progress, cover the range and nothing more, never contradict themselves; ZERO only where zeroes may
 //! be read ([`super::data`] asks its registers). Where no layer is said to decide, zeroes must be read as well; this is
 //! left out under `raw` over a format, behind which a walk stops (io.md 3.3).
-//! Unchecked: the status of a single layer (no guest can ask; one that only errs there is not seen), OFFSET_VALID and
-//! the place it names, depth, COMPRESSED; allocation of each layer is `bottom`'s.
+//! At the end every node is asked for the answer of its own layer alone: ZERO there is only where the node reads zeroes.
+//! Unchecked: OFFSET_VALID and the place it names, depth, COMPRESSED; allocation of each layer is `bottom`'s.
 
 use blkcheck_model::register::Value;
 
 use super::liveness::step_text;
-use super::{OracleName, Violation, violation};
+use super::{FinalContent, OracleName, Violation, violation};
 use crate::history::{StatusRun, StepId};
 use crate::scenario::Scenario;
 
@@ -50,6 +50,27 @@ pub(super) fn shape(
         return wrong("block status says DATA, but that no layer decides".to_owned());
     }
     Ok(())
+}
+
+/// The answers of one layer alone, at rest.
+pub(super) fn layer(content: &FinalContent<'_>) -> Result<(), Violation> {
+    for &(offset, bytes) in content.zeroes {
+        let range = usize_of(offset)..usize_of(offset + bytes);
+        let read = &content.bytes[range.start.min(content.bytes.len())..range.end.min(content.bytes.len())];
+        if let Some(at) = read.iter().position(|b| *b != 0) {
+            let message = format!(
+                "block status of node '{}' alone says ZERO for [{offset:#x}, +{bytes:#x}), but at {:#x} data is read",
+                content.name,
+                offset + at as u64
+            );
+            return Err(violation(OracleName::Status, None, message, Vec::new()));
+        }
+    }
+    Ok(())
+}
+
+fn usize_of(v: u64) -> usize {
+    usize::try_from(v).expect("the content is in memory")
 }
 
 /// An answer as values, one per grain from `offset`: 0 where it promises zeroes, nothing elsewhere. `trusted`: an answer
@@ -106,6 +127,23 @@ mod tests {
         assert!(text(&[run(ZERO, 2048)]).contains("covers 0x800"));
         assert!(text(&[run(ZERO, 1024), run(ZERO, 0)]).contains("no progress"));
         assert!(text(&[run(DATA, 1024)]).contains("no layer decides"));
+    }
+
+    #[test]
+    fn a_layer_calls_nothing_zero_that_is_not() {
+        let bytes = [0, 0, 7, 0];
+        let judge = |zeroes: &[(u64, u64)]| {
+            layer(&FinalContent {
+                name: "n1",
+                bytes: &bytes,
+                allocated: &[],
+                zeroes,
+            })
+        };
+        assert_eq!(judge(&[(0, 2), (3, 1)]), Ok(()));
+        assert_eq!(judge(&[(3, 9)]), Ok(()), "past the end nothing is read");
+        let message = judge(&[(0, 2), (1, 2)]).expect_err("data").message;
+        assert!(message.contains("ZERO for [0x1, +0x2), but at 0x2"), "{message}");
     }
 
     #[test]

@@ -7,7 +7,7 @@ use blkcheck_impl::event::{Event, ReqKind};
 use blkcheck_impl::types::RequestId;
 
 use super::fold::Fold;
-use crate::history::{Outcome, Record, StepId};
+use crate::history::{Fault, FaultKind, Outcome, Record, StepId};
 use crate::scenario::Scenario;
 
 /// One line.
@@ -64,9 +64,42 @@ pub fn lines(scenario: &Scenario, records: &[Record]) -> Vec<Line> {
                     });
                 }
             }
+            Record::Fault(fault) => out.push(Line {
+                at,
+                lane: "storage".to_owned(),
+                text: describe_fault(scenario, fault),
+                step: None,
+                detail: false,
+            }),
         }
     }
     out
+}
+
+fn describe_fault(scenario: &Scenario, fault: &Fault) -> String {
+    let file = scenario
+        .images
+        .get(fault.image as usize)
+        .map_or("?", |image| &image.file);
+    let Fault {
+        offset, bytes, done, ..
+    } = fault;
+    let range = format!("{offset:#x}+{bytes:#x} of {file}");
+    let what = match fault.kind {
+        FaultKind::Read => format!("read {range}"),
+        FaultKind::Write => format!("write {range}"),
+        FaultKind::WriteZeroes => format!("write-zeroes {range}"),
+        FaultKind::Discard => format!("discard {range}"),
+        FaultKind::Flush => format!("flush of {file}"),
+        FaultKind::Truncate => format!("truncate of {file} to {offset:#x}"),
+    };
+    let partly = match *done {
+        0 => String::new(),
+        done if done == *bytes => " (carried out all the same)".to_owned(),
+        done => format!(" (the first {done:#x} bytes carried out)"),
+    };
+    let errno = blkcheck_impl::error::Errno(fault.errno).text();
+    format!("FAULT {what}: {errno}{partly}")
 }
 
 /// The lines as text: everything, or (`short`) without details and only the last `keep` before the end.

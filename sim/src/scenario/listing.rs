@@ -4,8 +4,34 @@ use std::fmt::Write;
 
 use serde_json::Value;
 
-use super::{Action, Format, GuestOp, Image, Range, Scenario, Step, Stored};
+use super::{Action, Faults, Format, GuestOp, Image, Range, Scenario, Step, Stored};
 use crate::image::build::forms;
+
+/// Which requests may fail.
+fn faults_line(scenario: &Scenario, faults: Faults) -> String {
+    let kinds: Vec<&str> = [
+        (faults.reads, "reads"),
+        (faults.writes, "writes"),
+        (faults.flushes, "flushes"),
+    ]
+    .into_iter()
+    .filter_map(|(on, name)| on.then_some(name))
+    .collect();
+    let image = faults
+        .image
+        .and_then(|i| scenario.images.get(i as usize))
+        .map_or_else(String::new, |i| format!(" of {}", i.file));
+    let until = faults
+        .until
+        .map_or_else(|| "on".to_owned(), |until| format!("to {until}"));
+    let setup = if faults.setup { ", setup included" } else { "" };
+    format!(
+        "faults: one in {} of the {}{image}, from number {} {until}{setup}",
+        faults.one_in,
+        kinds.join(", "),
+        faults.from
+    )
+}
 
 /// Widest drawing of an allocation, characters.
 const WIDTH: u64 = 64;
@@ -27,6 +53,9 @@ pub fn listing(scenario: &Scenario) -> String {
         "grain {}, disk alignment {}{unmap}{seed}",
         scenario.grain, disk.alignment
     );
+    if let Some(faults) = disk.faults {
+        let _ = writeln!(out, "{}", faults_line(scenario, faults));
+    }
     if !scenario.images.is_empty() {
         let _ = writeln!(
             out,
@@ -51,9 +80,10 @@ pub fn listing(scenario: &Scenario) -> String {
     if !scenario.choices.is_empty() {
         let count = scenario.choices.len();
         let switches = scenario.choices.iter().filter(|&&c| c != 0).count();
+        let faults = if disk.faults.is_some() { ", or a fault" } else { "" };
         let _ = writeln!(
             out,
-            "\nchoices  {count} recorded, {switches} of them not 0 (out of order)"
+            "\nchoices  {count} recorded, {switches} of them not 0 (out of order{faults})"
         );
     }
     if let Some(oracle) = &scenario.expect {
@@ -132,10 +162,17 @@ pub fn action(step: &Step) -> String {
             }
             line
         }
-        Action::Guest { export, op } => format!("{export:<8} {}", request(*op)),
+        Action::Guest { export, op } => {
+            let line = request(*op);
+            let (name, range) = line.split_once(' ').unwrap_or((&line, ""));
+            format!("{export:<8} {name:<12} {range}").trim_end().to_owned()
+        }
         Action::DrainBegin { node } => format!("{node:<8} drained-begin"),
         Action::DrainEnd { node } => format!("{node:<8} drained-end"),
-        Action::WaitJob { job } => format!("wait until job '{}' was {}", job.id, job.status),
+        Action::WaitJob { job } => match job.offset {
+            None => format!("wait until job '{}' was {}", job.id, job.status),
+            Some(offset) => format!("wait until job '{}' was {} up to {offset:#x}", job.id, job.status),
+        },
         Action::Settle { .. } => "wait for what is in flight".into(),
     }
 }
@@ -152,8 +189,10 @@ fn brief(value: &Value) -> String {
     }
 }
 
-fn request(op: GuestOp) -> String {
-    let with = |name: &str, r: Range| format!("{name:<12} [{:#x}, +{:#x})", r.offset, r.length);
+/// A guest's request, in one line.
+#[must_use]
+pub fn request(op: GuestOp) -> String {
+    let with = |name: &str, r: Range| format!("{name} [{:#x}, +{:#x})", r.offset, r.length);
     match op {
         GuestOp::Read(r) => with("read", r),
         GuestOp::Write(r) => with("write", r),

@@ -14,6 +14,8 @@ pub mod validate;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::history::FaultKind;
+
 /// The format version this build reads and writes.
 pub const VERSION: u32 = 1;
 
@@ -77,6 +79,9 @@ pub struct Disk {
     /// Zero writes and discards are supported cheaply.
     #[serde(default = "yes")]
     pub unmap: bool,
+    /// Which requests may fail; absent: none. Whether one does is a choice.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub faults: Option<Faults>,
     /// The images are block devices. Set by the target that runs the scenario, never by a file.
     #[serde(skip)]
     pub devices: bool,
@@ -95,9 +100,80 @@ impl Default for Disk {
             alignment: 1,
             job_parallelism: 1,
             unmap: true,
+            faults: None,
             devices: false,
         }
     }
+}
+
+/// Which storage requests may fail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Faults {
+    /// About one in so many of them does, where choices are drawn.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub one_in: u32,
+    /// So many of the requests that match are spared first.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub from: u32,
+    /// From the one with this number on they are spared again; absent: never.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub until: Option<u32>,
+    /// Only on this image, by its place in `images`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image: Option<u32>,
+    /// Reads.
+    #[serde(default = "yes", skip_serializing_if = "is_true")]
+    pub reads: bool,
+    /// Whatever changes a file.
+    #[serde(default = "yes", skip_serializing_if = "is_true")]
+    pub writes: bool,
+    /// Flushes.
+    #[serde(default = "yes", skip_serializing_if = "is_true")]
+    pub flushes: bool,
+    /// Also while steps of `setup` are under way.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub setup: bool,
+}
+
+impl Faults {
+    /// Whether requests of this kind may fail.
+    #[must_use]
+    pub fn concerns(&self, kind: FaultKind) -> bool {
+        match kind {
+            FaultKind::Read => self.reads,
+            FaultKind::Flush => self.flushes,
+            FaultKind::Write | FaultKind::WriteZeroes | FaultKind::Discard | FaultKind::Truncate => {
+                self.writes
+            }
+        }
+    }
+}
+
+impl Default for Faults {
+    /// Everything after the setup, always.
+    fn default() -> Faults {
+        Faults {
+            one_in: 1,
+            from: 0,
+            until: None,
+            image: None,
+            reads: true,
+            writes: true,
+            flushes: true,
+            setup: false,
+        }
+    }
+}
+
+fn is_one(v: &u32) -> bool {
+    *v == 1
+}
+fn is_zero(v: &u32) -> bool {
+    *v == 0
+}
+fn is_false(v: &bool) -> bool {
+    !*v
 }
 
 /// Image formats that can be laid out before a run.
@@ -225,6 +301,9 @@ pub struct WaitJob {
     pub id: String,
     /// QAPI status name; the step is over once the job has been there or is gone.
     pub status: String,
+    /// And once it has also dealt with its device up to this offset, bytes, or is past running.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub offset: Option<u64>,
 }
 
 /// What a step does.

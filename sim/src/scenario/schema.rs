@@ -51,7 +51,35 @@ fn defs() -> Value {
             "properties": {
                 "alignment": {"enum": [1, 512, 4096]},
                 "job-parallelism": {"type": "integer", "minimum": 1, "maximum": 64},
-                "unmap": {"type": "boolean"}
+                "unmap": {"type": "boolean"},
+                "faults": {"$ref": "#/$defs/faults"}
+            }
+        },
+        "faults": {
+            "description": "Which storage requests may fail; whether one does is a choice. Absent: none.",
+            "type": "object",
+            "additionalProperties": false,
+            "properties": {
+                "one-in": {
+                    "type": "integer", "minimum": 1, "maximum": u32::MAX, "default": 1,
+                    "description": "About one in so many of them does, where choices are drawn."
+                },
+                "from": {
+                    "type": "integer", "minimum": 0, "maximum": u32::MAX, "default": 0,
+                    "description": "So many of the requests that match are spared first."
+                },
+                "until": {
+                    "type": "integer", "minimum": 0, "maximum": u32::MAX,
+                    "description": "From the one with this number on they are spared again; absent: never."
+                },
+                "image": {
+                    "type": "integer", "minimum": 0, "maximum": MAX_IMAGES - 1,
+                    "description": "Only on this image, by its place in `images`."
+                },
+                "reads": {"type": "boolean", "default": true},
+                "writes": {"type": "boolean", "default": true, "description": "Whatever changes a file."},
+                "flushes": {"type": "boolean", "default": true},
+                "setup": {"type": "boolean", "default": false, "description": "Also during steps of `setup`."}
             }
         },
         "image": {
@@ -99,7 +127,11 @@ fn defs() -> Value {
                 "type": "object",
                 "additionalProperties": false,
                 "required": ["id", "status"],
-                "properties": {"id": {"type": "string"}, "status": {"enum": statuses}}
+                "properties": {
+                    "id": {"type": "string"},
+                    "status": {"enum": statuses},
+                    "offset": {"type": "integer", "minimum": 0}
+                }
             }}), &["wait-job"]),
             step(json!({"settle": {"type": "object", "maxProperties": 0}}), &["settle"])
         ]}
@@ -171,6 +203,14 @@ mod tests {
             (r#"{"actor":"d","drained-begin":"n"}"#, true),
             (r#"{"actor":"d","drained-end":"n"}"#, true),
             (r#"{"actor":"m","wait-job":{"id":"j","status":"ready"}}"#, true),
+            (
+                r#"{"actor":"m","wait-job":{"id":"j","status":"running","offset":512}}"#,
+                true,
+            ),
+            (
+                r#"{"actor":"m","wait-job":{"id":"j","status":"running","offset":-1}}"#,
+                false,
+            ),
             (r#"{"actor":"g","settle":{}}"#, true),
             (r#"{"actor":"g","settle":{"a":1}}"#, false),
             (r#"{"actor":"m","wait-job":{"id":"j","status":"done"}}"#, false),

@@ -73,6 +73,18 @@ pub fn validate(scenario: &Scenario) -> Result<(), Invalid> {
         || format!("expected 1 to 64, not {}", disk.job_parallelism),
     )?;
     let images = &scenario.images;
+    if let Some(faults) = disk.faults {
+        let key = |key| [Key("disk"), Key("faults"), Key(key)];
+        check(faults.one_in >= 1, &key("one-in"), || {
+            "expected at least 1, not 0".into()
+        })?;
+        let image = faults.image.unwrap_or(0) as usize;
+        check(
+            faults.image.is_none() || image < images.len(),
+            &key("image"),
+            || format!("there is no image {image}"),
+        )?;
+    }
     check(images.len() <= MAX_IMAGES, &[Key("images")], || {
         format!("{} images, at most {MAX_IMAGES}", images.len())
     })?;

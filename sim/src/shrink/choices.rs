@@ -4,6 +4,7 @@ use super::Search;
 
 pub(super) fn pass(search: &mut Search<'_>) {
     clear_all(search);
+    gather(search);
     clear_stretches(search);
     lower_each(search);
 }
@@ -12,6 +13,18 @@ fn clear_all(search: &mut Search<'_>) {
     let mut candidate = search.best.clone();
     candidate.choices.clear();
     search.offer_exact(candidate);
+}
+
+/// Lets what goes on go on: fewer switches between steps.
+fn gather(search: &mut Search<'_>) {
+    let mut at = 0;
+    while at < search.path.len() && !search.spent() {
+        if let Some(path) = search.path.gathered(at) {
+            search.offer_path(&path);
+        }
+        let next = search.path.switches().find(|&i| i > at);
+        at = next.unwrap_or(usize::MAX);
+    }
 }
 
 /// Zeroes ever shorter stretches of the choices.

@@ -7,6 +7,7 @@ use crate::scenario::{Action, Format, Scenario};
 
 pub(super) fn pass(search: &mut Search<'_>) {
     drop_layers(search);
+    drop_nested_layers(search);
     drop_unused(search);
     shrink_fills(search);
     shrink_sizes(search);
@@ -46,6 +47,44 @@ fn without_layer(scenario: &Scenario, at: usize) -> Option<Scenario> {
     used.then_some(candidate)
 }
 
+/// The same for a layer that is written out inside the node above it.
+fn drop_nested_layers(search: &mut Search<'_>) {
+    for at in 0..search.best.steps.len() {
+        let mut nth = 0;
+        while let Some(candidate) = without_nested(&search.best, at, nth) {
+            if search.spent() {
+                return;
+            }
+            nth += usize::from(!search.offer(candidate));
+        }
+    }
+}
+
+/// The scenario without the `nth` layer, from the top, that is nested in the step at `at`.
+fn without_nested(scenario: &Scenario, at: usize, nth: usize) -> Option<Scenario> {
+    let mut candidate = scenario.clone();
+    let Action::Command { execute, arguments } = &mut candidate.steps[at].action else {
+        return None;
+    };
+    if execute != "blockdev-add" {
+        return None;
+    }
+    let mut node = arguments;
+    let mut left = nth;
+    loop {
+        let slot = ["backing", "file"]
+            .into_iter()
+            .find(|key| node.get(*key).is_some_and(Value::is_object))?;
+        let (below, nested) = (slot == "backing", node.get_mut(slot)?);
+        if below && left == 0 {
+            *nested = nested.get("backing").cloned().unwrap_or(Value::Null);
+            return Some(candidate);
+        }
+        left -= usize::from(below);
+        node = nested.as_object_mut()?;
+    }
+}
+
 /// Images that no step names, directly or through a header.
 fn drop_unused(search: &mut Search<'_>) {
     let mut at = search.best.images.len();
@@ -53,6 +92,7 @@ fn drop_unused(search: &mut Search<'_>) {
         at -= 1;
         let mut candidate = search.best.clone();
         let gone = candidate.images.remove(at);
+        forget_image(&mut candidate, at);
         for image in &mut candidate.images {
             if image.backing_file.as_deref() == Some(gone.file.as_str()) {
                 image.backing_file.clone_from(&gone.backing_file);
@@ -61,6 +101,18 @@ fn drop_unused(search: &mut Search<'_>) {
         }
         search.offer(candidate);
     }
+}
+
+/// Faults on the image that was at `at` are faults anywhere; later images have moved up.
+fn forget_image(scenario: &mut Scenario, at: usize) {
+    let Some(faults) = &mut scenario.disk.faults else {
+        return;
+    };
+    faults.image = match faults.image {
+        Some(image) if image as usize == at => None,
+        Some(image) if image as usize > at => Some(image - 1),
+        same => same,
+    };
 }
 
 fn shrink_fills(search: &mut Search<'_>) {

@@ -1,15 +1,20 @@
 //! The shrinker: the smallest scenario found in which the *same oracle* still fails.
 //!
-//! Workload, sizes and schedule shrink together: a candidate is tried with the recorded choices, with none, and with a
-//! few fresh random ones, because dropping a step moves every later choice. A candidate is kept only if the same
+//! Workload, sizes and schedule shrink together: a candidate is tried along the path of the best run so far (see
+//! `guide`: dropping a step moves every later choice, but not what they were about), with the recorded choices, with
+//! none, and with a few fresh random ones. A candidate is kept only if the same
 //! oracle fires, and only if it is smaller (`Size`), so the search ends. It is bounded by a number of executions.
 //! Not promised: a global minimum.
 
 mod choices;
+mod faults;
 mod images;
 mod steps;
 
+use std::ops::Range;
+
 use crate::choice::{Chooser, Random, Recorded};
+use crate::guide::{Guided, Path};
 use crate::history::StepId;
 use crate::oracle::{OracleName, Violation};
 use crate::scenario::Scenario;
@@ -21,6 +26,8 @@ pub struct Trial {
     pub violation: Option<Violation>,
     /// The choices it made, trailing zeros dropped.
     pub choices: Vec<u32>,
+    /// What happened.
+    pub path: Path,
 }
 
 /// Runs one scenario under one chooser.
@@ -88,7 +95,7 @@ fn size(scenario: &Scenario) -> Size {
         images: scenario.images.len(),
         fills: scenario.images.iter().map(|i| i.fill.len()).sum(),
         switches: scenario.choices.iter().filter(|&&c| c != 0).count(),
-        bytes: ranges + images + fills + properties,
+        bytes: ranges + images + fills + properties + faults::weight(scenario),
         words: scenario.steps.iter().map(steps::words).sum::<usize>() + scenario.choices.len(),
     }
 }
@@ -108,6 +115,7 @@ pub fn shrink(
         run,
         executions: 0,
         best: scenario.clone(),
+        path: Path::default(),
         violation: None,
     };
     if !search.accept_first(scenario) {
@@ -118,6 +126,7 @@ pub fn shrink(
         search.truncate();
         steps::pass(&mut search);
         images::pass(&mut search);
+        faults::pass(&mut search);
         choices::pass(&mut search);
         if size(&search.best) == before || search.spent() {
             break;
@@ -140,7 +149,16 @@ struct Search<'a> {
     run: &'a mut dyn Execute,
     executions: u32,
     best: Scenario,
+    /// What happened in the run of `best`.
+    path: Path,
     violation: Option<Violation>,
+}
+
+/// A run that failed as it should.
+struct Failure {
+    violation: Violation,
+    choices: Vec<u32>,
+    path: Path,
 }
 
 impl Search<'_> {
@@ -151,22 +169,29 @@ impl Search<'_> {
     fn accept_first(&mut self, scenario: &Scenario) -> bool {
         let choices = scenario.choices.clone();
         match self.execute(scenario, &mut Recorded::new(&choices)) {
-            Some((violation, choices)) => {
-                self.best.choices = choices;
-                self.violation = Some(violation);
+            Some(failure) => {
+                self.best.choices = failure.choices;
+                self.path = failure.path;
+                self.violation = Some(failure.violation);
                 true
             }
             None => false,
         }
     }
 
-    fn execute(&mut self, scenario: &Scenario, chooser: &mut dyn Chooser) -> Option<(Violation, Vec<u32>)> {
+    fn execute(&mut self, scenario: &Scenario, chooser: &mut dyn Chooser) -> Option<Failure> {
         self.executions += 1;
-        let trial = self.run.execute(scenario, chooser);
-        trial
-            .violation
-            .filter(|v| v.oracle == self.oracle)
-            .map(|v| (v, trial.choices))
+        let Trial {
+            violation,
+            choices,
+            path,
+        } = self.run.execute(scenario, chooser);
+        let violation = violation.filter(|v| v.oracle == self.oracle)?;
+        Some(Failure {
+            violation,
+            choices,
+            path,
+        })
     }
 
     /// Tries a candidate that differs in more than its choices; true when it became the best.
@@ -175,10 +200,19 @@ impl Search<'_> {
             return false;
         }
         let recorded = candidate.choices.clone();
-        let mut attempts = 0;
-        let mut found = self.execute(&candidate, &mut Recorded::new(&recorded));
-        if found.is_none() && candidate.choices.iter().any(|&c| c != 0) {
+        let scheduled = recorded.iter().any(|&c| c != 0);
+        let mut found = None;
+        if scheduled {
+            let removed = removed(&self.best, &candidate);
+            let mut guided = Guided::new(&self.path.without(removed));
+            found = self.execute(&candidate, &mut guided);
+        }
+        if found.is_none() {
+            found = self.execute(&candidate, &mut Recorded::new(&recorded));
+        }
+        if found.is_none() && scheduled {
             found = self.execute(&candidate, &mut Recorded::new(&[]));
+            let mut attempts = 0;
             while found.is_none() && attempts < self.limits.schedules && !self.spent() {
                 attempts += 1;
                 let seed = u64::from(self.executions);
@@ -198,16 +232,27 @@ impl Search<'_> {
         self.keep_if_smaller(candidate, found)
     }
 
-    fn keep_if_smaller(&mut self, mut candidate: Scenario, found: Option<(Violation, Vec<u32>)>) -> bool {
-        let Some((violation, choices)) = found else {
+    /// Tries another course of the best scenario.
+    fn offer_path(&mut self, path: &Path) -> bool {
+        if self.spent() {
+            return false;
+        }
+        let candidate = self.best.clone();
+        let found = self.execute(&candidate, &mut Guided::new(path));
+        self.keep_if_smaller(candidate, found)
+    }
+
+    fn keep_if_smaller(&mut self, mut candidate: Scenario, found: Option<Failure>) -> bool {
+        let Some(failure) = found else {
             return false;
         };
-        candidate.choices = choices;
+        candidate.choices = failure.choices;
         if size(&candidate) >= size(&self.best) {
             return false;
         }
         self.best = candidate;
-        self.violation = Some(violation);
+        self.path = failure.path;
+        self.violation = Some(failure.violation);
         true
     }
 
@@ -223,6 +268,14 @@ impl Search<'_> {
             self.offer(candidate);
         }
     }
+}
+
+/// The steps of `old` that `new` lacks, if one stretch of them was removed; an empty stretch if none was.
+fn removed(old: &Scenario, new: &Scenario) -> Range<usize> {
+    let gone = old.steps.len().saturating_sub(new.steps.len());
+    let same = old.steps.iter().zip(&new.steps).take_while(|(a, b)| a == b);
+    let start = if gone == 0 { 0 } else { same.count() };
+    start..start + gone
 }
 
 #[cfg(test)]
@@ -257,6 +310,7 @@ mod tests {
             Trial {
                 violation,
                 choices: Vec::new(),
+                path: Path::default(),
             }
         }
     }

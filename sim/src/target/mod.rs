@@ -9,6 +9,8 @@
 #[cfg(target_os = "linux")]
 pub mod loopdev;
 #[cfg(target_os = "linux")]
+pub mod qemu;
+#[cfg(target_os = "linux")]
 mod ranges;
 #[cfg(target_os = "linux")]
 pub mod real;
@@ -22,6 +24,8 @@ use crate::oracle::Violation;
 use crate::panics::PanicReport;
 use crate::scenario::{Format, Scenario};
 
+#[cfg(target_os = "linux")]
+pub use qemu::QemuTarget;
 #[cfg(target_os = "linux")]
 pub use real::RealTarget;
 pub use simulated::SimTarget;
@@ -72,6 +76,8 @@ pub enum Move {
 pub enum Trouble {
     /// The subject panicked.
     Panicked(PanicReport),
+    /// The subject is a process of its own, and it died, hangs or talks nonsense.
+    Lost(String),
     /// Nothing can happen although something is unfinished.
     Stuck(&'static str),
     /// The environment is unusable.
@@ -87,6 +93,8 @@ pub struct NodeContent {
     pub bytes: Vec<u8>,
     /// Runs of (bytes, allocated in this node itself).
     pub allocated: Vec<(u64, bool)>,
+    /// Ranges (offset, bytes) that the block status of this layer alone calls zeroes; where the target cannot ask: none.
+    pub zeroes: Vec<(u64, u64)>,
 }
 
 /// An image file after close.
@@ -144,6 +152,17 @@ pub trait Target: std::fmt::Debug {
     /// # Errors
     /// A panic of the subject; the target then only takes [`Target::prepare`].
     fn advance(&mut self, next: Move) -> Result<(), Trouble>;
+
+    /// In how many ways this storage request can end by the scenario's `faults`, well included. Asked once for each
+    /// request, just before it ends. 1: only well.
+    fn endings(&mut self, _storage: u32) -> u32 {
+        1
+    }
+
+    /// Lets this storage request end badly, in one of those ways (1 on), and records the fault.
+    fn fail(&mut self, _storage: u32, _ending: u32) {
+        unreachable!("no request of this target can fail");
+    }
 
     /// Moves what happened since the last call to the end of `into`, in order.
     fn take_records(&mut self, into: &mut Vec<Record>);

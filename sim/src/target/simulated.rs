@@ -16,13 +16,13 @@ use serde_json::Value;
 
 use super::{Alternatives, Capabilities, ClosedFile, Leftovers, Move, NodeContent, Target, Trouble};
 use crate::choice::Key;
-use crate::disk::{Disk, DiskOptions};
+use crate::disk::{Disk, DiskOptions, Op};
 use crate::env::SimEnv;
 use crate::exec::{Clock, Executor, Polled, Spawner};
-use crate::history::{Outcome, Record, Refusal, StatusRun, StepId};
+use crate::history::{Fault, FaultKind, Outcome, Record, Refusal, StatusRun, StepId};
 use crate::image::build::{build, raw_data};
 use crate::panics;
-use crate::scenario::{Action, Format, GuestOp, Range, Scenario};
+use crate::scenario::{Action, Faults, Format, GuestOp, Range, Scenario};
 use crate::stamp::{self, Source};
 
 /// Steps after which an orderly close counts as hung.
@@ -71,6 +71,9 @@ pub struct SimTarget {
     sections: Rc<RefCell<Vec<Section>>>,
     files: Vec<(String, Format)>,
     outside: Option<Rc<dyn Outside>>,
+    faults: Option<Faults>,
+    /// Storage requests so far that `faults` are about.
+    matched: u32,
 }
 
 impl std::fmt::Debug for SimTarget {
@@ -90,14 +93,17 @@ impl SimTarget {
     #[must_use]
     pub fn new() -> SimTarget {
         panics::silence();
+        let exec = Executor::new();
         SimTarget {
-            exec: Executor::new(),
-            disk: Disk::default(),
+            disk: Disk::owned(exec.owners()),
+            exec,
             sink: Sink::default(),
             layer: None,
             sections: Rc::default(),
             files: Vec::new(),
             outside: None,
+            faults: None,
+            matched: 0,
         }
     }
 
@@ -109,6 +115,7 @@ impl SimTarget {
     ) {
         self.clear();
         self.files.clear();
+        self.faults = None;
         self.outside = Some(outside);
         let env = env(self.exec.clock(), self.exec.spawner());
         self.layer = Some(Layer::new(env, Some(Rc::new(self.sink.clone()))));
@@ -187,12 +194,13 @@ impl SimTarget {
 
     fn drain_begin(&self, actor: &str, node: &str, step: StepId) {
         let layer = self.started().clone();
-        let Some(id) = layer.find_node(node) else {
-            return self.sink.ended(step, Outcome::NoNode);
-        };
         let (sink, sections) = (self.sink.clone(), Rc::clone(&self.sections));
-        let (actor, node) = (Rc::from(actor), Rc::from(node));
+        let (actor, node): (_, Rc<str>) = (Rc::from(actor), Rc::from(node));
         let task = async move {
+            // Looked up here: the node may go away between the step and the first turn of its task.
+            let Some(id) = layer.find_node(&node) else {
+                return sink.ended(step, Outcome::NoNode);
+            };
             let guard = layer.drained(id).await;
             sections.borrow_mut().push(Section {
                 actor,
@@ -240,6 +248,7 @@ impl Target for SimTarget {
             unmap: disk.unmap,
         });
         self.files.clear();
+        (self.faults, self.matched) = (disk.faults, 0);
         for (index, image) in (0..).zip(&scenario.images) {
             let file = self
                 .disk
@@ -260,6 +269,7 @@ impl Target for SimTarget {
     }
 
     fn issue(&mut self, scenario: &Scenario, step: StepId) {
+        self.exec.owners().enter(Some(step));
         let entry = &scenario.steps[step.0 as usize];
         match &entry.action {
             Action::Command { execute, arguments } => self.command(execute, arguments, step),
@@ -281,8 +291,8 @@ impl Target for SimTarget {
     }
 
     fn keys(&self, into: &mut Vec<Key>) {
-        into.extend((0..self.exec.ready_len()).map(|i| Key(u64::from(self.exec.ready_number(i)))));
-        into.extend((0..self.disk.pending()).map(|i| Key(1 << 40 | self.disk.pending_number(i))));
+        into.extend((0..self.exec.ready_len()).map(|i| self.exec.ready_key(i)));
+        into.extend((0..self.disk.pending()).map(|i| self.disk.pending_key(i)));
     }
 
     #[inline]
@@ -306,6 +316,35 @@ impl Target for SimTarget {
         Ok(())
     }
 
+    fn endings(&mut self, storage: u32) -> u32 {
+        let Some(faults) = self.faults else { return 1 };
+        let (file, op) = self.disk.pending_op(storage as usize);
+        // Files are created in the order of the images.
+        let kind = fault_of(file.0, op).kind;
+        if faults.image.is_some_and(|image| image != file.0) || !faults.concerns(kind) {
+            return 1;
+        }
+        let nth = self.matched;
+        self.matched += 1;
+        if faults.from <= nth && faults.until.is_none_or(|until| nth < until) {
+            self.disk.endings(storage as usize)
+        } else {
+            1
+        }
+    }
+
+    fn fail(&mut self, storage: u32, ending: u32) {
+        let disk = self.disk.clone();
+        let (file, op) = disk.pending_op(storage as usize);
+        let bad = self.exec.enter(|| disk.fail(storage as usize, ending));
+        let fault = Fault {
+            done: bad.done,
+            errno: bad.errno.0,
+            ..fault_of(file.0, op)
+        };
+        self.sink.records.borrow_mut().push(Record::Fault(fault));
+    }
+
     #[inline]
     fn take_records(&mut self, into: &mut Vec<Record>) {
         into.append(&mut self.sink.records.borrow_mut());
@@ -323,6 +362,7 @@ impl Target for SimTarget {
             *task_out.borrow_mut() = read_all(&layer).await;
             *task_done.borrow_mut() = true;
         };
+        self.exec.owners().enter(None);
         self.exec.spawn("final reads", Box::pin(task));
         self.run_until("the final reads", &done)?;
         Ok(out.take())
@@ -337,6 +377,7 @@ impl Target for SimTarget {
             shut.shutdown().await;
             *task_done.borrow_mut() = true;
         };
+        self.exec.owners().enter(None);
         self.exec.spawn("shutdown", Box::pin(task));
         self.run_until("the shutdown", &done)?;
         // Tasks that only have to notice that it is over may do so.
@@ -396,6 +437,26 @@ impl Target for SimTarget {
                     .map(|r| format!("storage request {:?} on {}", r.op, r.file)),
             )
             .collect()
+    }
+}
+
+/// A request as history tells it when it fails.
+fn fault_of(image: u32, op: Op) -> Fault {
+    let (kind, offset, bytes) = match op {
+        Op::Read { offset, bytes } => (FaultKind::Read, offset, bytes),
+        Op::Write { offset, bytes } => (FaultKind::Write, offset, bytes),
+        Op::WriteZeroes { offset, bytes, .. } => (FaultKind::WriteZeroes, offset, bytes),
+        Op::Discard { offset, bytes } => (FaultKind::Discard, offset, bytes),
+        Op::Flush => (FaultKind::Flush, 0, 0),
+        Op::Truncate { length } => (FaultKind::Truncate, length, 0),
+    };
+    Fault {
+        image,
+        kind,
+        offset,
+        bytes,
+        done: 0,
+        errno: 0,
     }
 }
 
@@ -474,12 +535,14 @@ async fn read_all(layer: &Layer) -> Vec<NodeContent> {
         .filter(|n| n.open && (!is_protocol(n.driver) || n.parents.is_empty()))
     {
         let allocated = allocation(layer, node.id, node.length).await;
+        let zeroes = own_zeroes(layer, node.id, node.length).await;
         found.push((
             node.id,
             NodeContent {
                 name: node.name.to_string(),
                 bytes: Vec::new(),
                 allocated,
+                zeroes,
             },
         ));
     }
@@ -502,6 +565,26 @@ async fn read_all(layer: &Layer) -> Vec<NodeContent> {
         .map(|(_, content)| content)
         .filter(|c| !c.bytes.is_empty())
         .collect()
+}
+
+/// What a layer's own answer calls zeroes; a filter has none of its own.
+async fn own_zeroes(layer: &Layer, node: NodeId, length: u64) -> Vec<(u64, u64)> {
+    let mut zeroes = Vec::new();
+    let mut at = 0;
+    let below = layer.filter_or_cow(node);
+    while at < length {
+        let Ok(status) = layer.block_status_above(node, below, at, length - at).await else {
+            break;
+        };
+        if status.pnum == 0 {
+            break;
+        }
+        if status.flags.contains(StatusFlags::ZERO) {
+            zeroes.push((at, status.pnum));
+        }
+        at += status.pnum;
+    }
+    zeroes
 }
 
 fn is_protocol(driver: &str) -> bool {

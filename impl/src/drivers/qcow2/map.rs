@@ -221,6 +221,9 @@ impl Qcow2 {
                 meta.overlap.remove(self.geometry.cluster(old).0, kind);
             }
             meta.set_l1(index, at.0 | super::l2::COPIED);
+            // A table that several entries shared stays cached when the last of them has left it; its cluster was
+            // free to become this one.
+            meta.l2.forget(at);
             meta.l2.insert(at, data, true)
         };
         if let Some(old) = shared {

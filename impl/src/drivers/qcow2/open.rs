@@ -292,13 +292,14 @@ fn fixed_structures(
 
 impl Qcow2 {
     /// Looks at every L2 table and refcount block named: aligned, inside the file, disjoint from everything. An L2
-    /// table named twice needs a refcount of two. Violations refuse a writable open; metadata past the end of the
-    /// file (a truncated image) refuses any.
+    /// table named twice needs a refcount of two, and so on: each use that goes lowers it. Violations refuse a
+    /// writable open; metadata past the end of the file (a truncated image) refuses any.
     pub(super) async fn check_references(&self, cx: &Cx, writable: bool) -> Result<(), QmpError> {
         let geometry = self.geometry;
         let length = self.host_length(cx);
         let mut problem: Option<String> = None;
-        let mut twice = Vec::new();
+        // L2 tables once more for each use after the first.
+        let mut again = Vec::new();
         {
             let mut meta = self.meta.borrow_mut();
             let meta = &mut *meta;
@@ -317,7 +318,7 @@ impl Qcow2 {
                 let cluster = at >> geometry.cluster_bits;
                 match meta.overlap.insert(cluster, 1, kind) {
                     Err(Structure::ActiveL2) if kind == Structure::ActiveL2 => {
-                        twice.push(ClusterIndex(cluster));
+                        again.push(cluster);
                     }
                     Err(hit) => {
                         let text = || format!("The {name} at {at:#x} overlaps with the {}", hit.name());
@@ -329,11 +330,18 @@ impl Qcow2 {
         }
         // Also for a reader, which may become a writer later.
         let _guard = self.lock.lock().await;
-        for cluster in twice {
+        again.sort_unstable();
+        for same in again.chunk_by(|a, b| a == b) {
+            let (cluster, uses) = (ClusterIndex(same[0]), same.len() as u64 + 1);
             // An unreadable refcount is as bad as a low one, for a writer.
-            if self.refcount(cx, cluster).await.unwrap_or(0) < 2 {
+            if self.refcount(cx, cluster).await.unwrap_or(0) < uses {
                 let at = geometry.host(cluster).0;
-                problem.get_or_insert_with(|| format!("L2 table at {at:#x} is used twice"));
+                let times = if uses == 2 {
+                    "twice".to_owned()
+                } else {
+                    format!("{uses} times")
+                };
+                problem.get_or_insert_with(|| format!("L2 table at {at:#x} is used {times}"));
             }
         }
         let problem = problem.map(|text| format!("qcow2: Image is corrupt: {text}"));

@@ -715,3 +715,53 @@ fn hostile_images_do_no_harm() {
         "{refused} {failed} {worked}"
     );
 }
+
+/// Three L1 entries that share one table: each use counts, and the last to leave it may get its cluster back.
+#[test]
+fn a_table_shared_within_the_image_counts_each_use() {
+    const SPAN: u64 = 32 << 10;
+    let env = MemoryEnv::new();
+    make(&env, "a", &options(9, 4, 3, 3 * SPAN));
+    let disk = open(&env, "a");
+    disk.write(0, &[7; 512]);
+    disk.close();
+    let mut image = env.content("a").unwrap();
+    let get =
+        |image: &[u8], at: usize| u64::from_be_bytes(image[at..at + 8].try_into().unwrap()) & !(1 << 63);
+    let place = |v: u64| usize::try_from(v).unwrap();
+    let (l1, reftable) = (place(get(&image, 40)), place(get(&image, 48)));
+    let (refblock, table) = (place(get(&image, reftable)), place(get(&image, l1)));
+    let data = place(get(&image, table));
+    let shared = get(&image, l1).to_be_bytes();
+    for index in 0..3 {
+        image[l1 + 8 * index..l1 + 8 * index + 8].copy_from_slice(&shared);
+    }
+    image[table] &= 0x7f;
+    for uses in [2, 3] {
+        for cluster in [table / 512, data / 512] {
+            image[refblock + 2 * cluster + 1] = uses;
+        }
+        env.create_with("a", &image);
+        if uses == 2 {
+            let refusal = try_open(&env, "a", &json!({})).err().unwrap();
+            assert!(refusal.ends_with("is used 3 times"), "{refusal}");
+        }
+    }
+    let disk = open(&env, "a");
+    for (span, value) in [(0, 1), (1, 2), (2, 3)] {
+        disk.write(span * SPAN + 1024, &[value; 512]);
+        disk.flush();
+    }
+    for (span, value) in [(0, 1), (1, 2), (2, 3)] {
+        disk.write(span * SPAN + 8192, &[value + 10; 4096]);
+        assert_eq!(disk.read(span * SPAN, 512), [7; 512]);
+        assert_eq!(disk.read(span * SPAN + 1024, 512), [value; 512]);
+    }
+    disk.close();
+    let disk = open(&env, "a");
+    for (span, value) in [(0, 1), (1, 2), (2, 3)] {
+        assert_eq!(disk.read(span * SPAN, 512), [7; 512]);
+        assert_eq!(disk.read(span * SPAN + 8192, 4096), [value + 10; 4096]);
+    }
+    disk.close();
+}

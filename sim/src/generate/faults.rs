@@ -1,0 +1,148 @@
+//! What may fail in a run with `--faults errors`: which requests, and what the monitor does about it.
+//!
+//! Swarm style: mostly a short window in which the next few requests fail, so that a run sees one or two faults and goes
+//! on; sometimes a low rate all along, sometimes a file that fails for good. Draws from a stream of its own, so a seed's
+//! workload is that of a run without faults, but for what is added here: jobs get an error policy more often, and the
+//! monitor looks after those that stop.
+
+use serde_json::json;
+
+use super::command;
+use crate::rng::{Rng, Stream};
+use crate::scenario::{Action, Faults, Scenario, Step, WaitJob};
+
+/// Lets storage fail in this scenario.
+pub fn add_faults(scenario: &mut Scenario, seed: u64) {
+    let rng = &mut Rng::stream(seed, Stream::FaultPlan);
+    scenario.disk.faults = Some(plan(rng, scenario.images.len()));
+    look_after_streams(rng, &mut scenario.steps);
+}
+
+fn plan(rng: &mut Rng, images: usize) -> Faults {
+    // reads, writes, flushes
+    let (reads, writes, flushes) = *rng.pick(&[
+        (true, true, true),
+        (true, true, true),
+        (true, false, false),
+        (true, false, false),
+        (false, true, false),
+        (false, true, false),
+        (false, true, true),
+        (false, false, true),
+    ]);
+    let image = rng
+        .chance(1, 3)
+        .then(|| rng.below(u32::try_from(images).expect("few images").max(1)))
+        .filter(|_| images > 0);
+    // A run has tens to hundreds of requests, of some kinds only a few.
+    let scale = if reads {
+        *rng.pick(&[2, 8, 32, 128])
+    } else {
+        *rng.pick(&[1, 4, 8, 32])
+    };
+    let from = rng.below(scale);
+    let (from, until, one_in) = match rng.below(8) {
+        0 => (0, None, *rng.pick(&[8, 32, 128])),
+        1 => (from, None, 1),
+        2 => (from, Some(from + 32), *rng.pick(&[4, 16])),
+        3 => (from, Some(from + 2 + rng.below(6)), 1),
+        _ => (from, Some(from + 1 + rng.below(2)), 1),
+    };
+    Faults {
+        one_in,
+        from,
+        until,
+        image,
+        reads,
+        writes,
+        flushes,
+        setup: rng.chance(1, 16),
+    }
+}
+
+/// Error policies, and somebody who resumes or cancels a job that stopped.
+fn look_after_streams(rng: &mut Rng, steps: &mut Vec<Step>) {
+    let mut at = 0;
+    while at < steps.len() {
+        let step = &mut steps[at];
+        at += 1;
+        let Action::Command { execute, arguments } = &mut step.action else {
+            continue;
+        };
+        if execute != "block-stream" {
+            continue;
+        }
+        if rng.chance(3, 4) {
+            let policy = *rng.pick(&["report", "ignore", "stop", "stop", "enospc", "auto"]);
+            arguments.insert("on-error".to_owned(), json!(policy));
+        }
+        let Some(id) = arguments
+            .get("job-id")
+            .and_then(|id| id.as_str())
+            .map(str::to_owned)
+        else {
+            continue;
+        };
+        if !rng.chance(1, 3) {
+            continue;
+        }
+        let actor = step.actor.clone();
+        let wait = Action::WaitJob {
+            job: WaitJob {
+                id: id.clone(),
+                status: "paused".to_owned(),
+                offset: None,
+            },
+        };
+        steps.insert(
+            at,
+            Step {
+                actor: actor.clone(),
+                action: wait,
+                wait: true,
+            },
+        );
+        let verb = match rng.below(6) {
+            0 => command(&actor, "job-cancel", json!({"id": id})),
+            1 => command(&actor, "block-job-cancel", json!({"device": id, "force": true})),
+            2 => command(&actor, "block-job-resume", json!({"device": id})),
+            3 => command(&actor, "query-block-jobs", json!({})),
+            _ => command(&actor, "job-resume", json!({"id": id})),
+        };
+        steps.insert(at + 1, verb);
+        at += 2;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::generate::{Profile, Reach, generate};
+
+    #[test]
+    fn plans_differ_and_the_workload_stays() {
+        let mut plans = Vec::new();
+        for seed in 0..200 {
+            let plain = generate(seed, Profile::Stream, Reach::all());
+            let mut faulty = plain.clone();
+            add_faults(&mut faulty, seed);
+            let faults = faulty.disk.faults.expect("added");
+            assert!(faults.reads || faults.writes || faults.flushes);
+            plans.push(faults);
+            assert_eq!(
+                crate::scenario::validate::validate(&faulty),
+                Ok(()),
+                "seed {seed}"
+            );
+            let guests = |s: &Scenario| {
+                let is_guest = |s: &&Step| matches!(s.action, Action::Guest { .. });
+                s.steps.iter().filter(is_guest).cloned().collect::<Vec<_>>()
+            };
+            assert_eq!(guests(&plain), guests(&faulty), "seed {seed}");
+            assert_eq!(plain.images, faulty.images);
+        }
+        assert!(plans.iter().any(|f| f.image.is_some()) && plans.iter().any(|f| f.image.is_none()));
+        assert!(plans.iter().any(|f| f.until.is_none()) && plans.iter().any(|f| f.until.is_some()));
+        assert!(plans.iter().any(|f| f.setup) && plans.iter().any(|f| f.one_in > 1));
+    }
+}
