@@ -3,7 +3,7 @@
 //!
 //! Rules: recomputes everything from the tables. A refcount that is too high is a leak; everything else is corruption.
 
-use super::read::{Mapping, OFFSET, Qcow2, be64};
+use super::read::{Mapping, OFFSET, Qcow2, be32, be64};
 use super::to_usize;
 
 /// How bad it is.
@@ -28,9 +28,23 @@ const COPIED: u64 = 1 << 63;
 const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
 const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
 
-/// Everything wrong with the image in `bytes`; empty when clean.
+/// Everything wrong with the image in `bytes`, which has no snapshots; empty when clean.
 #[must_use]
 pub fn check(bytes: &[u8]) -> Vec<Problem> {
+    let mut problems = check_with_snapshots(bytes);
+    let snapshots = Qcow2::parse(bytes).map_or(0, |image| image.snapshots);
+    if snapshots != 0 {
+        problems.push(Problem {
+            severity: Severity::Corruption,
+            text: format!("{snapshots} snapshots that nobody made"),
+        });
+    }
+    problems
+}
+
+/// Like [`check`], for images that may have internal snapshots.
+#[must_use]
+pub fn check_with_snapshots(bytes: &[u8]) -> Vec<Problem> {
     let image = match Qcow2::parse(bytes) {
         Ok(image) => image,
         Err(text) => {
@@ -77,9 +91,6 @@ impl Check<'_> {
                 self.image.incompatible
             ));
         }
-        if self.image.snapshots != 0 {
-            self.corrupt(format!("{} snapshots that nobody made", self.image.snapshots));
-        }
         self.claim(0, size, "header");
         let (table, clusters) = (
             self.image.refcount_table,
@@ -111,6 +122,44 @@ impl Check<'_> {
                 Ok(entry) => self.table(i, entry),
                 Err(text) => return self.corrupt(text),
             }
+        }
+        // What snapshots share is counted; COPIED flags are the active tables' matter.
+        let copied = std::mem::take(&mut self.copied);
+        self.snapshots();
+        self.copied = copied;
+    }
+
+    /// The snapshot table, and what each snapshot's L1 table names.
+    fn snapshots(&mut self) {
+        let (start, mut at) = (self.image.snapshots_offset, self.image.snapshots_offset);
+        for snapshot in 0..self.image.snapshots {
+            let bytes = self.image.bytes;
+            let entry = usize::try_from(at)
+                .ok()
+                .and_then(|at| bytes.get(at..at.checked_add(40)?));
+            let Some(entry) = entry else {
+                return self.corrupt(format!("snapshot {snapshot} is past the end of the file"));
+            };
+            let (l1, entries) = (
+                be64(entry, 0).unwrap_or(0),
+                u64::from(be32(entry, 8).unwrap_or(0)),
+            );
+            let names = u64::from(be32(entry, 12).unwrap_or(0));
+            let extra = u64::from(be32(entry, 36).unwrap_or(0));
+            at = (at + 40 + extra + (names >> 16) + (names & 0xffff)).next_multiple_of(8);
+            if !self.claim(l1, entries * 8, "L1 table of a snapshot") {
+                return;
+            }
+            for i in 0..entries {
+                match be64(bytes, l1 + i * 8) {
+                    Some(0) => {}
+                    Some(entry) => self.table(i, entry),
+                    None => return self.corrupt(format!("L1 entry {i} of snapshot {snapshot} is missing")),
+                }
+            }
+        }
+        if at > start {
+            self.claim(start, at - start, "snapshot table");
         }
     }
 
@@ -234,7 +283,7 @@ impl Check<'_> {
         for (cluster, flag, what) in std::mem::take(&mut self.copied) {
             let (used, counted) = (self.used[to_usize(cluster)], self.refcount(cluster));
             let offset = cluster * size;
-            if used > 1 {
+            if used > 1 && self.image.snapshots == 0 {
                 self.corrupt(format!(
                     "{what} at {offset:#x} overlaps something else: used {used} times"
                 ));

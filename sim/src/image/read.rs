@@ -33,6 +33,7 @@ pub struct Qcow2<'a> {
     pub(super) refcount_table: u64,
     pub(super) refcount_table_clusters: u32,
     pub(super) snapshots: u32,
+    pub(super) snapshots_offset: u64,
     /// Backing file name in the header.
     pub backing_file: Option<String>,
     /// Backing format in the header.
@@ -95,6 +96,7 @@ impl<'a> Qcow2<'a> {
             refcount_table: long(48)?,
             refcount_table_clusters: word(56)?,
             snapshots: word(60)?,
+            snapshots_offset: long(64)?,
             backing_file: text(bytes, long(8)?, word(16)?)?,
             backing_format: backing_format(bytes, header_length, long(8)?)?,
         };
