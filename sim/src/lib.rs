@@ -7,6 +7,8 @@ pub mod campaign;
 pub mod choice;
 pub mod cli;
 pub mod clock;
+#[cfg(target_os = "linux")]
+pub mod compare;
 pub mod disk;
 pub mod env;
 pub mod exec;
@@ -14,12 +16,16 @@ mod finish;
 pub mod follow;
 pub mod fuzzing;
 pub mod generate;
+pub mod guide;
 pub mod harness;
 pub mod history;
 pub mod image;
 pub mod marks;
 pub mod oracle;
+pub mod owner;
 pub mod panics;
+#[cfg(target_os = "linux")]
+pub mod qemu;
 pub mod report;
 pub mod rng;
 pub mod run;

@@ -1,0 +1,692 @@
+//! One scenario, on the model and on the daemon, a step at a time.
+//!
+//! After each step everything that can be seen is compared: the answer (class and text), events one by one, graph and
+//! masks, jobs, headers as stored; read-only flags where asking for them is safe. A refused command must leave the
+//! daemon exactly as it was, also where the model does not look. At the end every node is read.
+//! Rules: the first difference ends a scenario, since what follows from it says nothing new.
+
+use std::rc::Rc;
+
+use blkcheck_model::{Command, JobStatus, Outcome, World};
+use serde_json::{Map, Value, json};
+
+use super::content::Books;
+use super::known::{self, Case, Defect};
+use super::peer::Peer;
+use super::state::State;
+use super::{Kind, What};
+use crate::follow::world_of;
+use crate::qemu::Broken;
+use crate::qemu::nbd::client::Answer;
+use crate::scenario::{Action, GuestOp, Scenario};
+
+const GRAPH: &str = "x-debug-query-block-graph";
+
+/// How careful to be.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Manner {
+    /// Leaves out what is known to kill or to hang the daemon.
+    pub steer: bool,
+    /// Asks for read-only flags after each step, not only at the end and after what may change them.
+    pub flags_always: bool,
+    /// Reads every node at the end, not only what is exported.
+    pub read_all: bool,
+}
+
+/// Something that is not as the model says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Finding {
+    /// The step.
+    pub step: usize,
+    /// What differs; none for a failure.
+    pub what: Option<What>,
+    /// How the daemon failed.
+    pub failed: Option<Kind>,
+    /// What the model says.
+    pub model: String,
+    /// What the daemon does.
+    pub qemu: String,
+    /// The known defect that explains it.
+    pub known: Option<&'static str>,
+}
+
+/// What a scenario showed.
+#[derive(Clone, Debug, Default)]
+pub struct Shown {
+    /// Steps carried out.
+    pub steps: u64,
+    /// Steps left out because of known defects.
+    pub steered: u64,
+    /// The first difference, or how the daemon failed.
+    pub finding: Option<Finding>,
+    /// Known defects seen on the way that end nothing, and the step.
+    pub aside: Vec<(&'static str, usize)>,
+    /// Refusals that agreed.
+    pub refusals: Vec<(String, String)>,
+}
+
+/// A step's end other than a good one.
+pub(super) enum Stop {
+    Differs(What, String, String),
+    Broke(Broken),
+}
+
+impl From<Broken> for Stop {
+    fn from(broken: Broken) -> Stop {
+        Stop::Broke(broken)
+    }
+}
+
+/// Model and daemon side by side.
+#[derive(Debug)]
+pub struct Lockstep {
+    pub(super) peer: Peer,
+    manner: Manner,
+}
+
+/// One scenario under way.
+pub(super) struct Run<'a> {
+    pub(super) peer: &'a mut Peer,
+    manner: Manner,
+    pub(super) world: World,
+    /// The daemon, last time we looked.
+    pub(super) seen: State,
+    pub(super) books: Books,
+    pub(super) shown: Shown,
+    /// Jobs that went through pending.
+    prepared: Vec<String>,
+}
+
+impl Lockstep {
+    /// With this daemon.
+    #[must_use]
+    pub fn new(peer: Peer, manner: Manner) -> Lockstep {
+        Lockstep { peer, manner }
+    }
+
+    /// The daemon.
+    #[must_use]
+    pub fn peer(&self) -> &Peer {
+        &self.peer
+    }
+
+    /// Runs a scenario.
+    pub fn run(&mut self, scenario: &Scenario) -> Shown {
+        let mut run = match Run::start(&mut self.peer, self.manner, scenario) {
+            Ok(run) => run,
+            Err(broken) => return failed_to_start(&broken),
+        };
+        let mut at = 0;
+        let result = run.all(scenario, &mut at);
+        run.finish(scenario, at, result).0
+    }
+}
+
+fn failed_to_start(broken: &Broken) -> Shown {
+    Shown {
+        finding: Some(Finding {
+            step: 0,
+            what: None,
+            failed: Some(Kind::of(broken, &[])),
+            model: "starts".to_owned(),
+            qemu: broken.to_string(),
+            known: None,
+        }),
+        ..Shown::default()
+    }
+}
+
+impl<'a> Run<'a> {
+    pub(super) fn start(peer: &'a mut Peer, manner: Manner, scenario: &Scenario) -> Result<Run<'a>, Broken> {
+        peer.prepare(scenario, makes_up_names(scenario))?;
+        let mut run = Run {
+            peer,
+            manner,
+            world: world_of(scenario),
+            seen: State::default(),
+            books: Books::of(scenario),
+            shown: Shown::default(),
+            prepared: Vec::new(),
+        };
+        // What is behind an image belongs to it as well: whoever opens the file sees it.
+        for (name, length) in run.peer.lengths() {
+            if let Some(facts) = run.world.files.get_mut(name) {
+                Rc::make_mut(facts).length = length;
+            }
+        }
+        run.read_headers();
+        Ok(run)
+    }
+
+    fn all(&mut self, scenario: &Scenario, at: &mut usize) -> Result<(), Stop> {
+        for step in 0..scenario.steps.len() {
+            *at = step;
+            self.step(scenario, step)?;
+        }
+        self.look(true)?;
+        self.read_back(scenario)?;
+        Ok(())
+    }
+
+    /// Takes everything down, and says what came of it.
+    pub(super) fn finish(
+        mut self,
+        scenario: &Scenario,
+        at: usize,
+        result: Result<(), Stop>,
+    ) -> (Shown, &'a mut Peer) {
+        let result = result.and_then(|()| self.take_down(scenario));
+        match result {
+            Ok(()) => self.peer.is_clean(),
+            Err(stop) => {
+                let finding = self.finding(scenario, at, stop);
+                self.shown.finding = Some(finding);
+            }
+        }
+        (self.shown, self.peer)
+    }
+
+    fn finding(&mut self, scenario: &Scenario, at: usize, stop: Stop) -> Finding {
+        let (what, failed, model, qemu) = match stop {
+            Stop::Differs(what, model, qemu) => (Some(what), None, model, qemu),
+            Stop::Broke(broken) => {
+                let words = self.peer.last_words();
+                let kind = Kind::of(&broken, &words);
+                let detail = [vec![broken.to_string()], words].concat().join("\n");
+                (None, Some(kind), "answers".to_owned(), detail)
+            }
+        };
+        let none = Map::new();
+        let (execute, arguments) = match scenario.steps.get(at).map(|s| &s.action) {
+            Some(Action::Command { execute, arguments }) => (execute.as_str(), arguments),
+            _ => ("", &none),
+        };
+        let known = known::explain(&Case {
+            scenario,
+            step: at,
+            execute,
+            arguments,
+            world: &self.world,
+            leftovers: &self.seen.leftovers,
+            what,
+            failed,
+            model: &model,
+            qemu: &qemu,
+        });
+        Finding {
+            step: at,
+            what,
+            failed,
+            model,
+            qemu,
+            known: known.map(|d| d.id),
+        }
+    }
+
+    /// A known defect that was seen and ends nothing.
+    fn aside(&mut self, defect: &'static Defect, step: usize) {
+        if self.shown.aside.iter().all(|(id, _)| *id != defect.id) {
+            self.shown.aside.push((defect.id, step));
+        }
+    }
+
+    pub(super) fn step(&mut self, scenario: &Scenario, at: usize) -> Result<(), Stop> {
+        match &scenario.steps[at].action {
+            Action::Command { execute, arguments } => {
+                let around = self.manner.steer
+                    && known::steers_around(&self.world, &self.seen.leftovers, execute, arguments).is_some();
+                if around {
+                    self.shown.steered += 1;
+                    return Ok(());
+                }
+                self.shown.steps += 1;
+                self.command(execute, arguments, at)?;
+            }
+            Action::Guest { export, op } => {
+                self.shown.steps += 1;
+                self.guest(scenario, export, *op, at)?;
+            }
+            // Everything is at rest after every step.
+            Action::WaitJob { .. } | Action::Settle { .. } => {}
+            // Nothing to see from outside, and nothing that the daemon could be told.
+            Action::DrainBegin { .. } | Action::DrainEnd { .. } => {}
+        }
+        Ok(())
+    }
+
+    /// One command on both; whether it was accepted.
+    pub(super) fn command(
+        &mut self,
+        execute: &str,
+        arguments: &Map<String, Value>,
+        at: usize,
+    ) -> Result<bool, Stop> {
+        if is_query(execute) {
+            // Not modelled: it has to be answered, and to change nothing.
+            let answer = self.peer.ask(execute, arguments)?;
+            if let Err((class, desc)) = answer {
+                return Err(Stop::Differs(
+                    What::Result,
+                    "an answer".to_owned(),
+                    format!("{class}: {desc}"),
+                ));
+            }
+            return Ok(true);
+        }
+        let before = self.seen.clone();
+        let had_jobs = !self.world.jobs.is_empty();
+        if execute == "block-export-del" {
+            self.before_export_del(arguments)?;
+        }
+        let value = Value::Object(arguments.clone());
+        let mut world = self.world.clone();
+        let predicted = world.execute(&Command::new(execute, &value));
+        let alone = !had_jobs && world.jobs.is_empty() && execute != "block-export-del";
+        let id = self.peer.send(execute, arguments);
+        // Without jobs nothing moves by itself: the graph can be asked for at once.
+        let graph = alone.then(|| self.peer.send(GRAPH, &Map::new()));
+        let answer = self.peer.answer(id, execute)?;
+        let model = predicted
+            .as_ref()
+            .map_err(|r| (r.class.name().to_owned(), r.desc.clone()));
+        let said = |r: &Result<&Value, (String, String)>| match r {
+            Ok(_) => "accepted".to_owned(),
+            Err((class, desc)) => format!("{class}: {desc}"),
+        };
+        let qemu = answer.as_ref().map_err(Clone::clone);
+        let agree = match (&model, &qemu) {
+            (Ok(_), Ok(_)) => true,
+            (Err(ours), Err(theirs)) => ours == theirs,
+            _ => false,
+        };
+        if !agree {
+            // The world stays as it was before the command: that is what explains a difference.
+            return Err(Stop::Differs(What::Result, said(&model), said(&qemu)));
+        }
+        self.world = world;
+        if predicted.is_ok() {
+            self.books.opened(execute, arguments);
+            self.books.check_sharing(&self.world);
+        }
+        self.events()?;
+        if !alone {
+            self.peer.rest()?;
+            self.events()?;
+            self.jobs_rest()?;
+        }
+        let flags = self.manner.flags_always || execute == "change-backing-file" || execute == "block-stream";
+        self.look_at(graph, flags)?;
+        for (what, model, qemu) in self.differences() {
+            return Err(Stop::Differs(what, model, qemu));
+        }
+        if !self.seen.leftovers.is_empty() {
+            self.aside(known::filter_outlives_job(), at);
+        }
+        if let Err(refusal) = model {
+            self.unchanged(&before)?;
+            self.shown.refusals.push(refusal);
+        }
+        Ok(answer.is_ok())
+    }
+
+    /// A refused command changed nothing, modelled or not.
+    fn unchanged(&mut self, before: &State) -> Result<(), Stop> {
+        let flags = |s: &State| s.read_only.clone();
+        let same = State {
+            read_only: flags(&self.seen),
+            ..before.clone()
+        } == self.seen;
+        let same_flags =
+            before.read_only.is_none() || self.seen.read_only.is_none() || flags(before) == flags(&self.seen);
+        if same && same_flags {
+            return Ok(());
+        }
+        Err(Stop::Differs(
+            What::Refusal,
+            "the state before".to_owned(),
+            format!("{:?} instead of {before:?}", self.seen),
+        ))
+    }
+
+    /// No guest is connected to an export that goes: a safe delete is refused only while requests are in flight.
+    fn before_export_del(&mut self, arguments: &Map<String, Value>) -> Result<(), Stop> {
+        let id = arguments.get("id").and_then(Value::as_str).unwrap_or_default();
+        let name = self.world.export(id).map(|e| e.name.to_string());
+        if let Some(name) = name {
+            self.peer.hang_up(&name);
+            self.peer.rest()?;
+        }
+        Ok(())
+    }
+
+    fn read_headers(&mut self) {
+        let mut headers = Vec::new();
+        for (name, bytes) in self.peer.disks() {
+            // A header is one sector and what follows in the first cluster.
+            headers.push((name.to_owned(), bytes[..bytes.len().min(65536)].to_vec()));
+        }
+        for (name, bytes) in headers {
+            let peer = std::cell::RefCell::new(&mut *self.peer);
+            let ours = |text: &str| {
+                peer.borrow_mut()
+                    .our_name(text)
+                    .unwrap_or_else(|| text.to_owned())
+            };
+            self.seen.read_header(&name, &bytes, ours);
+        }
+    }
+
+    /// Looks at everything. `flags`: also at read-only flags, unless asking for them kills the daemon.
+    pub(super) fn look(&mut self, flags: bool) -> Result<(), Stop> {
+        self.look_at(None, flags)
+    }
+
+    /// The same; the graph was asked for with this number.
+    fn look_at(&mut self, graph: Option<u64>, flags: bool) -> Result<(), Stop> {
+        let nonsense = |what: String| Stop::Broke(Broken::Nonsense(what));
+        let none = Map::new();
+        let refused = |e: (String, String)| nonsense(format!("a query is refused: {}", e.1));
+        let id = graph.unwrap_or_else(|| self.peer.send(GRAPH, &none));
+        let graph = self.peer.answer(id, GRAPH)?.map_err(refused)?;
+        self.seen.read_graph(&graph).map_err(nonsense)?;
+        if self.world.jobs.is_empty() && self.seen.jobs.is_empty() {
+            // A job that nobody knows of would be in the graph.
+        } else {
+            let jobs = self.peer.ask("query-jobs", &none)?.map_err(refused)?;
+            self.seen.read_jobs(&jobs).map_err(nonsense)?;
+        }
+        self.seen.read_only = None;
+        if flags && self.seen.leftovers.is_empty() {
+            let Value::Object(flat) = json!({"flat": true}) else {
+                unreachable!("an object")
+            };
+            let nodes = self
+                .peer
+                .ask("query-named-block-nodes", &flat)?
+                .map_err(refused)?;
+            self.seen.read_nodes(&nodes).map_err(nonsense)?;
+        }
+        self.read_headers();
+        self.events()
+    }
+
+    fn differences(&self) -> Vec<(What, String, String)> {
+        let model = State::of_model(&self.world);
+        let found = self.seen.against(&model);
+        found.into_iter().map(|d| (d.what, d.model, d.qemu)).collect()
+    }
+
+    /// Follows the events that came.
+    fn events(&mut self) -> Result<(), Stop> {
+        for (name, data) in self.peer.take_events() {
+            if let Err((model, qemu)) = self.event(&name, &data) {
+                return Err(Stop::Differs(What::Events, model, qemu));
+            }
+        }
+        Ok(())
+    }
+
+    fn event(&mut self, name: &str, data: &Value) -> Result<(), (String, String)> {
+        let text = |key: &str| data.get(key).and_then(Value::as_str);
+        let said = || format!("{name} {data}");
+        match name {
+            "JOB_STATUS_CHANGE" => {
+                let (Some(id), Some(to)) = (text("id"), text("status").and_then(JobStatus::from_name)) else {
+                    return Err(("an id and a status".to_owned(), said()));
+                };
+                if to == JobStatus::Pending {
+                    self.prepared.push(id.to_owned());
+                }
+                self.world.job_status(id, to).map_err(|why| (why, said()))
+            }
+            "BLOCK_JOB_CANCELLED" | "BLOCK_JOB_COMPLETED" => {
+                let id = text("device").unwrap_or_default();
+                let prepared = self.prepared.iter().any(|p| p == id);
+                self.prepared.retain(|p| p != id);
+                let error = text("error");
+                let outcome = match (name, error) {
+                    ("BLOCK_JOB_CANCELLED", _) => Outcome::Cancelled,
+                    (_, Some(_)) if !prepared => Outcome::Failed,
+                    _ => Outcome::Success,
+                };
+                self.books.completed(&self.world, id, outcome);
+                let expected = self
+                    .world
+                    .job_completed(id, outcome)
+                    .map_err(|why| (why, said()))?;
+                if outcome == Outcome::Success && expected.as_deref() != error {
+                    return Err((format!("ends with {expected:?}"), said()));
+                }
+                if outcome == Outcome::Failed {
+                    return Err(("no storage failed".to_owned(), said()));
+                }
+                Ok(())
+            }
+            "BLOCK_JOB_ERROR" => Err(("no storage failed".to_owned(), said())),
+            _ => Ok(()),
+        }
+    }
+
+    /// Every job has come as far as it can come by itself.
+    fn jobs_rest(&self) -> Result<(), Stop> {
+        for job in &self.world.jobs {
+            let rests = match job.status {
+                JobStatus::Paused => job.user_paused,
+                // A slow job sleeps in the middle.
+                JobStatus::Running => job.speed > 0 && !job.user_paused && !job.cancelled,
+                JobStatus::Pending => !job.auto_finalize && !job.cancelled,
+                JobStatus::Concluded => !job.auto_dismiss,
+                _ => false,
+            };
+            if !rests {
+                let model = format!("job '{}' does not stay {}: {job:?}", job.id, job.status.name());
+                return Err(Stop::Differs(What::Jobs, model, "it does".to_owned()));
+            }
+        }
+        Ok(())
+    }
+
+    fn guest(&mut self, scenario: &Scenario, export: &str, op: GuestOp, at: usize) -> Result<(), Stop> {
+        let Some(found) = self
+            .world
+            .exports
+            .iter()
+            .find(|e| &*e.name == export || &*e.id == export)
+        else {
+            return Ok(());
+        };
+        let (name, writable) = (found.name.to_string(), found.writable);
+        let node = self.world.graph.edge(found.root).child;
+        let ask = Books::ask(scenario, op, at);
+        let answer = self.peer.request(&name, ask)?;
+        if answer == Answer::NoExport {
+            return Err(Stop::Differs(
+                What::Result,
+                "an export".to_owned(),
+                "no such export".to_owned(),
+            ));
+        }
+        let expected = self.books.guest(&self.world, node, writable, op, at, &answer);
+        expected.map_err(|(model, qemu)| Stop::Differs(What::Content, model, qemu))?;
+        if !self.world.jobs.is_empty() {
+            self.peer.rest()?;
+            self.events()?;
+            self.jobs_rest()?;
+        }
+        Ok(())
+    }
+
+    /// Reads every node that can be read.
+    fn read_back(&mut self, scenario: &Scenario) -> Result<(), Stop> {
+        let mut exports: Vec<(String, String)> = self
+            .world
+            .exports
+            .iter()
+            .map(|e| {
+                (
+                    e.name.to_string(),
+                    self.world
+                        .graph
+                        .name(self.world.graph.edge(e.root).child)
+                        .to_owned(),
+                )
+            })
+            .collect();
+        let (mut adds, mut dels) = (Vec::new(), Vec::new());
+        let unread = |run: &Self, id| run.manner.read_all && run.books.readable(&run.world, id);
+        for (id, node) in self.world.graph.nodes() {
+            if exports.iter().any(|(_, n)| **n == *node.name) || !unread(self, id) {
+                continue;
+            }
+            let name = format!("blkcheck-read-{}", adds.len());
+            let add = json!({"type": "nbd", "id": name, "name": name, "node-name": &*node.name});
+            // What the model refuses cannot be read.
+            if self.world.check(&Command::new("block-export-add", &add)).is_ok() {
+                adds.push(object(add));
+                dels.push(object(json!({"id": name, "mode": "hard"})));
+                exports.push((name, node.name.to_string()));
+            }
+        }
+        if self.peer.ask_all("block-export-add", &adds)?.contains(&false) {
+            let ours = "every node can be exported for reading".to_owned();
+            return Err(Stop::Differs(What::Result, ours, "one cannot".to_owned()));
+        }
+        self.read_exports(scenario, &exports)?;
+        if !adds.is_empty() {
+            for add in &adds {
+                self.peer.hang_up(add["name"].as_str().expect("just written"));
+            }
+            self.peer.ask_all("block-export-del", &dels)?;
+            self.peer.rest()?;
+            // Drained for an export, jobs paused and went on.
+            self.events()?;
+        }
+        Ok(())
+    }
+
+    fn read_exports(&mut self, scenario: &Scenario, exports: &[(String, String)]) -> Result<(), Stop> {
+        for (export, node) in exports {
+            let Some(id) = self.world.graph.find(node) else {
+                continue;
+            };
+            let Some(size) = self.peer.size(export)? else {
+                return Err(Stop::Differs(
+                    What::Content,
+                    format!("export {export}"),
+                    "none".to_owned(),
+                ));
+            };
+            self.books.probed(&self.world, id, scenario.grain);
+            let length = self.world.graph.node(id).length;
+            if size != length {
+                return Err(Stop::Differs(
+                    What::Content,
+                    format!("node '{node}' has {length} bytes"),
+                    format!("{size}"),
+                ));
+            }
+            if size > super::content::LONGEST {
+                continue;
+            }
+            let range = crate::scenario::Range {
+                offset: 0,
+                length: size,
+            };
+            let op = GuestOp::Read(range);
+            let answer = self.peer.request(export, Books::ask(scenario, op, 0))?;
+            self.books
+                .guest(&self.world, id, false, op, 0, &answer)
+                .map_err(|(model, qemu)| {
+                    Stop::Differs(What::Content, format!("node '{node}': {model}"), qemu)
+                })?;
+        }
+        Ok(())
+    }
+
+    /// Jobs, exports and nodes go; what is stored then is held against the model.
+    fn take_down(&mut self, scenario: &Scenario) -> Result<(), Stop> {
+        self.books.jobs_given_up(&self.world);
+        self.empty()?;
+        self.look(false)?;
+        if !self.seen.nodes.is_empty() || !self.seen.jobs.is_empty() {
+            let left = format!("{:?} {:?}", self.seen.nodes, self.seen.jobs);
+            return Err(Stop::Differs(What::Nodes, "nothing left".to_owned(), left));
+        }
+        let result = self.books.stored(scenario, self.peer.disks());
+        result.map_err(|(model, qemu)| Stop::Differs(What::Allocation, model, qemu))
+    }
+
+    /// Brings the daemon back to nothing, without comparing.
+    fn empty(&mut self) -> Result<(), Stop> {
+        for job in self.world.jobs.clone() {
+            let id = json!({"id": &*job.id});
+            if job.status != JobStatus::Concluded {
+                let _ = self.peer.ask("job-cancel", &object(id.clone()))?;
+                self.peer.rest()?;
+            }
+            if !job.auto_dismiss {
+                let _ = self.peer.ask("job-dismiss", &object(id))?;
+            }
+        }
+        for export in self.world.exports.clone() {
+            self.peer.hang_up(&export.name);
+            let _ = self.peer.ask(
+                "block-export-del",
+                &object(json!({"id": &*export.id, "mode": "hard"})),
+            )?;
+        }
+        if !self.world.exports.is_empty() || !self.world.jobs.is_empty() {
+            self.peer.rest()?;
+        }
+        self.peer.take_events();
+        let del = |node: &blkcheck_model::Node| object(json!({"node-name": &*node.name}));
+        let owned = self.world.graph.nodes().filter(|(_, n)| n.monitor_owned);
+        let mut owned: Vec<Map<String, Value>> = owned.map(|(_, n)| del(n)).collect();
+        self.world = World::default();
+        // What uses others was mostly made after them.
+        owned.reverse();
+        loop {
+            let gone = self.peer.ask_all("blockdev-del", &owned)?;
+            let before = owned.len();
+            let mut gone = gone.into_iter();
+            owned.retain(|_| gone.next() == Some(false));
+            if owned.is_empty() || owned.len() == before {
+                return Ok(());
+            }
+        }
+    }
+}
+
+fn object(value: Value) -> Map<String, Value> {
+    match value {
+        Value::Object(object) => object,
+        _ => unreachable!("written as an object"),
+    }
+}
+
+fn is_query(execute: &str) -> bool {
+    execute.starts_with("query-") || execute.starts_with("x-debug-query-")
+}
+
+/// Whether some command of the scenario opens a node without saying its name.
+fn makes_up_names(scenario: &Scenario) -> bool {
+    fn unnamed(options: &Map<String, Value>) -> bool {
+        let children = options.values().filter_map(Value::as_object);
+        (options.contains_key("driver") && !options.contains_key("node-name"))
+            || children.into_iter().any(unnamed)
+    }
+    let from_header = scenario.images.iter().any(|i| i.backing_file.is_some());
+    scenario.steps.iter().any(|step| match &step.action {
+        Action::Command { execute, arguments } => match execute.as_str() {
+            "blockdev-add" => {
+                let follows_header = from_header
+                    && arguments.get("driver").is_some_and(|d| d == "qcow2")
+                    && !arguments.contains_key("backing");
+                unnamed(arguments) || follows_header
+            }
+            "block-stream" => !arguments.contains_key("filter-node-name"),
+            _ => false,
+        },
+        _ => false,
+    })
+}

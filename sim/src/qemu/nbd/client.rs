@@ -1,0 +1,613 @@
+//! Guests: a client of the daemon's NBD exports with any number of requests in flight.
+//!
+//! Rules: one connection per export, made with the first request; never blocks, so that the daemon can always send. A
+//! request that the daemon does not answer before it hangs up ends with ESHUTDOWN.
+//! A block status request is asked again for what an answer left out, until its range is covered or an answer makes
+//! no progress.
+
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+
+use super::server::{MUCH, receive, send};
+use super::wire::{self, Command, Reader, Request, chunk, flag, index, info, option, reply};
+
+/// Longest request that an export takes, bytes.
+const LONGEST: u64 = 32 << 20;
+const EINVAL: i32 = 22;
+const ESHUTDOWN: i32 = 108;
+const CONTEXTS: [&str; 2] = ["base:allocation", "qemu:allocation-depth"];
+
+/// What a guest asks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Ask {
+    /// Bytes from there.
+    Read(u64, u64),
+    /// These bytes there; durable on completion.
+    Write(u64, Vec<u8>, bool),
+    /// Zeroes; whether to deallocate.
+    WriteZeroes(u64, u64, bool),
+    /// Discard.
+    Discard(u64, u64),
+    /// Flush.
+    Flush,
+    /// Block status.
+    Status(u64, u64),
+}
+
+/// A run of equal block status.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// Length.
+    pub bytes: u64,
+    /// There is data (no hole).
+    pub data: bool,
+    /// Reads as zeroes.
+    pub zero: bool,
+    /// How many layers down it is decided, 1 the first; 0 nowhere.
+    pub depth: u32,
+}
+
+/// How a request ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// Bytes or errno.
+    Read(Result<Vec<u8>, i32>),
+    /// Done or errno.
+    Done(Result<(), i32>),
+    /// Extents or errno.
+    Status(Result<Vec<Extent>, i32>),
+    /// There is no such export.
+    NoExport,
+}
+
+#[derive(Debug)]
+struct Open {
+    token: u32,
+    cookie: u64,
+    command: Command,
+    offset: u64,
+    end: u64,
+    /// How far block status has come.
+    at: u64,
+    data: Vec<u8>,
+    error: i32,
+    extents: Vec<Extent>,
+    /// Answers of the two contexts: (bytes, flags).
+    parts: [Vec<(u32, u32)>; 2],
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Phase {
+    Greeting,
+    Options,
+    Open,
+    Refused,
+}
+
+#[derive(Debug)]
+struct Session {
+    export: String,
+    stream: UnixStream,
+    input: Vec<u8>,
+    output: Vec<u8>,
+    phase: Phase,
+    /// Requests that wait for the negotiation.
+    early: Vec<u8>,
+    size: u64,
+    contexts: [Option<u32>; 2],
+    open: Vec<Open>,
+    gone: bool,
+    /// Something was sent since this was last false.
+    sent: bool,
+}
+
+/// The guests.
+#[derive(Debug)]
+pub struct Client {
+    path: PathBuf,
+    sessions: Vec<Session>,
+    answers: Vec<(u32, Answer)>,
+    cookie: u64,
+    scratch: Vec<u8>,
+}
+
+impl Client {
+    /// Of the exports served at `path`.
+    #[must_use]
+    pub fn new(path: &Path) -> Client {
+        Client {
+            path: path.to_owned(),
+            sessions: Vec::new(),
+            answers: Vec::new(),
+            cookie: 0,
+            scratch: vec![0; 1 << 18],
+        }
+    }
+
+    /// Hangs up on every export and forgets every request.
+    pub fn reset(&mut self) {
+        self.sessions.clear();
+        self.answers.clear();
+        self.cookie = 0;
+    }
+
+    /// Hangs up on an export. Its requests end with ESHUTDOWN.
+    pub fn hang_up(&mut self, export: &str) {
+        for session in self.sessions.iter_mut().filter(|s| s.export == export) {
+            session.end(&mut self.answers);
+        }
+        self.sessions.retain(|s| s.export != export);
+    }
+
+    /// Requests in flight on an export.
+    #[must_use]
+    pub fn in_flight(&self, export: &str) -> usize {
+        self.sessions
+            .iter()
+            .filter(|s| s.export == export)
+            .map(|s| s.open.len())
+            .sum()
+    }
+
+    /// The sockets, to wait for.
+    pub fn sockets(&self) -> impl Iterator<Item = &UnixStream> {
+        self.sessions.iter().map(|s| &s.stream)
+    }
+
+    /// Connections.
+    #[must_use]
+    pub fn sessions(&self) -> usize {
+        self.sessions.len()
+    }
+
+    /// Length of an export, once connected.
+    #[must_use]
+    pub fn size(&self, export: &str) -> Option<u64> {
+        let session = self.sessions.iter().find(|s| s.export == export)?;
+        (session.phase == Phase::Open).then_some(session.size)
+    }
+
+    /// Takes the answers that came since the last call.
+    pub fn answers(&mut self) -> std::vec::Drain<'_, (u32, Answer)> {
+        self.answers.drain(..)
+    }
+
+    /// Connects to an export, if that is not done.
+    ///
+    /// # Errors
+    /// When the daemon does not take connections.
+    pub fn connect(&mut self, export: &str) -> std::io::Result<usize> {
+        if let Some(at) = self.sessions.iter().position(|s| s.export == export) {
+            return Ok(at);
+        }
+        let stream = UnixStream::connect(&self.path)?;
+        stream.set_nonblocking(true)?;
+        let mut session = Session {
+            export: export.to_owned(),
+            stream,
+            input: Vec::new(),
+            output: Vec::new(),
+            phase: Phase::Greeting,
+            early: Vec::new(),
+            size: 0,
+            contexts: [None; 2],
+            open: Vec::new(),
+            gone: false,
+            sent: false,
+        };
+        session.negotiate();
+        self.sessions.push(session);
+        Ok(self.sessions.len() - 1)
+    }
+
+    /// Sends a request; its answer comes under this token.
+    ///
+    /// # Errors
+    /// When the daemon does not take connections.
+    pub fn submit(&mut self, export: &str, token: u32, ask: Ask) -> std::io::Result<()> {
+        let (command, offset, length, flags, data) = match ask {
+            Ask::Read(offset, length) => (Command::Read, offset, length, 0, Vec::new()),
+            Ask::Write(offset, data, fua) => {
+                let flags = if fua { flag::FUA } else { 0 };
+                (Command::Write, offset, data.len() as u64, flags, data)
+            }
+            Ask::WriteZeroes(offset, length, unmap) => {
+                let flags = if unmap { 0 } else { flag::NO_HOLE };
+                (Command::WriteZeroes, offset, length, flags, Vec::new())
+            }
+            Ask::Discard(offset, length) => (Command::Trim, offset, length, 0, Vec::new()),
+            Ask::Flush => (Command::Flush, 0, 0, 0, Vec::new()),
+            Ask::Status(offset, length) => (Command::Status, offset, length, 0, Vec::new()),
+        };
+        let at = self.connect(export)?;
+        let open = Open {
+            token,
+            cookie: self.cookie,
+            command,
+            offset,
+            end: offset.saturating_add(length),
+            at: offset,
+            data: Vec::new(),
+            error: 0,
+            extents: Vec::new(),
+            parts: [Vec::new(), Vec::new()],
+        };
+        self.cookie += 1;
+        // What the protocol has no word for. A daemon would hang up on the long one.
+        let settled = match (command, length) {
+            (Command::Flush, _) => None,
+            (_, 0) => Some(0),
+            (Command::Read | Command::Write, n) if n > LONGEST => Some(EINVAL),
+            (_, n) if u32::try_from(n).is_err() => Some(EINVAL),
+            _ => None,
+        };
+        if let Some(error) = settled {
+            self.answers.push((token, Open { error, ..open }.answer()));
+            return Ok(());
+        }
+        let request = Request {
+            command,
+            flags,
+            cookie: open.cookie,
+            offset,
+            length: u32::try_from(length).expect("just checked"),
+        };
+        let session = &mut self.sessions[at];
+        session.open.push(open);
+        session.put(request, &data);
+        Ok(())
+    }
+
+    /// Takes in what the daemon sent. Whether the daemon may have something to do now.
+    ///
+    /// # Errors
+    /// Nonsense from the daemon.
+    pub fn pump(&mut self) -> Result<bool, String> {
+        let mut stirred = false;
+        for session in &mut self.sessions {
+            stirred |= session.receive(&mut self.scratch, &mut self.answers)?;
+            stirred |= send(&mut session.stream, &mut session.output);
+            if session.gone {
+                session.end(&mut self.answers);
+            }
+        }
+        self.sessions.retain(|s| !s.gone);
+        Ok(stirred)
+    }
+}
+
+impl Session {
+    fn negotiate(&mut self) {
+        let out = &mut self.output;
+        // Fixed newstyle, no zeroes.
+        out.extend_from_slice(&3u32.to_be_bytes());
+        wire::put_option(out, option::STRUCTURED_REPLY, &[]);
+        let mut data = Vec::new();
+        wire::put_text(&mut data, &self.export);
+        let mut go = data.clone();
+        data.extend_from_slice(&2u32.to_be_bytes());
+        for context in CONTEXTS {
+            wire::put_text(&mut data, context);
+        }
+        wire::put_option(out, option::SET_META_CONTEXT, &data);
+        go.extend_from_slice(&0u16.to_be_bytes());
+        wire::put_option(out, option::GO, &go);
+        send(&mut self.stream, &mut self.output);
+    }
+
+    fn put(&mut self, request: Request, data: &[u8]) {
+        let out = if self.phase == Phase::Open {
+            &mut self.output
+        } else {
+            &mut self.early
+        };
+        request.put(out);
+        out.extend_from_slice(data);
+        self.sent |= send(&mut self.stream, &mut self.output);
+    }
+
+    /// It is over: whatever was not answered is now.
+    fn end(&mut self, answers: &mut Vec<(u32, Answer)>) {
+        self.gone = true;
+        for open in self.open.drain(..) {
+            let token = open.token;
+            let answer = if self.phase == Phase::Refused {
+                Answer::NoExport
+            } else {
+                let error = if open.error == 0 { ESHUTDOWN } else { open.error };
+                Open { error, ..open }.answer()
+            };
+            answers.push((token, answer));
+        }
+    }
+
+    /// Whether the daemon may have something to do now.
+    fn receive(&mut self, scratch: &mut [u8], answers: &mut Vec<(u32, Answer)>) -> Result<bool, String> {
+        let got = receive(&mut self.stream, scratch, &mut self.input);
+        self.gone |= got.is_none();
+        let got = got.unwrap_or(0);
+        self.sent = false;
+        if got > 0 {
+            let input = std::mem::take(&mut self.input);
+            let mut used = 0;
+            loop {
+                let taken = self.message(&input[used..], answers)?;
+                if taken == 0 {
+                    break;
+                }
+                used += taken;
+            }
+            self.input = input;
+            self.input.drain(..used);
+        }
+        Ok(got >= MUCH || self.sent)
+    }
+
+    /// Takes one message off the front; 0 when there is none in full.
+    fn message(&mut self, input: &[u8], answers: &mut Vec<(u32, Answer)>) -> Result<usize, String> {
+        match self.phase {
+            Phase::Greeting => {
+                if input.len() < 18 {
+                    return Ok(0);
+                }
+                let mut head = Reader(input);
+                if (head.u64(), head.u64()) != (wire::GREETING, wire::OPTION) {
+                    return Err("an NBD export does not greet".to_owned());
+                }
+                self.phase = Phase::Options;
+                Ok(18)
+            }
+            Phase::Options => self.option_reply(input),
+            Phase::Open => self.reply(input, answers),
+            Phase::Refused => Ok(input.len()),
+        }
+    }
+
+    fn option_reply(&mut self, input: &[u8]) -> Result<usize, String> {
+        if input.len() < 20 {
+            return Ok(0);
+        }
+        let mut head = Reader(input);
+        let (magic, number, kind, length) = (head.u64(), head.u32(), head.u32(), head.u32() as usize);
+        if magic != wire::OPTION_REPLY {
+            return Err(format!("a reply to an option opens with {magic:#x}"));
+        }
+        if head.len() < length {
+            return Ok(0);
+        }
+        let mut data = Reader(head.bytes(length));
+        match (number, kind) {
+            (option::SET_META_CONTEXT, reply::META_CONTEXT) if length > 4 => {
+                let id = data.u32();
+                let at = CONTEXTS.iter().position(|c| c.as_bytes() == data.0);
+                if let Some(at) = at {
+                    self.contexts[at] = Some(id);
+                }
+            }
+            (option::GO, reply::INFO) if length >= 12 => {
+                if data.u16() == info::EXPORT {
+                    self.size = data.u64();
+                }
+            }
+            (option::GO, reply::ACK) => {
+                self.phase = Phase::Open;
+                let early = std::mem::take(&mut self.early);
+                self.output.extend_from_slice(&early);
+                self.sent |= send(&mut self.stream, &mut self.output);
+            }
+            (option::GO, error) if error >> 31 == 1 => {
+                self.phase = Phase::Refused;
+                self.gone = true;
+            }
+            // The name is unknown, which GO says again.
+            _ => {}
+        }
+        Ok(20 + length)
+    }
+
+    fn reply(&mut self, input: &[u8], answers: &mut Vec<(u32, Answer)>) -> Result<usize, String> {
+        if input.len() < 16 {
+            return Ok(0);
+        }
+        let mut head = Reader(input);
+        let magic = head.u32();
+        if magic == wire::SIMPLE {
+            let (error, cookie) = (head.u32(), head.u64());
+            let at = self.find(cookie)?;
+            if self.open[at].command == Command::Read && error == 0 {
+                return Err("a simple reply to a read".to_owned());
+            }
+            self.open[at].error = i32::try_from(error).unwrap_or(EINVAL);
+            self.done(at, answers)?;
+            return Ok(16);
+        }
+        if magic != wire::STRUCTURED {
+            return Err(format!("a reply opens with {magic:#x}"));
+        }
+        if input.len() < 20 {
+            return Ok(0);
+        }
+        let (flags, kind, cookie, length) = (head.u16(), head.u16(), head.u64(), head.u32() as usize);
+        if head.len() < length {
+            return Ok(0);
+        }
+        let at = self.find(cookie)?;
+        let contexts = self.contexts;
+        self.open[at].chunk(kind, Reader(head.bytes(length)), contexts)?;
+        if flags & chunk::DONE != 0 {
+            self.done(at, answers)?;
+        }
+        Ok(20 + length)
+    }
+
+    fn find(&self, cookie: u64) -> Result<usize, String> {
+        let at = self.open.iter().position(|o| o.cookie == cookie);
+        at.ok_or_else(|| format!("a reply to request {cookie}, which is not in flight"))
+    }
+
+    /// The reply is complete.
+    fn done(&mut self, at: usize, answers: &mut Vec<(u32, Answer)>) -> Result<(), String> {
+        let open = &mut self.open[at];
+        if open.command == Command::Status && open.error == 0 {
+            let before = open.at;
+            open.merge();
+            if open.at < open.end && open.at > before {
+                let request = Request {
+                    command: Command::Status,
+                    flags: 0,
+                    cookie: open.cookie,
+                    offset: open.at,
+                    length: u32::try_from(open.end - open.at).expect("less than before"),
+                };
+                self.put(request, &[]);
+                return Ok(());
+            }
+        }
+        let open = self.open.remove(at);
+        if open.command == Command::Read && open.error == 0 && open.at != open.end {
+            return Err("a read is answered in part".to_owned());
+        }
+        answers.push((open.token, open.answer()));
+        Ok(())
+    }
+}
+
+impl Open {
+    fn chunk(&mut self, kind: u16, mut data: Reader<'_>, contexts: [Option<u32>; 2]) -> Result<(), String> {
+        let wrong = |what: &str| Err(format!("a reply to a request {what}"));
+        match kind {
+            chunk::NONE => {}
+            chunk::DATA | chunk::HOLE => {
+                let least = if kind == chunk::DATA { 8 } else { 12 };
+                if self.command != Command::Read || data.len() < least {
+                    return wrong("carries data that nobody asked for");
+                }
+                self.data.resize(index(self.end - self.offset), 0);
+                let offset = data.u64();
+                let length = if kind == chunk::DATA {
+                    data.len() as u64
+                } else {
+                    u64::from(data.u32())
+                };
+                let inside =
+                    offset >= self.offset && offset.checked_add(length).is_some_and(|e| e <= self.end);
+                if !inside {
+                    return wrong("carries data from elsewhere");
+                }
+                let start = index(offset - self.offset);
+                let part = &mut self.data[start..start + index(length)];
+                if kind == chunk::DATA {
+                    part.copy_from_slice(data.0);
+                } else {
+                    part.fill(0);
+                }
+                // Every byte must come; what came is counted in `at`.
+                self.at += length;
+            }
+            chunk::STATUS => {
+                if self.command != Command::Status || data.len() < 4 {
+                    return wrong("carries block status that nobody asked for");
+                }
+                let id = data.u32();
+                let Some(context) = contexts.iter().position(|c| *c == Some(id)) else {
+                    return wrong("carries block status of another kind");
+                };
+                while data.len() >= 8 {
+                    let extent = (data.u32(), data.u32());
+                    self.parts[context].push(extent);
+                }
+            }
+            kind if kind & chunk::ERROR != 0 && data.len() >= 4 => {
+                self.error = i32::try_from(data.u32()).unwrap_or(EINVAL);
+            }
+            _ => return wrong(&format!("has a chunk of kind {kind}")),
+        }
+        Ok(())
+    }
+
+    /// Puts the answers of both contexts together, up to where the shorter one ends.
+    fn merge(&mut self) {
+        let [allocation, depth] = std::mem::take(&mut self.parts);
+        let (mut a, mut d) = (Cursor::new(&allocation), Cursor::new(&depth));
+        while self.at < self.end {
+            // Without depths (an export of another making), data is taken to be of the first layer.
+            let (Some((left, flags)), depth) = (a.now(), d.now()) else {
+                break;
+            };
+            let (bytes, depth) = match depth {
+                Some((bytes, depth)) => (left.min(bytes), depth),
+                None if d.extents.is_empty() => (left, u32::from(flags & 1 == 0)),
+                None => break,
+            };
+            let bytes = u64::from(bytes).min(self.end - self.at);
+            let extent = Extent {
+                bytes,
+                data: flags & 1 == 0,
+                zero: flags & 2 != 0,
+                depth,
+            };
+            match self.extents.last_mut() {
+                Some(last)
+                    if (Extent {
+                        bytes: last.bytes,
+                        ..extent
+                    }) == *last =>
+                {
+                    last.bytes += bytes
+                }
+                _ => self.extents.push(extent),
+            }
+            self.at += bytes;
+            a.skip(bytes);
+            d.skip(bytes);
+        }
+    }
+
+    fn answer(self) -> Answer {
+        let error = self.error;
+        match self.command {
+            Command::Read => Answer::Read(if error == 0 { Ok(self.data) } else { Err(error) }),
+            Command::Status => Answer::Status(if error == 0 { Ok(self.extents) } else { Err(error) }),
+            _ => Answer::Done(if error == 0 { Ok(()) } else { Err(error) }),
+        }
+    }
+}
+
+/// Walks over extents.
+struct Cursor<'a> {
+    extents: &'a [(u32, u32)],
+    at: usize,
+    used: u32,
+}
+
+impl<'a> Cursor<'a> {
+    fn new(extents: &'a [(u32, u32)]) -> Cursor<'a> {
+        Cursor {
+            extents,
+            at: 0,
+            used: 0,
+        }
+    }
+
+    /// (bytes left, flags) here.
+    fn now(&self) -> Option<(u32, u32)> {
+        let (bytes, flags) = *self.extents.get(self.at)?;
+        (bytes > self.used).then(|| (bytes - self.used, flags))
+    }
+
+    fn skip(&mut self, bytes: u64) {
+        let mut left = u32::try_from(bytes).expect("no more than an extent");
+        while let Some((length, _)) = self.extents.get(self.at) {
+            let here = (length - self.used).min(left);
+            self.used += here;
+            left -= here;
+            if self.used < *length || left == 0 && self.used < *length {
+                return;
+            }
+            (self.at, self.used) = (self.at + 1, 0);
+            if left == 0 {
+                return;
+            }
+        }
+    }
+}

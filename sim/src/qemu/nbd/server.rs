@@ -1,0 +1,644 @@
+//! The storage under every image: disks in memory, served to the daemon; each request is held until it is released or
+//! failed.
+//!
+//! Rules: negotiation is answered at once, requests never are. A write takes effect when it is released. A disk has
+//! room behind its image, which an image format may grow into; what was written there counts as the file's end.
+//! A raw image has no such room: its length is what a guest sees.
+//! Two connections that both wrote to one disk make it contested: nobody answers for its content.
+
+use std::collections::BTreeMap;
+use std::io::{ErrorKind, Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+
+use super::wire::{self, Command, Reader, Request, index, info, option, reply, transmission};
+
+/// What a disk of ours can do.
+const FLAGS: u16 = transmission::HAS_FLAGS
+    | transmission::FLUSH
+    | transmission::FUA
+    | transmission::TRIM
+    | transmission::WRITE_ZEROES;
+/// Longest request, bytes.
+const LONGEST: u32 = 32 << 20;
+const ENOSPC: u32 = 28;
+const EINVAL: u32 = 22;
+
+/// A disk.
+#[derive(Debug)]
+pub struct Disk {
+    name: String,
+    bytes: Vec<u8>,
+    /// Where the file would end.
+    end: usize,
+    contested: bool,
+}
+
+impl Disk {
+    /// The file's name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The file's bytes.
+    #[must_use]
+    pub fn file(&self) -> &[u8] {
+        &self.bytes[..self.end]
+    }
+
+    /// Length as the daemon sees it: the file and the room behind it, bytes.
+    #[must_use]
+    pub fn length(&self) -> u64 {
+        self.bytes.len() as u64
+    }
+
+    /// Two connections wrote to it.
+    #[must_use]
+    pub fn contested(&self) -> bool {
+        self.contested
+    }
+
+    fn range(&mut self, request: &Request) -> Option<&mut [u8]> {
+        let start = usize::try_from(request.offset).ok()?;
+        let end = start.checked_add(request.length as usize)?;
+        self.bytes.get_mut(start..end)
+    }
+}
+
+/// A request that the daemon waits for.
+#[derive(Clone, Debug)]
+pub struct Held {
+    /// The same in every run in which the daemon asks this for the same time; 24 bits.
+    pub identity: u32,
+    /// Index of its disk.
+    pub disk: usize,
+    /// The request.
+    pub request: Request,
+    connection: u64,
+    data: Vec<u8>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Phase {
+    Flags,
+    Options,
+    Requests(usize),
+}
+
+#[derive(Debug)]
+struct Connection {
+    id: u64,
+    stream: UnixStream,
+    input: Vec<u8>,
+    output: Vec<u8>,
+    phase: Phase,
+    wrote: bool,
+    gone: bool,
+}
+
+/// The server.
+#[derive(Debug)]
+pub struct Server {
+    listener: UnixListener,
+    connections: Vec<Connection>,
+    disks: Vec<Disk>,
+    held: Vec<Held>,
+    connected: u64,
+    /// How often each thing was asked.
+    asked: BTreeMap<(usize, Command, u64, u32), u32>,
+    /// The last name that was asked for in vain.
+    missing: String,
+    scratch: Vec<u8>,
+}
+
+impl Server {
+    /// Listens there.
+    ///
+    /// # Errors
+    /// When it cannot.
+    pub fn listen(path: &Path) -> std::io::Result<Server> {
+        let listener = UnixListener::bind(path)?;
+        listener.set_nonblocking(true)?;
+        Ok(Server {
+            listener,
+            connections: Vec::new(),
+            disks: Vec::new(),
+            held: Vec::new(),
+            connected: 0,
+            asked: BTreeMap::new(),
+            missing: String::new(),
+            scratch: vec![0; 1 << 18],
+        })
+    }
+
+    /// Forgets all disks. The daemon has none of them open.
+    pub fn reset(&mut self) {
+        self.disks.clear();
+        self.held.clear();
+        self.asked.clear();
+    }
+
+    /// A new disk: these bytes, and `room` behind them.
+    pub fn add(&mut self, name: &str, mut bytes: Vec<u8>, room: u64) {
+        let end = bytes.len();
+        bytes.resize(end + index(room), 0);
+        self.disks.push(Disk {
+            name: name.to_owned(),
+            bytes,
+            end,
+            contested: false,
+        });
+    }
+
+    /// The disks, in the order in which they were added.
+    #[must_use]
+    pub fn disks(&self) -> &[Disk] {
+        &self.disks
+    }
+
+    /// Requests that the daemon waits for, oldest first.
+    #[must_use]
+    pub fn held(&self) -> &[Held] {
+        &self.held
+    }
+
+    /// The last disk that was asked for in vain.
+    #[must_use]
+    pub fn missing(&self) -> &str {
+        &self.missing
+    }
+
+    /// The sockets, to wait for.
+    pub fn sockets(&self) -> (&UnixListener, impl Iterator<Item = &UnixStream>) {
+        (&self.listener, self.connections.iter().map(|c| &c.stream))
+    }
+
+    /// Connections that are open.
+    #[must_use]
+    pub fn connections(&self) -> usize {
+        self.connections.len()
+    }
+
+    /// Takes in what the daemon sent and answers negotiation. Whether the daemon may have something to do now.
+    ///
+    /// # Errors
+    /// Nonsense from the daemon.
+    pub fn pump(&mut self) -> Result<bool, String> {
+        self.accept();
+        let mut stirred = false;
+        for at in 0..self.connections.len() {
+            stirred |= self.receive(at)?;
+            stirred |= self.connections[at].send();
+        }
+        let held = &mut self.held;
+        self.connections.retain(|c| {
+            if c.gone {
+                held.retain(|h| h.connection != c.id);
+            }
+            !c.gone
+        });
+        Ok(stirred)
+    }
+
+    fn accept(&mut self) {
+        while let Ok((stream, _)) = self.listener.accept() {
+            if stream.set_nonblocking(true).is_err() {
+                continue;
+            }
+            let mut output = Vec::new();
+            output.extend_from_slice(&wire::GREETING.to_be_bytes());
+            output.extend_from_slice(&wire::OPTION.to_be_bytes());
+            // Fixed newstyle, no zeroes.
+            output.extend_from_slice(&3u16.to_be_bytes());
+            self.connected += 1;
+            self.connections.push(Connection {
+                id: self.connected,
+                stream,
+                input: Vec::new(),
+                output,
+                phase: Phase::Flags,
+                wrote: false,
+                gone: false,
+            });
+        }
+    }
+
+    /// Whether the daemon may have waited for us to take it.
+    fn receive(&mut self, at: usize) -> Result<bool, String> {
+        let connection = &mut self.connections[at];
+        let got = receive(&mut connection.stream, &mut self.scratch, &mut connection.input);
+        connection.gone |= got.is_none();
+        let got = got.unwrap_or(0);
+        if got > 0 {
+            let input = std::mem::take(&mut self.connections[at].input);
+            let mut used = 0;
+            loop {
+                let taken = self.message(at, &input[used..])?;
+                if taken == 0 {
+                    break;
+                }
+                used += taken;
+            }
+            self.connections[at].input = input;
+            self.connections[at].input.drain(..used);
+        }
+        Ok(got >= MUCH)
+    }
+
+    /// Takes one message off the front of `input`; 0 when there is none in full.
+    fn message(&mut self, at: usize, input: &[u8]) -> Result<usize, String> {
+        match self.connections[at].phase {
+            Phase::Flags => {
+                if input.len() < 4 {
+                    return Ok(0);
+                }
+                self.connections[at].phase = Phase::Options;
+                Ok(4)
+            }
+            Phase::Options => self.option(at, input),
+            Phase::Requests(disk) => self.request(at, disk, input),
+        }
+    }
+
+    fn option(&mut self, at: usize, input: &[u8]) -> Result<usize, String> {
+        if input.len() < 16 {
+            return Ok(0);
+        }
+        let mut head = Reader(input);
+        let (magic, number, length) = (head.u64(), head.u32(), head.u32() as usize);
+        if magic != wire::OPTION {
+            return Err(format!("an option opens with {magic:#x}"));
+        }
+        if head.len() < length {
+            return Ok(0);
+        }
+        let data = head.bytes(length);
+        let connection = &mut self.connections[at];
+        let out = &mut connection.output;
+        match number {
+            option::GO | option::INFO => {
+                let mut data = Reader(data);
+                if data.len() < 4 {
+                    return Err("an option without a name".to_owned());
+                }
+                let length = data.u32() as usize;
+                let name = data.0.get(..length).unwrap_or_default();
+                match self.disks.iter().position(|d| d.name.as_bytes() == name) {
+                    None => {
+                        self.missing = String::from_utf8_lossy(name).into_owned();
+                        wire::put_option_reply(out, number, reply::UNKNOWN, &[]);
+                    }
+                    Some(disk) => {
+                        let mut export = info::EXPORT.to_be_bytes().to_vec();
+                        export.extend_from_slice(&(self.disks[disk].bytes.len() as u64).to_be_bytes());
+                        export.extend_from_slice(&FLAGS.to_be_bytes());
+                        wire::put_option_reply(out, number, reply::INFO, &export);
+                        let mut sizes = info::BLOCK_SIZE.to_be_bytes().to_vec();
+                        for size in [1u32, 4096, LONGEST] {
+                            sizes.extend_from_slice(&size.to_be_bytes());
+                        }
+                        wire::put_option_reply(out, number, reply::INFO, &sizes);
+                        wire::put_option_reply(out, number, reply::ACK, &[]);
+                        if number == option::GO {
+                            connection.phase = Phase::Requests(disk);
+                        }
+                    }
+                }
+            }
+            option::ABORT => wire::put_option_reply(out, number, reply::ACK, &[]),
+            _ => wire::put_option_reply(out, number, reply::UNSUPPORTED, &[]),
+        }
+        Ok(16 + length)
+    }
+
+    fn request(&mut self, at: usize, disk: usize, input: &[u8]) -> Result<usize, String> {
+        let Some(request) = Request::get(input)? else {
+            return Ok(0);
+        };
+        let mut size = wire::REQUEST_SIZE;
+        let mut data = Vec::new();
+        if request.command == Command::Write {
+            size += request.length as usize;
+            let Some(bytes) = input.get(wire::REQUEST_SIZE..size) else {
+                return Ok(0);
+            };
+            data = bytes.to_vec();
+        }
+        let id = self.connections[at].id;
+        match request.command {
+            Command::Disconnect => self.connections[at].gone = true,
+            Command::Status => return Err("a block status request that was not negotiated".to_owned()),
+            Command::Write | Command::WriteZeroes | Command::Trim => {
+                self.connections[at].wrote = true;
+                let others =
+                    |c: &Connection| c.id != id && !c.gone && c.wrote && c.phase == Phase::Requests(disk);
+                self.disks[disk].contested |= self.connections.iter().any(others);
+            }
+            Command::Read | Command::Flush => {}
+        }
+        if request.command != Command::Disconnect {
+            let identity = self.identity(disk, &request);
+            self.held.push(Held {
+                identity,
+                disk,
+                request,
+                connection: id,
+                data,
+            });
+        }
+        Ok(size)
+    }
+
+    fn identity(&mut self, disk: usize, request: &Request) -> u32 {
+        let what = (disk, request.command, request.offset, request.length);
+        let times = self.asked.entry(what).or_default();
+        *times += 1;
+        let mut identity = 0u64;
+        for word in [
+            disk as u64,
+            request.command as u64,
+            request.offset,
+            u64::from(request.length),
+            u64::from(*times),
+        ] {
+            identity = (identity ^ word)
+                .wrapping_mul(0x9e37_79b9_7f4a_7c15)
+                .rotate_left(29);
+        }
+        let mut identity = u32::try_from(identity >> 40).expect("24 bits");
+        while self.held.iter().any(|h| h.identity == identity) {
+            identity = (identity + 1) & 0xff_ffff;
+        }
+        identity
+    }
+
+    /// Carries out a held request and answers it.
+    pub fn release(&mut self, at: usize) {
+        let held = self.held.remove(at);
+        let disk = &mut self.disks[held.disk];
+        let (request, end) = (held.request, disk.bytes.len() as u64);
+        let mut error = 0;
+        let mut data: &[u8] = &[];
+        let inside = request
+            .offset
+            .checked_add(u64::from(request.length))
+            .is_some_and(|e| e <= end);
+        match request.command {
+            Command::Flush => {}
+            Command::Read if inside => data = disk.range(&request).expect("inside"),
+            Command::Write | Command::WriteZeroes if inside => {
+                let range = disk.range(&request).expect("inside");
+                if request.command == Command::Write {
+                    range.copy_from_slice(&held.data);
+                } else {
+                    range.fill(0);
+                }
+                disk.end = disk.end.max(index(request.offset) + request.length as usize);
+            }
+            // What was discarded reads as zeroes, like a hole.
+            Command::Trim if inside => disk.range(&request).expect("inside").fill(0),
+            Command::Write | Command::WriteZeroes => error = ENOSPC,
+            Command::Read | Command::Trim | Command::Disconnect | Command::Status => error = EINVAL,
+        }
+        Server::answer(&mut self.connections, &held, error, data);
+    }
+
+    /// Answers a held request with an error; it has no effect.
+    pub fn fail(&mut self, at: usize, errno: u32) {
+        assert!(errno != 0, "no error");
+        let held = self.held.remove(at);
+        Server::answer(&mut self.connections, &held, errno, &[]);
+    }
+
+    fn answer(connections: &mut [Connection], held: &Held, error: u32, data: &[u8]) {
+        let Some(connection) = connections.iter_mut().find(|c| c.id == held.connection) else {
+            return;
+        };
+        let out = &mut connection.output;
+        out.extend_from_slice(&wire::SIMPLE.to_be_bytes());
+        out.extend_from_slice(&error.to_be_bytes());
+        out.extend_from_slice(&held.request.cookie.to_be_bytes());
+        out.extend_from_slice(data);
+        connection.send();
+    }
+}
+
+impl Connection {
+    /// Sends what fits. Whether anything went.
+    fn send(&mut self) -> bool {
+        send(&mut self.stream, &mut self.output)
+    }
+}
+
+/// Sends what fits into the socket. Whether anything went. An error shows when reading.
+pub(in crate::qemu) fn send(stream: &mut UnixStream, output: &mut Vec<u8>) -> bool {
+    let mut sent = 0;
+    while sent < output.len() {
+        match stream.write(&output[sent..]) {
+            Ok(0) => break,
+            Ok(n) => sent += n,
+            Err(e) if e.kind() == ErrorKind::Interrupted => {}
+            Err(_) => break,
+        }
+    }
+    output.drain(..sent);
+    sent > 0
+}
+
+/// As much as may have kept the daemon from sending more, bytes.
+pub(in crate::qemu) const MUCH: usize = 1 << 15;
+
+/// Takes what is there; `None` when the other side hung up.
+pub(in crate::qemu) fn receive(
+    stream: &mut UnixStream,
+    scratch: &mut [u8],
+    input: &mut Vec<u8>,
+) -> Option<usize> {
+    let mut got = 0;
+    loop {
+        match stream.read(scratch) {
+            Ok(0) => return None,
+            Ok(n) => {
+                got += n;
+                input.extend_from_slice(&scratch[..n]);
+                if n < scratch.len() {
+                    return Some(got);
+                }
+            }
+            Err(e) if e.kind() == ErrorKind::Interrupted => {}
+            Err(e) if e.kind() == ErrorKind::WouldBlock => return Some(got),
+            Err(_) => return None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::client::{Answer, Ask, Client};
+    use super::super::wire::flag;
+    use super::*;
+
+    /// A server, and a client of its own protocol: what the daemon does, by hand.
+    struct Peer {
+        _directory: tempfile::TempDir,
+        server: Server,
+        stream: UnixStream,
+        input: Vec<u8>,
+    }
+
+    impl Peer {
+        fn new() -> Peer {
+            let directory = tempfile::tempdir().expect("a directory");
+            let path = directory.path().join("s");
+            let mut server = Server::listen(&path).expect("listens");
+            server.add("disk", vec![7; 1024], 512);
+            let mut peer = Peer {
+                stream: Peer::connect(&path),
+                _directory: directory,
+                server,
+                input: Vec::new(),
+            };
+            peer.pump();
+            // Greeting, two pieces of information, the end of the negotiation.
+            assert_eq!(peer.input.len(), 18 + (20 + 12) + (20 + 14) + 20);
+            peer.input.clear();
+            peer
+        }
+
+        fn connect(path: &Path) -> UnixStream {
+            let mut stream = UnixStream::connect(path).expect("connects");
+            stream.set_nonblocking(true).expect("a socket");
+            let mut out = 3u32.to_be_bytes().to_vec();
+            let mut go = Vec::new();
+            wire::put_text(&mut go, "disk");
+            go.extend_from_slice(&[0, 0]);
+            wire::put_option(&mut out, option::GO, &go);
+            stream.write_all(&out).expect("sent");
+            stream
+        }
+
+        fn pump(&mut self) {
+            self.server.pump().expect("sense");
+            receive(&mut self.stream, &mut [0; 4096], &mut self.input);
+        }
+
+        fn ask(&mut self, command: Command, cookie: u64, offset: u64, length: u32, data: &[u8]) {
+            let mut out = Vec::new();
+            let request = Request {
+                command,
+                flags: flag::FUA,
+                cookie,
+                offset,
+                length,
+            };
+            request.put(&mut out);
+            out.extend_from_slice(data);
+            self.stream.write_all(&out).expect("sent");
+            self.pump();
+        }
+
+        /// The answer that is there: (error, cookie, data).
+        fn answer(&mut self) -> (u32, u64, Vec<u8>) {
+            self.pump();
+            let mut input = Reader(&self.input);
+            assert_eq!(input.u32(), wire::SIMPLE);
+            let answer = (input.u32(), input.u64(), input.0.to_vec());
+            self.input.clear();
+            answer
+        }
+    }
+
+    #[test]
+    fn a_request_is_held_until_it_is_released_in_any_order() {
+        let mut peer = Peer::new();
+        peer.ask(Command::Write, 1, 0, 4, &[1; 4]);
+        peer.ask(Command::Read, 2, 0, 6, &[]);
+        peer.ask(Command::Flush, 3, 0, 0, &[]);
+        assert_eq!(peer.server.held().len(), 3);
+        assert!(peer.input.is_empty(), "nobody is answered");
+        peer.server.release(1);
+        assert_eq!(peer.answer(), (0, 2, vec![7; 6]), "the write has no effect yet");
+        peer.server.release(0);
+        assert_eq!(peer.answer(), (0, 1, Vec::new()));
+        assert_eq!(peer.server.disks()[0].file()[..6], [1, 1, 1, 1, 7, 7]);
+        peer.server.release(0);
+        assert_eq!(peer.answer(), (0, 3, Vec::new()));
+    }
+
+    #[test]
+    fn a_failed_write_has_no_effect_and_the_file_ends_where_it_was_written() {
+        let mut peer = Peer::new();
+        peer.ask(Command::Write, 1, 0, 2, &[1; 2]);
+        peer.server.fail(0, 5);
+        assert_eq!(peer.answer(), (5, 1, Vec::new()));
+        assert_eq!(peer.server.disks()[0].file(), [7; 1024]);
+        peer.ask(Command::Write, 2, 1024, 3, &[2; 3]);
+        peer.server.release(0);
+        peer.answer();
+        assert_eq!(peer.server.disks()[0].file().len(), 1027);
+        peer.ask(Command::WriteZeroes, 3, 1536, 1, &[]);
+        peer.server.release(0);
+        assert_eq!(peer.answer().0, ENOSPC);
+        peer.ask(Command::Trim, 4, 0, 1024, &[]);
+        peer.server.release(0);
+        assert_eq!(peer.server.disks()[0].file()[1023..1025], [0, 2]);
+    }
+
+    #[test]
+    fn two_writers_contest_a_disk_and_who_hangs_up_waits_no_more() {
+        let mut peer = Peer::new();
+        peer.ask(Command::Trim, 1, 0, 1, &[]);
+        assert!(!peer.server.disks()[0].contested());
+        let path = peer.server.listener.local_addr().expect("bound");
+        let mut other = Peer::connect(path.as_pathname().expect("a path"));
+        peer.pump();
+        let mut out = Vec::new();
+        let request = Request {
+            command: Command::WriteZeroes,
+            flags: 0,
+            cookie: 1,
+            offset: 0,
+            length: 1,
+        };
+        request.put(&mut out);
+        other.write_all(&out).expect("sent");
+        peer.pump();
+        assert!(peer.server.disks()[0].contested());
+        assert_eq!(peer.server.held().len(), 2);
+        assert_ne!(peer.server.held()[0].identity, peer.server.held()[1].identity);
+        drop(other);
+        peer.pump();
+        assert_eq!((peer.server.held().len(), peer.server.connections()), (1, 1));
+    }
+
+    #[test]
+    fn our_client_and_our_server_understand_each_other_as_far_as_they_can() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("s");
+        let mut server = Server::listen(&path).expect("listens");
+        server.add("disk", vec![7; 1024], 0);
+        let mut client = Client::new(&path);
+        client
+            .submit("disk", 1, Ask::Write(0, vec![9; 8], false))
+            .expect("connects");
+        client.submit("none", 2, Ask::Flush).expect("connects");
+        client.submit("disk", 3, Ask::Read(0, 0)).expect("connects");
+        for _ in 0..8 {
+            server.pump().expect("sense");
+            client.pump().expect("sense");
+        }
+        assert_eq!(client.size("disk"), Some(1024));
+        let answers: Vec<_> = client.answers().collect();
+        assert_eq!(
+            answers,
+            [(3, Answer::Read(Ok(Vec::new()))), (2, Answer::NoExport)]
+        );
+        server.release(0);
+        client.pump().expect("sense");
+        assert_eq!(client.answers().next(), Some((1, Answer::Done(Ok(())))));
+        client.submit("disk", 4, Ask::Flush).expect("connected");
+        client.hang_up("disk");
+        assert_eq!(client.answers().next(), Some((4, Answer::Done(Err(108)))));
+    }
+}

@@ -1,0 +1,185 @@
+//! The monitor of a daemon: lines of JSON over a socket.
+//!
+//! Rules: never blocks, except for the greeting. Commands are numbered; the daemon carries them out one after the
+//! other and answers in order.
+
+use std::collections::VecDeque;
+use std::os::unix::net::UnixStream;
+
+use serde_json::{Map, Value, json};
+
+use super::Broken;
+use super::nbd::server::{MUCH, receive, send};
+
+/// What the daemon said.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Message {
+    /// The answer to a command: its number, and the value or (class, description).
+    Answer(u64, Result<Value, (String, String)>),
+    /// An event: name and data.
+    Event(String, Value),
+}
+
+/// The monitor.
+#[derive(Debug)]
+pub struct Monitor {
+    stream: UnixStream,
+    input: Vec<u8>,
+    output: Vec<u8>,
+    messages: VecDeque<Message>,
+    /// The greeting, once it came.
+    greeting: Option<Value>,
+    next: u64,
+    gone: bool,
+    scratch: Vec<u8>,
+}
+
+impl Monitor {
+    /// Over our end of the pair.
+    ///
+    /// # Errors
+    /// When the socket is of no use.
+    pub fn new(stream: UnixStream) -> std::io::Result<Monitor> {
+        stream.set_nonblocking(true)?;
+        Ok(Monitor {
+            stream,
+            input: Vec::new(),
+            output: Vec::new(),
+            messages: VecDeque::new(),
+            greeting: None,
+            next: 0,
+            gone: false,
+            scratch: vec![0; 1 << 16],
+        })
+    }
+
+    /// Sends a command; the number that its answer will have.
+    pub fn send(&mut self, execute: &str, arguments: &Map<String, Value>) -> u64 {
+        let id = self.next;
+        self.next += 1;
+        let mut message = json!({"execute": execute, "id": id});
+        if !arguments.is_empty() {
+            message["arguments"] = Value::Object(arguments.clone());
+        }
+        self.output.extend_from_slice(message.to_string().as_bytes());
+        self.output.push(b'\n');
+        self.push();
+        id
+    }
+
+    /// The other side hung up.
+    #[must_use]
+    pub fn is_gone(&self) -> bool {
+        self.gone
+    }
+
+    /// The socket, to wait for.
+    #[must_use]
+    pub fn socket(&self) -> &UnixStream {
+        &self.stream
+    }
+
+    /// The greeting.
+    #[must_use]
+    pub fn greeting(&self) -> Option<&Value> {
+        self.greeting.as_ref()
+    }
+
+    /// The next message.
+    pub fn take(&mut self) -> Option<Message> {
+        self.messages.pop_front()
+    }
+
+    fn push(&mut self) -> bool {
+        send(&mut self.stream, &mut self.output)
+    }
+
+    /// Takes in what there is. Whether the daemon may have something to do now.
+    ///
+    /// # Errors
+    /// When it is not QMP.
+    pub fn pump(&mut self) -> Result<bool, Broken> {
+        let mut stirred = self.push();
+        match receive(&mut self.stream, &mut self.scratch, &mut self.input) {
+            Some(got) => stirred |= got >= MUCH,
+            None => self.gone = true,
+        }
+        let mut used = 0;
+        let mut nonsense = None;
+        while let Some(end) = self.input[used..].iter().position(|b| *b == b'\n') {
+            let line = &self.input[used..used + end];
+            used += end + 1;
+            match parse(line) {
+                Ok(Parsed::Greeting(greeting)) => self.greeting = Some(greeting),
+                Ok(Parsed::Message(message)) => self.messages.push_back(message),
+                Err(said) => nonsense = nonsense.or(Some(said)),
+            }
+        }
+        self.input.drain(..used);
+        nonsense.map_or(Ok(stirred), |said| Err(Broken::Nonsense(said)))
+    }
+}
+
+enum Parsed {
+    Greeting(Value),
+    Message(Message),
+}
+
+fn parse(line: &[u8]) -> Result<Parsed, String> {
+    let nonsense = || format!("not QMP: {}", String::from_utf8_lossy(line));
+    let mut value: Value = serde_json::from_slice(line).map_err(|_| nonsense())?;
+    if let Some(greeting) = value.get_mut("QMP") {
+        return Ok(Parsed::Greeting(greeting.take()));
+    }
+    if let Some(name) = value.get("event").and_then(Value::as_str) {
+        let name = name.to_owned();
+        let data = value.get_mut("data").map_or(Value::Null, Value::take);
+        return Ok(Parsed::Message(Message::Event(name, data)));
+    }
+    let id = value.get("id").and_then(Value::as_u64).ok_or_else(nonsense)?;
+    if let Some(error) = value.get("error") {
+        let text = |key: &str| error.get(key).and_then(Value::as_str).map(str::to_owned);
+        let class = text("class").ok_or_else(nonsense)?;
+        let desc = text("desc").ok_or_else(nonsense)?;
+        return Ok(Parsed::Message(Message::Answer(id, Err((class, desc)))));
+    }
+    let value = value.get_mut("return").ok_or_else(nonsense)?.take();
+    Ok(Parsed::Message(Message::Answer(id, Ok(value))))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    #[test]
+    fn answers_refusals_and_events_in_pieces_and_nonsense() {
+        let (ours, mut theirs) = UnixStream::pair().expect("a pair");
+        let mut monitor = Monitor::new(ours).expect("a monitor");
+        assert_eq!(monitor.send("x", &Map::new()), 0);
+        theirs
+            .write_all(b"{\"QMP\": {\"version\": 1}}\n{\"retu")
+            .expect("sent");
+        assert_eq!(monitor.pump(), Ok(false));
+        assert!(monitor.greeting().is_some());
+        assert_eq!(monitor.take(), None);
+        theirs
+            .write_all(
+                b"rn\": {}, \"id\": 0}\n{\"event\": \"E\", \"data\": {\"a\": 1}, \"timestamp\": {}}\n\
+                {\"id\": 1, \"error\": {\"class\": \"C\", \"desc\": \"D\"}}\n",
+            )
+            .expect("sent");
+        assert_eq!(monitor.pump(), Ok(false));
+        assert_eq!(monitor.take(), Some(Message::Answer(0, Ok(json!({})))));
+        assert_eq!(monitor.take(), Some(Message::Event("E".into(), json!({"a": 1}))));
+        let refusal = Err(("C".to_owned(), "D".to_owned()));
+        assert_eq!(monitor.take(), Some(Message::Answer(1, refusal)));
+        assert_eq!(monitor.pump(), Ok(false));
+        theirs.write_all(b"Segmentation fault\n").expect("sent");
+        assert!(matches!(monitor.pump(), Err(Broken::Nonsense(_))));
+        drop(theirs);
+        assert_eq!(monitor.pump(), Ok(false));
+        assert!(monitor.is_gone());
+    }
+}

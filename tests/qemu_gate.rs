@@ -1,0 +1,208 @@
+//! The shipping daemon under the gate: deterministic, judged like any other layer, and gone afterwards.
+//!
+//! Needs qemu-storage-daemon 10.0.x; without it each test says loudly that it was skipped. With BLKCHECK_REQUIRE_ALL=1 a
+//! daemon of that version must not be skipped.
+
+mod common;
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use blkcheck_sim::qemu::process::{PROGRAM, version};
+use common::{BLKCHECK, skip, stderr, stdout};
+use serde_json::Value;
+
+/// Whether the daemon is there.
+fn daemon(test: &str) -> bool {
+    match version(Path::new(PROGRAM)) {
+        Ok((10, 0, _)) => true,
+        Ok(other) => {
+            skip(test, &format!("qemu-storage-daemon is {other:?}, not 10.0"));
+            false
+        }
+        Err(reason) => {
+            skip(test, &reason.to_string());
+            false
+        }
+    }
+}
+
+fn blkcheck(tmp: &Path, arguments: &[&str]) -> Output {
+    Command::new(BLKCHECK)
+        .args(arguments)
+        .env("TMPDIR", tmp)
+        .current_dir(tmp)
+        .output()
+        .expect("the command starts")
+}
+
+fn json(output: &Output) -> Value {
+    serde_json::from_slice(&output.stdout)
+        .unwrap_or_else(|e| panic!("{e}: {}{}", stdout(output), stderr(output)))
+}
+
+/// Directories of daemons.
+fn left_in(dir: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(dir).expect("readable");
+    let entries = entries.map(|e| e.expect("readable").path());
+    let ours = |p: &PathBuf| p.to_string_lossy().contains("blkcheck-qemu-");
+    entries.filter(ours).collect()
+}
+
+#[test]
+fn the_same_seeds_give_the_same_trace_and_the_same_findings() {
+    if !daemon("the_same_seeds_give_the_same_trace_and_the_same_findings") {
+        return;
+    }
+    let tmp = tempfile::tempdir().expect("a directory");
+    let run = |threads| {
+        let arguments = [
+            "run",
+            "--on",
+            "qemu",
+            "--profile",
+            "guests",
+            "--seeds",
+            "0..16",
+            "--json",
+        ];
+        json(&blkcheck(
+            tmp.path(),
+            &[&arguments[..], &["--threads", threads]].concat(),
+        ))
+    };
+    let (one, two) = (run("1"), run("2"));
+    assert_eq!(one["trace_hash"], two["trace_hash"]);
+    assert_eq!(one["seeds"], 16);
+    assert!(one["steps"].as_u64().expect("a number") > 500, "{one}");
+    let sites = |run: &Value| -> Vec<(Value, Value)> {
+        let findings = run["findings"].as_array().expect("a list");
+        findings
+            .iter()
+            .map(|f| (f["seed"].clone(), f["oracle"].clone()))
+            .collect()
+    };
+    assert_eq!(sites(&one), sites(&two));
+    assert_eq!(left_in(tmp.path()), Vec::<PathBuf>::new());
+}
+
+/// One image under a chain of two, a stream, and guest requests beside it.
+const STREAM: &str = r#"{"version": 1, "grain": 512, "images": [
+    {"file": "base.img", "format": "qcow2", "size": 4096, "cluster-size": 512,
+     "fill": [{"offset": 0, "length": 4096, "stored": "data"}]},
+    {"file": "top.img", "format": "qcow2", "size": 4096, "cluster-size": 512,
+     "backing-file": "base.img", "backing-format": "qcow2"}], "steps": [
+    {"actor": "setup", "execute": "blockdev-add", "arguments": {"driver": "qcow2", "node-name": "top",
+        "file": {"driver": "file", "filename": "top.img"}}},
+    {"actor": "setup", "execute": "block-export-add", "arguments": {"type": "nbd", "id": "x", "node-name": "top",
+        "name": "x", "writable": true}},
+    {"actor": "monitor", "execute": "block-stream", "arguments": {"job-id": "j", "device": "top"}},
+    {"actor": "guest", "export": "x", "do": {"write": {"offset": 512, "length": 1024}}, "wait": false},
+    {"actor": "guest", "export": "x", "do": {"read": {"offset": 0, "length": 4096}}},
+    {"actor": "guest", "export": "x", "do": {"block-status": {"offset": 0, "length": 4096}}},
+    {"actor": "monitor", "wait-job": {"id": "j", "status": "null"}}],
+    "choices": [CHOICES]}"#;
+
+#[test]
+fn a_chain_from_its_header_is_streamed_under_guests_in_any_order() {
+    if !daemon("a_chain_from_its_header_is_streamed_under_guests_in_any_order") {
+        return;
+    }
+    let tmp = tempfile::tempdir().expect("a directory");
+    let mut traces = Vec::new();
+    for choices in [
+        "",
+        "0,0,0,0,0,0,0,0,1,1,2,1,2,0,1,2",
+        "1,2,1,2,1,2,1,2,1,2,1,2,1,2,1,2,1,2",
+    ] {
+        let file = tmp.path().join("stream.json");
+        std::fs::write(&file, STREAM.replace("CHOICES", choices)).expect("written");
+        let output = blkcheck(tmp.path(), &["replay", "--on", "qemu", "stream.json", "--json"]);
+        let replayed = json(&output);
+        assert_eq!(replayed["verdict"], "pass", "{replayed} with choices {choices}");
+        traces.push(replayed["trace_hash"].to_string());
+    }
+    traces.dedup();
+    assert_eq!(traces.len(), 3, "the choices decide the course: {traces:?}");
+}
+
+#[test]
+fn what_the_daemon_cannot_do_and_a_missing_daemon_are_refused_with_2() {
+    let tmp = tempfile::tempdir().expect("a directory");
+    let output = blkcheck(
+        tmp.path(),
+        &[
+            "run",
+            "--on",
+            "qemu",
+            "--qemu",
+            "/nowhere/daemon",
+            "--seeds",
+            "0..1",
+        ],
+    );
+    assert_eq!(output.status.code(), Some(2));
+    let said = stderr(&output);
+    assert!(
+        said.contains("needs qemu-storage-daemon 10.x") && said.contains("/nowhere/daemon"),
+        "{said}"
+    );
+    let output = blkcheck(
+        tmp.path(),
+        &["run", "--on", "qemu", "--qemu", "/bin/echo", "--seeds", "0..1"],
+    );
+    assert_eq!(output.status.code(), Some(2));
+    if !daemon("what_the_daemon_cannot_do_and_a_missing_daemon_are_refused_with_2") {
+        return;
+    }
+    let drained = r#"{"version": 1, "grain": 512, "images": [],
+        "steps": [{"actor": "d", "drained-begin": "n"}, {"actor": "d", "drained-end": "n"}]}"#;
+    std::fs::write(tmp.path().join("drained.json"), drained).expect("written");
+    let output = blkcheck(tmp.path(), &["replay", "--on", "qemu", "drained.json"]);
+    assert_eq!(output.status.code(), Some(2), "{}", stdout(&output));
+    assert!(
+        stderr(&output).contains("no command for drained sections"),
+        "{}",
+        stderr(&output)
+    );
+}
+
+#[test]
+#[expect(clippy::disallowed_methods, reason = "how long the kernel takes is real time")]
+fn a_killed_run_leaves_no_daemon_and_no_directory() {
+    if !daemon("a_killed_run_leaves_no_daemon_and_no_directory") {
+        return;
+    }
+    let tmp = tempfile::tempdir().expect("a directory");
+    let mut child = Command::new(BLKCHECK)
+        .args(["run", "--on", "qemu", "--for", "60s", "--threads", "1"])
+        .env("TMPDIR", tmp.path())
+        .current_dir(tmp.path())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("the command starts");
+    let wait = |what: &str, done: &dyn Fn() -> bool| {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while !done() {
+            assert!(Instant::now() < deadline, "{what}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    };
+    wait("no daemon was started", &|| {
+        left_in(tmp.path()).iter().any(|d| d.join("g").exists())
+    });
+    child.kill().expect("it runs");
+    child.wait().expect("it ends");
+    wait("a directory is left", &|| left_in(tmp.path()).is_empty());
+    wait("a daemon is left", &|| !processes_name(tmp.path()));
+}
+
+/// Whether some process has this path in its command line.
+fn processes_name(path: &Path) -> bool {
+    let path = path.to_string_lossy();
+    let processes = std::fs::read_dir("/proc").expect("readable").flatten();
+    let mut lines = processes.filter_map(|p| std::fs::read(p.path().join("cmdline")).ok());
+    lines.any(|line| String::from_utf8_lossy(&line).contains(&*path))
+}
