@@ -167,6 +167,18 @@ fn other_refusals() {
         "Parameter 'file' is missing",
     );
     add(
+        json!({"driver": "qcow2", "node-name": "x", "file": "n3", "backing": 5}),
+        "Invalid parameter type for 'backing', expected: BlockdevRefOrNull",
+    );
+    add(
+        json!({"driver": "raw", "node-name": "x", "file": 5}),
+        "Invalid parameter type for 'file', expected: BlockdevRef",
+    );
+    add(
+        json!({"driver": "null-co", "node-name": "x", "size": -1}),
+        "Parameter 'size' expects a non-negative number below 2^64",
+    );
+    add(
         json!({"driver": "copy-on-read", "node-name": "x", "file": "n3", "bottom": "c"}),
         "Bottom node 'c' is not in the backing chain of 'x'",
     );

@@ -6,7 +6,7 @@ use blkcheck_impl::jobs::JobStatus;
 use serde_json::Value;
 
 use crate::image::check::{Problem, Severity, check};
-use crate::image::read::{Files, Reader};
+use crate::image::read::{Files, Qcow2, Reader};
 use crate::oracle::{FinalContent, Oracle, OracleName, View, Violation};
 use crate::scenario::{Action, Format, Scenario};
 use crate::target::{ClosedFile, Leftovers, NodeContent};
@@ -117,6 +117,16 @@ pub(crate) fn closed(
                 evidence,
             });
         }
+    }
+    for file in files.iter().filter(sound).filter(|f| f.format == Format::Qcow2) {
+        let image = Qcow2::parse(&file.bytes).expect("just checked");
+        let backing = image
+            .backing_file
+            .as_deref()
+            .map(|name| (name, image.backing_format.as_deref()));
+        oracles
+            .iter_mut()
+            .try_for_each(|oracle| oracle.header(view, &file.name, backing))?;
     }
     let all = Closed(files);
     // An image whose backing name leads nowhere has no content of its own to compare.

@@ -115,8 +115,8 @@ fn find_bottom(cx: &Cx, file: EdgeId, name: &str) -> Result<NodeId, QmpError> {
         return refuse(format!("Bottom node '{name}' not found"));
     };
     let node = cx.layer.node(bottom);
-    // The filter itself has its name already, but no driver yet.
-    if node.driver_opt().is_none() {
+    // The filter itself has its name already, but no driver yet; it is a filter all the same.
+    if node.driver_opt().is_none() && bottom != cx.node.id {
         return refuse(format!("Bottom node '{name}' not opened"));
     }
     if node.facts.is_filter {
@@ -445,7 +445,7 @@ mod tests {
             ("gone", "Bottom node 'gone' not found"),
             ("filter", "Bottom node 'filter' is a filter"),
             ("other", "Bottom node 'other' is not in the backing chain of 'c2'"),
-            ("c3", "Bottom node 'c3' not opened"),
+            ("c3", "Bottom node 'c3' is a filter"),
         ];
         for (n, (bottom, text)) in refusals.into_iter().enumerate() {
             let refused = bench.open(&FACTS, &format!("c{n}"), json!({"file": "top", "bottom": bottom}));

@@ -41,7 +41,7 @@ pub(super) fn compare(args: &CompareArgs) -> Result<Found, CliError> {
     let template = "{elapsed_precise} {pos} compared ({per_sec})";
     bar.set_style(ProgressStyle::with_template(template).expect("the template is well formed"));
     let summary = campaign::run(&work, args.qemu.as_deref(), &args.out, &stop, &|done| {
-        bar.set_position(done)
+        bar.set_position(done);
     });
     bar.finish_and_clear();
     let summary = summary?;
@@ -103,6 +103,7 @@ fn as_json(summary: &Summary) -> Value {
         "known": known.collect::<Vec<_>>(),
         "known_counts": summary.known_counts,
         "distinct_refusals": summary.refusals.len(),
+        "refusals": summary.refusals,
         "interrupted": summary.interrupted,
     });
     if let Some(walked) = &summary.walked {

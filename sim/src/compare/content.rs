@@ -44,6 +44,8 @@ pub(super) struct Books {
     zeroes: BTreeSet<String>,
     /// Some node passes discards on.
     unmaps: bool,
+    /// The daemon copied what only layers below `bottom` hold, or may have (a known defect).
+    copied_below_bottom: bool,
 }
 
 /// What differs: as the model has it, as the daemon has it.
@@ -63,6 +65,7 @@ impl Books {
             files: files.collect(),
             zeroes: BTreeSet::new(),
             unmaps,
+            copied_below_bottom: false,
         }
     }
 
@@ -234,7 +237,8 @@ impl Books {
                 self.write(world, node, grains, Cell::Stamp(code(source(step))));
             }
             GuestOp::WriteZeroes(_) | GuestOp::WriteZeroesUnmap(_) => {
-                self.write(world, node, grains, Cell::Zero)
+                self.write(world, node, grains.clone(), Cell::Zero);
+                self.zeroed_old(world, node, grains);
             }
             GuestOp::Discard(_) if self.unmaps => self.write(world, node, grains, Cell::Stamp(UNKNOWN)),
             GuestOp::Discard(_) | GuestOp::Flush => {}
@@ -383,6 +387,23 @@ impl Books {
         self.set(&name, grains, cell);
     }
 
+    /// Version 2 has no zero clusters: without a backing file a cluster of zeroes may as well be none.
+    fn zeroed_old(&mut self, world: &World, node: NodeId, grains: Span<usize>) {
+        let Some(top) = Books::top(world, node).filter(|top| world.graph.cow_child(*top).is_none()) else {
+            return;
+        };
+        let name = world.image_file(top).expect("a qcow2 node has a file");
+        let Some(file) = self.files.get_mut(&*name) else {
+            return;
+        };
+        if file.layer.format == blkcheck_model::layer::Format::Qcow2(2) {
+            let end = grains.end.min(file.layer.cells.len());
+            let start = grains.start.min(end);
+            file.layer.cells[start..end].fill(Cell::Unallocated);
+            file.copied[start..end].fill(Some(0));
+        }
+    }
+
     fn set(&mut self, file: &str, grains: Span<usize>, cell: Cell) {
         if let Some(file) = self.files.get_mut(file) {
             let end = grains.end.min(file.layer.cells.len());
@@ -424,8 +445,16 @@ impl Books {
                     match facts.bottom {
                         None => self.populate(world, child, grains),
                         Some(bottom) => {
-                            for grain in self.in_range(world, child, bottom, grains) {
+                            for grain in self.in_range(world, child, bottom, grains.clone()) {
                                 self.populate(world, child, grain..grain + 1);
+                            }
+                            for grain in grains.clone() {
+                                if self.is_cut_off(world, child, bottom, grain) {
+                                    self.may_be_copied(world, child, grain..grain + 1);
+                                }
+                            }
+                            if bottom == child {
+                                self.below_bottom(world, child, grains);
                             }
                         }
                     }
@@ -456,6 +485,25 @@ impl Books {
             }
             _ => {}
         }
+    }
+
+    /// Where `bottom` is the node that is filtered, the daemon looks for data from the layer below it on.
+    fn below_bottom(&mut self, world: &World, child: NodeId, grains: Span<usize>) {
+        let Some(name) = world.image_file(child) else {
+            return;
+        };
+        for grain in grains {
+            let open = |file: &File| file.layer.cells.get(grain) == Some(&Cell::Unallocated);
+            if self.files.get(&*name).is_some_and(open) && world.graph.chain_child(child).is_some() {
+                self.copied_below_bottom = true;
+                self.may_be_copied(world, child, grain..grain + 1);
+            }
+        }
+    }
+
+    /// Whether the daemon may have copied more than it should; told once.
+    pub(super) fn take_copied_below_bottom(&mut self) -> bool {
+        std::mem::take(&mut self.copied_below_bottom)
     }
 
     fn may_be_copied(&mut self, world: &World, node: NodeId, grains: Span<usize>) {
@@ -562,8 +610,27 @@ impl Books {
             let shows = base.as_ref().and_then(|b| b.get(grain)).copied().unwrap_or(0);
             if view.get(grain).copied().unwrap_or(0) != shows {
                 self.populate(world, device, grain..grain + 1);
+            } else if self.is_cut_off(world, device, bottom, grain) {
+                // Copied or not, it reads the same.
+                self.may_be_copied(world, device, grain..grain + 1);
             }
         }
+    }
+
+    /// Some layer below the top, down to `bottom`, is too short for the grain.
+    fn is_cut_off(&self, world: &World, top: NodeId, bottom: NodeId, grain: usize) -> bool {
+        let below = world.graph.chain(top).skip(1);
+        let mut past = top == bottom;
+        for node in below {
+            if past {
+                return false;
+            }
+            if grain as u64 * self.grain >= world.graph.node(node).length {
+                return true;
+            }
+            past = node == bottom;
+        }
+        false
     }
 
     /// Every job that did not end may have copied something.
@@ -610,7 +677,7 @@ impl Books {
                 let say = |allocated| if allocated { "allocated" } else { "not allocated" };
                 return Err((
                     format!("cluster {cluster} of {name} is {}", say(ours)),
-                    format!("{}", say(theirs)),
+                    say(theirs).to_owned(),
                 ));
             }
             if let Mapping::Data(host) = mapping

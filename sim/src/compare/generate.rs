@@ -32,7 +32,8 @@ pub fn generate(seed: u64) -> Scenario {
     let rng = &mut rng;
     let layers = 1 + rng.below(4) as usize;
     let uneven = rng.chance(1, 12);
-    let cluster = *rng.pick(&[512u32, 1024, 4096, 65536]);
+    // Names of files are longer on the daemon's side, so that a header needs room.
+    let cluster = *rng.pick(&[2048u32, 4096, 65536]);
     let mut cast = Cast {
         layers,
         exports: Vec::new(),
@@ -268,7 +269,7 @@ fn next(rng: &mut Rng, cast: &mut Cast) -> Step {
         5 => guest(rng, cast),
         6 => oddity(rng, cast),
         _ => command(
-            *rng.pick(&["query-jobs", "query-block-jobs", "query-block-exports"]),
+            rng.pick::<&str>(&["query-jobs", "query-block-jobs", "query-block-exports"]),
             json!({}),
         ),
     }
@@ -454,7 +455,8 @@ fn exporting(rng: &mut Rng, cast: &mut Cast) -> Step {
 }
 
 fn change_backing_file(rng: &mut Rng, cast: &Cast) -> Step {
-    let long = "x".repeat(*rng.pick(&[1023usize, 1024, 400]));
+    // Not plain, so that it has this length on both sides.
+    let long = "/".repeat(*rng.pick(&[1023usize, 1024, 400]));
     let file = match rng.below(8) {
         0 => long.as_str(),
         1 => "",

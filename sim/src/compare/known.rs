@@ -163,6 +163,71 @@ pub static DEFECTS: &[Defect] = &[
         steer: None,
     },
     Defect {
+        id: "cor-bottom-crash",
+        title: "reading through a copy-on-read filter whose bottom is the filtered node and has no backing file crashes",
+        qemu: "the search for data starts at the layer below the filtered node without asking whether there is one",
+        right: "nothing lies between the filter and bottom, so that there is nothing to copy: the read passes through",
+        sure: Sure::Certain,
+        scenario: files!("cor-bottom-crash").0,
+        page: files!("cor-bottom-crash").1,
+        matches: |case| {
+            case.failed == Some(Kind::Crash)
+                && case.qemu.contains("SIGSEGV")
+                && (bottoms_out(case.world, case.arguments) || has_bottomed_out(case.world))
+        },
+        steer: Some(|around| around.execute == "blockdev-add" && bottoms_out(around.world, around.arguments)),
+    },
+    Defect {
+        id: "cor-copies-below-bottom",
+        title: "a copy-on-read filter whose bottom is the filtered node copies what lies below bottom",
+        qemu: "the search for data starts one layer below the filtered node, past bottom, and then finds no end",
+        right: "no copy: bottom is the last layer whose content may be copied; a stream's base must not end up in its \
+                device",
+        sure: Sure::Certain,
+        scenario: files!("cor-copies-below-bottom").0,
+        page: files!("cor-copies-below-bottom").1,
+        // Seen where it happens.
+        matches: |_| false,
+        steer: None,
+    },
+    Defect {
+        id: "inline-backing-over-header",
+        title: "a backing file described inline is refused when the header names one and the description has no file name",
+        qemu: "only `file.filename` in the description keeps the header's name from being passed along as well",
+        right: "what the command says replaces what the header says, as it does for a node that is named",
+        sure: Sure::Likely,
+        scenario: files!("inline-backing-over-header").0,
+        page: files!("inline-backing-over-header").1,
+        matches: |case| {
+            case.execute == "blockdev-add"
+                && case.what == Some(What::Result)
+                && case.qemu.contains("cannot be used with a file name")
+        },
+        steer: None,
+    },
+    Defect {
+        id: "detached-backing-masks",
+        title: "masks below a detached backing node stay as they were, until a command that is refused mends them",
+        qemu: "taking a backing link away does not refresh the node let go of; the roll-back of a later command does",
+        right: "masks follow the graph at once; a refused command changes nothing",
+        sure: Sure::Likely,
+        scenario: files!("detached-backing-masks").0,
+        page: files!("detached-backing-masks").1,
+        matches: |case| {
+            let command = Value::Object(case.arguments.clone());
+            let refused = case
+                .world
+                .check(&blkcheck_model::Command::new(case.execute, &command))
+                .is_err();
+            case.what == Some(What::Masks)
+                && refused
+                && streams(case.scenario, case.step)
+                && case.model.contains("perm 'consistent read'")
+                && case.qemu.contains("perm ''")
+        },
+        steer: None,
+    },
+    Defect {
         id: "stream-uncovers-base",
         title: "a stream over a layer that is shorter than the base uncovers what the layer's end had hidden",
         qemu: "the end of the short layer counts as unallocated and is not copied; without the layer the base shows",
@@ -185,6 +250,14 @@ pub(super) fn filter_outlives_job() -> &'static Defect {
     DEFECTS
         .iter()
         .find(|d| d.id == "filter-outlives-job")
+        .expect("it is in the list")
+}
+
+/// The entry for a filter that copies too much.
+pub(super) fn copies_below_bottom() -> &'static Defect {
+    DEFECTS
+        .iter()
+        .find(|d| d.id == "cor-copies-below-bottom")
         .expect("it is in the list")
 }
 
@@ -249,6 +322,38 @@ fn has_bottom_outside(world: &World, execute: &str, options: &Map<String, Value>
         // A node that exists is not below one that is opened now, unless by reference.
         None => options.get("file").is_some_and(Value::is_object),
     }
+}
+
+/// Some copy-on-read filter that is to be added has the end of its chain for `bottom`, right below itself.
+fn bottoms_out(world: &World, options: &Map<String, Value>) -> bool {
+    let inner = || {
+        options
+            .values()
+            .filter_map(Value::as_object)
+            .any(|o| bottoms_out(world, o))
+    };
+    let text = |key: &str| options.get(key).and_then(Value::as_str);
+    let (Some("copy-on-read"), Some(bottom)) = (text("driver"), text("bottom")) else {
+        return inner();
+    };
+    match options.get("file") {
+        Some(Value::String(file)) => world.graph.find(file).is_some_and(|file| {
+            let graph = &world.graph;
+            let first = graph.skip_filters(file);
+            graph.name(first) == bottom && graph.chain_child(first).is_none()
+        }),
+        Some(Value::Object(file)) => file.get("node-name").is_some_and(|n| n == bottom) || inner(),
+        _ => false,
+    }
+}
+
+/// There is one.
+fn has_bottomed_out(world: &World) -> bool {
+    let graph = &world.graph;
+    graph.nodes().any(|(id, node)| {
+        node.bottom == Some(graph.skip_filters(id))
+            && node.bottom.is_some_and(|b| graph.chain_child(b).is_none())
+    })
 }
 
 /// Some argument names one of these nodes.

@@ -316,7 +316,7 @@ impl<'a> Run<'a> {
         }
         let flags = self.manner.flags_always || execute == "change-backing-file" || execute == "block-stream";
         self.look_at(graph, flags)?;
-        for (what, model, qemu) in self.differences() {
+        if let Some((what, model, qemu)) = self.differences().into_iter().next() {
             return Err(Stop::Differs(what, model, qemu));
         }
         if !self.seen.leftovers.is_empty() {
@@ -508,6 +508,9 @@ impl<'a> Run<'a> {
         }
         let expected = self.books.guest(&self.world, node, writable, op, at, &answer);
         expected.map_err(|(model, qemu)| Stop::Differs(What::Content, model, qemu))?;
+        if self.books.take_copied_below_bottom() {
+            self.aside(known::copies_below_bottom(), at);
+        }
         if !self.world.jobs.is_empty() {
             self.peer.rest()?;
             self.events()?;

@@ -1,8 +1,8 @@
 //! `compare`: the model against the shipping `qemu-storage-daemon`, in lock step and strictly one step at a time.
 //!
 //! * [`peer`]: the daemon, with the images in our memory and nothing ever held;
-//! * [`state`]: what can be seen of either, and where they differ;
-//! * [`content`]: what every image holds, step by step;
+//! * `state`: what can be seen of either, and where they differ;
+//! * `content`: what every image holds, step by step;
 //! * [`lockstep`]: one scenario;
 //! * [`generate`]: scenarios from seeds, made of refusals as much as of successes;
 //! * [`exhaustive`]: every sequence of a fixed set of commands up to a length;

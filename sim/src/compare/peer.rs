@@ -1,7 +1,7 @@
 //! The daemon that the model is compared with: images in our memory, every storage request answered at once.
 //!
 //! Rules: one thread. A command is over when its answer came and, where jobs are about, when the daemon has come to
-//! rest ([`Peer::rest`]): nothing is held and every thread sleeps. One daemon serves many scenarios; one that broke or
+//! rest (`Peer::rest`): nothing is held and every thread sleeps. One daemon serves many scenarios; one that broke or
 //! was not taken down to an empty graph is replaced.
 //! Not here: scheduling. Requests are carried out in the order in which they come.
 

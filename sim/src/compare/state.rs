@@ -2,7 +2,8 @@
 //!
 //! Rules: nodes are told by name; edges by who is above, the edge's name, and the node below; the backends of exports
 //! and of jobs have no name in the daemon's graph, so they are told by their edges only. The header of an image is
-//! read from the image itself, as it is stored.
+//! read from the image itself, as it is stored. A name that is a description of a whole node (`json:`) counts as the
+//! name of that node's file: what it says of the layers below is not modelled.
 //! The filter of a finished stream: the daemon keeps it as a node without a child until the job is dismissed (a known
 //! defect); it is left out of the graph and told apart ([`State::leftovers`]).
 
@@ -196,7 +197,7 @@ impl State {
     pub(super) fn read_header(&mut self, name: &str, bytes: &[u8], ours: impl Fn(&str) -> String) {
         let header = Qcow2::parse(bytes).ok().and_then(|image| {
             let file = image.backing_file.as_deref().filter(|f| !f.is_empty())?;
-            Some((ours(file), image.backing_format))
+            Some((plain(&ours(file)), image.backing_format))
         });
         self.headers.insert(name.to_owned(), header);
     }
@@ -260,6 +261,18 @@ impl State {
 }
 
 const BACKEND: &str = "backend";
+
+/// The file name in a description of a node.
+fn plain(name: &str) -> String {
+    let described = name.strip_prefix("json:").and_then(|json| {
+        let mut node: Value = serde_json::from_str(json).ok()?;
+        while let Some(file) = node.get_mut("file") {
+            node = file.take();
+        }
+        Some(node.get("filename")?.as_str()?.to_owned())
+    });
+    described.unwrap_or_else(|| name.to_owned())
+}
 
 /// What only the one and only the other has, counting.
 fn only<T: PartialEq + Clone>(a: &[T], b: &[T]) -> (Vec<T>, Vec<T>) {
@@ -370,6 +383,12 @@ mod tests {
         let with = state(&with);
         assert_eq!(with.leftovers, ["filter"]);
         assert_eq!(with.against(&state(&graph(&[]))), []);
+    }
+
+    #[test]
+    fn a_description_of_a_node_counts_as_its_file() {
+        let json = r#"json:{"backing":{"file":{"filename":"b"}},"driver":"qcow2","file":{"driver":"file","filename":"a"}}"#;
+        assert_eq!((plain(json), plain("c")), ("a".to_owned(), "c".to_owned()));
     }
 
     #[test]

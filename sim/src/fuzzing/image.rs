@@ -160,7 +160,7 @@ struct Sound {
 impl Sound {
     /// `None` for an image that the independent checker or reader has something against, or that is too large.
     fn of(image: &[u8], base: &[u8]) -> Option<Sound> {
-        if get64(image, 24) > COMPARED || get64(image, 24) % 512 != 0 {
+        if get64(image, 24) > COMPARED || !get64(image, 24).is_multiple_of(512) {
             return None;
         }
         let problems = check::check_with_snapshots(image);

@@ -135,7 +135,7 @@ impl Recipe {
     fn image(&self) -> Image {
         let bits = CLUSTER_BITS[usize::from(self.bits) % CLUSTER_BITS.len()];
         // At least a few clusters, at most 512 KiB.
-        let sectors = u64::from(self.sectors) % (256 << (bits - 9) / 2) % 1024 + 1;
+        let sectors = u64::from(self.sectors) % (256 << ((bits - 9) / 2)) % 1024 + 1;
         let v2 = self.flags & V2 != 0;
         let fill = |&(kind, from, length): &(u8, u16, u16)| {
             let from = u64::from(from) % sectors;

@@ -89,7 +89,7 @@ pub fn qcow2_open() -> Vec<(String, Vec<u8>)> {
         (
             "bitmaps-snapshot-backing",
             BACKED,
-            4 * ORDER | BACKING,
+            (4 * ORDER) | BACKING,
             BITMAPS | SNAPSHOT,
         ),
         ("feature-table", 0, 4 * ORDER, FEATURE_TABLE),
@@ -99,7 +99,7 @@ pub fn qcow2_open() -> Vec<(String, Vec<u8>)> {
             4 * ORDER,
             UNKNOWN_EXTENSION | LONG_HEADER | UNKNOWN_AUTOCLEAR | LAZY,
         ),
-        ("backing", BACKED, 4 * ORDER | BACKING, UNKNOWN_EXTENSION),
+        ("backing", BACKED, (4 * ORDER) | BACKING, UNKNOWN_EXTENSION),
         ("backing-v2", BACKED | UNMAP, V2 | BACKING, FEATURE_TABLE),
         ("read-only", READ_ONLY, 4 * ORDER, BITMAPS),
         ("together", TOGETHER | UNMAP, 4 * ORDER, 0),

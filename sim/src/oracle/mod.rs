@@ -148,6 +148,15 @@ pub trait Oracle: std::fmt::Debug {
     fn stuck(&mut self, _view: &View<'_>) -> Result<(), Violation> {
         Ok(())
     }
+    /// The layer was shut down; this is what the header of a qcow2 image names as its backing file, and its format.
+    fn header(
+        &mut self,
+        _view: &View<'_>,
+        _file: &str,
+        _backing: Option<(&str, Option<&str>)>,
+    ) -> Result<(), Violation> {
+        Ok(())
+    }
     /// The layer was shut down. `contents`: every image file, read independently.
     fn closed(&mut self, _view: &View<'_>, _contents: &[FinalContent<'_>]) -> Result<(), Violation> {
         Ok(())

@@ -195,6 +195,26 @@ impl Oracle for Modelled {
             .quiescent(view, &self.follower.world, &self.data, contents)
     }
 
+    fn header(
+        &mut self,
+        _view: &View<'_>,
+        file: &str,
+        backing: Option<(&str, Option<&str>)>,
+    ) -> Result<(), Violation> {
+        let facts = self.follower.world.files.get(file).and_then(|f| f.qcow2.as_ref());
+        let Some(facts) = facts else { return Ok(()) };
+        let expected = facts.backing.as_ref().map(|b| (&*b.file, b.format.as_deref()));
+        if backing == expected {
+            return Ok(());
+        }
+        let message = format!("the closed image '{file}' names another backing file than it should");
+        let evidence = vec![
+            format!("expected: {expected:?}"),
+            format!("found:    {backing:?}"),
+        ];
+        Err(violation(OracleName::Image, None, message, evidence))
+    }
+
     fn closed(&mut self, view: &View<'_>, contents: &[FinalContent<'_>]) -> Result<(), Violation> {
         self.data.closed(view, &self.follower, contents)
     }

@@ -19,13 +19,18 @@ const CPU_LIMIT: u64 = 100;
 /// Time of day in one settling: the machine itself is in trouble.
 const TIME_LIMIT: Duration = Duration::from_secs(120);
 /// Looks between two looks at a clock.
-const PATIENCE: u32 = 2048;
+const PATIENCE: u32 = 512;
+/// Looks without a pause in between: most of what a daemon does takes no longer.
+const AT_ONCE: u32 = 4;
+/// Then this long. Whoever sleeps is woken soon on a busy machine too; whoever only yields comes last.
+const PAUSE: Duration = Duration::from_micros(20);
 
 /// Looks at the threads of a process.
 #[derive(Debug)]
 pub struct Sleepers {
     directory: PathBuf,
     threads: Vec<File>,
+    ended: bool,
     buffer: [u8; 512],
 }
 
@@ -67,6 +72,7 @@ impl Sleepers {
         Sleepers {
             directory: PathBuf::from(format!("/proc/{pid}/task")),
             threads: Vec::new(),
+            ended: false,
             buffer: [0; 512],
         }
     }
@@ -101,8 +107,9 @@ impl Sleepers {
                 return (false, ticks);
             };
             ticks += stat.ticks;
-            // A process that ended and was not waited for yet: its sockets tell.
+            // It ended, or is about to: other threads may keep its sockets open a little longer.
             if at == 0 && matches!(stat.state, b'Z' | b'X') {
+                self.ended = true;
                 return (true, ticks);
             }
             if stat.state != b'S' {
@@ -117,11 +124,12 @@ impl Sleepers {
         (at > 0, ticks)
     }
 
-    /// Waits until all sleep.
+    /// Waits until all sleep. False: the process ended.
     ///
     /// # Errors
-    /// When they do not. A process that is gone counts as sleeping: its sockets tell.
-    pub fn wait(&mut self) -> Result<(), Broken> {
+    /// When they do not come to rest.
+    #[expect(clippy::disallowed_methods, reason = "another process takes real time")]
+    pub fn wait(&mut self) -> Result<bool, Broken> {
         if self.threads.is_empty() {
             self.list();
         }
@@ -134,7 +142,7 @@ impl Sleepers {
                 continue;
             }
             if self.threads.is_empty() {
-                return Ok(());
+                return Ok(false);
             }
             quiet = 0;
             looks += 1;
@@ -147,9 +155,11 @@ impl Sleepers {
                     return Err(Broken::Hangs("it neither rests nor runs".to_owned()));
                 }
             }
-            std::thread::yield_now();
+            if looks > AT_ONCE {
+                std::thread::sleep(PAUSE);
+            }
         }
-        Ok(())
+        Ok(!self.ended)
     }
 }
 
@@ -177,10 +187,14 @@ mod tests {
             shell.args(["-c", program]).spawn().expect("a shell")
         };
         let mut asleep = start("exec sleep 60");
-        assert_eq!(Sleepers::of(asleep.id()).wait(), Ok(()));
+        assert_eq!(Sleepers::of(asleep.id()).wait(), Ok(true));
         let mut busy = start("while :; do :; done");
         let result = Sleepers::of(busy.id()).wait();
         assert!(matches!(result, Err(Broken::Hangs(_))), "{result:?}");
+        let mut over = start("exit 0");
+        let mut sleepers = Sleepers::of(over.id());
+        while sleepers.wait().expect("it ends") {}
+        over.wait().expect("it ended");
         for child in [&mut asleep, &mut busy] {
             child.kill().expect("it runs");
             child.wait().expect("it ends");

@@ -147,11 +147,11 @@ impl Running {
     /// Waits until the daemon rests and everything it said is here.
     fn settle(&mut self) -> Result<(), Broken> {
         loop {
-            self.sleepers.wait()?;
+            let alive = self.sleepers.wait()?;
             let mut stirred = self.monitor.pump()?;
             stirred |= self.server.pump().map_err(Broken::Nonsense)?;
             stirred |= self.client.pump().map_err(Broken::Nonsense)?;
-            if self.monitor.is_gone() {
+            if !alive || self.monitor.is_gone() {
                 return Err(self.daemon.ended());
             }
             if !stirred {

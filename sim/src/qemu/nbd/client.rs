@@ -385,7 +385,8 @@ impl Session {
                 }
             }
             (option::GO, reply::INFO) if length >= 12 => {
-                if data.u16() == info::EXPORT {
+                let kind = data.u16();
+                if kind == info::EXPORT {
                     self.size = data.u64();
                 }
             }
@@ -553,7 +554,7 @@ impl Open {
                         ..extent
                     }) == *last =>
                 {
-                    last.bytes += bytes
+                    last.bytes += bytes;
                 }
                 _ => self.extents.push(extent),
             }
@@ -601,7 +602,7 @@ impl<'a> Cursor<'a> {
             let here = (length - self.used).min(left);
             self.used += here;
             left -= here;
-            if self.used < *length || left == 0 && self.used < *length {
+            if self.used < *length {
                 return;
             }
             (self.at, self.used) = (self.at + 1, 0);

@@ -1,0 +1,123 @@
+//! `blkcheck compare` against the real daemon: known defects are reproduced and recognised, seeds and short sequences
+//! agree, at least a hundred distinct refusals are reached, and a missing daemon is said so.
+//!
+//! Without qemu-storage-daemon 10.0.x the comparisons are skipped, loudly; not so under `BLKCHECK_REQUIRE_ALL=1`.
+#![cfg(target_os = "linux")]
+
+mod common;
+
+use std::path::Path;
+
+use common::{blkcheck, root, scenario_files, skip, stderr, stdout, version};
+use serde_json::Value;
+
+/// Whether the daemon is the one that the list of defects is about.
+fn daemon(test: &str) -> bool {
+    let found = version("qemu-storage-daemon");
+    let is_it = |v: &String| v.starts_with("qemu-storage-daemon version 10.0.");
+    if found.as_ref().is_some_and(is_it) {
+        return true;
+    }
+    skip(
+        test,
+        &format!("needs qemu-storage-daemon 10.0.x, found {found:?}"),
+    );
+    false
+}
+
+fn compare(dir: &Path, arguments: &[&str]) -> (i32, Value) {
+    let output = blkcheck(dir, &[&["compare", "--json"], arguments].concat());
+    let text = stdout(&output);
+    let value = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text} {}", stderr(&output)));
+    (output.status.code().expect("not killed"), value)
+}
+
+#[test]
+fn a_missing_daemon_and_another_program_are_said_so() {
+    let dir = tempfile::tempdir().expect("a directory");
+    for program in ["/nonexistent", "/bin/true"] {
+        let output = blkcheck(dir.path(), &["compare", "--seeds", "0..1", "--qemu", program]);
+        assert_eq!(output.status.code(), Some(2), "{program}");
+        let said = stderr(&output);
+        assert!(
+            said.contains("needs qemu-storage-daemon 10.x") && said.contains(program),
+            "{said}"
+        );
+        assert_eq!(stdout(&output), "");
+    }
+}
+
+#[test]
+fn every_known_defect_is_reproduced_and_recognised() {
+    if !daemon("every_known_defect_is_reproduced_and_recognised") {
+        return;
+    }
+    let dir = tempfile::tempdir().expect("a directory");
+    let files = scenario_files("docs/findings");
+    for defect in blkcheck_sim::compare::known::DEFECTS {
+        let file = root().join("docs/findings").join(format!("{}.json", defect.id));
+        assert!(files.contains(&file), "{} has no scenario", defect.id);
+        let (code, report) = compare(dir.path(), &[file.to_str().expect("UTF-8")]);
+        assert_eq!(code, 0, "{}: {report}", defect.id);
+        assert_eq!(report["divergences"], serde_json::json!([]), "{}", defect.id);
+        assert_eq!(report["qemu_failures"], serde_json::json!([]), "{}", defect.id);
+        let met = report["known_counts"][defect.id].as_u64();
+        assert!(
+            met.is_some_and(|n| n > 0),
+            "{} is not reproduced: {report}",
+            defect.id
+        );
+    }
+}
+
+#[test]
+fn seeds_and_short_sequences_agree() {
+    if !daemon("seeds_and_short_sequences_agree") {
+        return;
+    }
+    let dir = tempfile::tempdir().expect("a directory");
+    for arguments in [["--seeds", "0..60"], ["--exhaustive", "1"]] {
+        let (code, report) = compare(dir.path(), &arguments);
+        assert_eq!(
+            (code, &report["divergences"]),
+            (0, &serde_json::json!([])),
+            "{report}"
+        );
+        assert!(report["steps"].as_u64() > Some(40), "{report}");
+        if arguments[0] == "--exhaustive" {
+            let commands = blkcheck_sim::compare::exhaustive::commands().len() as u64;
+            assert_eq!(report["sequences"].as_u64(), Some(commands), "every command once");
+        }
+    }
+}
+
+/// The texts with everything taken out that names a thing, so that it is kinds of refusals that are counted.
+#[test]
+fn at_least_a_hundred_refusals_agree() {
+    if !daemon("at_least_a_hundred_refusals_agree") {
+        return;
+    }
+    let dir = tempfile::tempdir().expect("a directory");
+    let (code, report) = compare(dir.path(), &["--seeds", "0..250"]);
+    assert_eq!(code, 0, "{report}");
+    let refusals: Vec<String> = report["refusals"]
+        .as_array()
+        .expect("a list")
+        .iter()
+        .map(|r| {
+            format!(
+                "{}: {}",
+                r[0].as_str().expect("a class"),
+                r[1].as_str().expect("a text")
+            )
+        })
+        .collect();
+    assert!(refusals.len() >= 100, "only {}", refusals.len());
+    insta::with_settings!({
+        snapshot_path => root().join("tests/snapshots"),
+        prepend_module_to_snapshot => false,
+        omit_expression => true,
+    }, {
+        insta::assert_snapshot!("compare-refusals", refusals.join("\n"));
+    });
+}
