@@ -8,22 +8,8 @@ mod common;
 
 use std::path::Path;
 
-use common::{blkcheck, root, scenario_files, skip, stderr, stdout, version};
+use common::{blkcheck, has_daemon, root, scenario_files, stderr, stdout};
 use serde_json::Value;
-
-/// Whether the daemon is the one that the list of defects is about.
-fn daemon(test: &str) -> bool {
-    let found = version("qemu-storage-daemon");
-    let is_it = |v: &String| v.starts_with("qemu-storage-daemon version 10.0.");
-    if found.as_ref().is_some_and(is_it) {
-        return true;
-    }
-    skip(
-        test,
-        &format!("needs qemu-storage-daemon 10.0.x, found {found:?}"),
-    );
-    false
-}
 
 fn compare(dir: &Path, arguments: &[&str]) -> (i32, Value) {
     let output = blkcheck(dir, &[&["compare", "--json"], arguments].concat());
@@ -49,7 +35,7 @@ fn a_missing_daemon_and_another_program_are_said_so() {
 
 #[test]
 fn every_known_defect_is_reproduced_and_recognised() {
-    if !daemon("every_known_defect_is_reproduced_and_recognised") {
+    if !has_daemon("every_known_defect_is_reproduced_and_recognised") {
         return;
     }
     let dir = tempfile::tempdir().expect("a directory");
@@ -72,7 +58,7 @@ fn every_known_defect_is_reproduced_and_recognised() {
 
 #[test]
 fn seeds_and_short_sequences_agree() {
-    if !daemon("seeds_and_short_sequences_agree") {
+    if !has_daemon("seeds_and_short_sequences_agree") {
         return;
     }
     let dir = tempfile::tempdir().expect("a directory");
@@ -94,7 +80,7 @@ fn seeds_and_short_sequences_agree() {
 /// The texts with everything taken out that names a thing, so that it is kinds of refusals that are counted.
 #[test]
 fn at_least_a_hundred_refusals_agree() {
-    if !daemon("at_least_a_hundred_refusals_agree") {
+    if !has_daemon("at_least_a_hundred_refusals_agree") {
         return;
     }
     let dir = tempfile::tempdir().expect("a directory");

@@ -9,24 +9,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use blkcheck_sim::qemu::process::{PROGRAM, version};
-use common::{BLKCHECK, skip, stderr, stdout};
+use common::{BLKCHECK, has_daemon, stderr, stdout};
 use serde_json::Value;
-
-/// Whether the daemon is there.
-fn daemon(test: &str) -> bool {
-    match version(Path::new(PROGRAM)) {
-        Ok((10, 0, _)) => true,
-        Ok(other) => {
-            skip(test, &format!("qemu-storage-daemon is {other:?}, not 10.0"));
-            false
-        }
-        Err(reason) => {
-            skip(test, &reason.to_string());
-            false
-        }
-    }
-}
 
 fn blkcheck(tmp: &Path, arguments: &[&str]) -> Output {
     Command::new(BLKCHECK)
@@ -52,7 +36,7 @@ fn left_in(dir: &Path) -> Vec<PathBuf> {
 
 #[test]
 fn the_same_seeds_give_the_same_trace_and_the_same_findings() {
-    if !daemon("the_same_seeds_give_the_same_trace_and_the_same_findings") {
+    if !has_daemon("the_same_seeds_give_the_same_trace_and_the_same_findings") {
         return;
     }
     let tmp = tempfile::tempdir().expect("a directory");
@@ -106,7 +90,7 @@ const STREAM: &str = r#"{"version": 1, "grain": 512, "images": [
 
 #[test]
 fn a_chain_from_its_header_is_streamed_under_guests_in_any_order() {
-    if !daemon("a_chain_from_its_header_is_streamed_under_guests_in_any_order") {
+    if !has_daemon("a_chain_from_its_header_is_streamed_under_guests_in_any_order") {
         return;
     }
     let tmp = tempfile::tempdir().expect("a directory");
@@ -153,7 +137,7 @@ fn what_the_daemon_cannot_do_and_a_missing_daemon_are_refused_with_2() {
         &["run", "--on", "qemu", "--qemu", "/bin/echo", "--seeds", "0..1"],
     );
     assert_eq!(output.status.code(), Some(2));
-    if !daemon("what_the_daemon_cannot_do_and_a_missing_daemon_are_refused_with_2") {
+    if !has_daemon("what_the_daemon_cannot_do_and_a_missing_daemon_are_refused_with_2") {
         return;
     }
     let drained = r#"{"version": 1, "grain": 512, "images": [],
@@ -171,7 +155,7 @@ fn what_the_daemon_cannot_do_and_a_missing_daemon_are_refused_with_2() {
 #[test]
 #[expect(clippy::disallowed_methods, reason = "how long the kernel takes is real time")]
 fn a_killed_run_leaves_no_daemon_and_no_directory() {
-    if !daemon("a_killed_run_leaves_no_daemon_and_no_directory") {
+    if !has_daemon("a_killed_run_leaves_no_daemon_and_no_directory") {
         return;
     }
     let tmp = tempfile::tempdir().expect("a directory");

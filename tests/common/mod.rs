@@ -25,6 +25,24 @@ pub(crate) fn skip(test: &str, reason: &str) {
     eprintln!("SKIPPED {test}: {reason}");
 }
 
+/// Whether the daemon that the model is judged by is here. Without any a test is skipped as by [`skip`]; with another
+/// version it is skipped loudly, even where nothing else may be.
+pub(crate) fn has_daemon(test: &str) -> bool {
+    match version("qemu-storage-daemon") {
+        Some(found) if found.starts_with("qemu-storage-daemon version 10.0.") => true,
+        Some(other) => {
+            eprintln!(
+                "SKIPPED {test}: needs qemu-storage-daemon 10.0.x, which alone is the judge here; found: {other}"
+            );
+            false
+        }
+        None => {
+            skip(test, "needs qemu-storage-daemon 10.0.x; there is none");
+            false
+        }
+    }
+}
+
 /// The first line of `PROGRAM --version`; `None` where it is not installed.
 pub(crate) fn version(program: &str) -> Option<String> {
     let output = Command::new(program).arg("--version").output().ok()?;
