@@ -7,6 +7,9 @@
 //! A pending request may also be made to fail ([`Disk::fail`]), with a prefix of its sectors carried out or not.
 //! Not here: which requests fail, and power cuts; every write is as good as durable.
 
+mod file;
+mod op;
+
 use std::cell::RefCell;
 use std::future::Future;
 use std::pin::Pin;
@@ -19,10 +22,15 @@ use blkcheck_impl::error::Errno;
 use crate::choice::Key;
 use crate::owner::Owners;
 
+use file::{File, to_usize};
+pub use op::{BadEnd, Op};
+
 /// Unit in which holes are tracked, bytes.
 const SECTOR: u64 = 512;
 /// Largest file: a runaway offset must not eat the machine's memory.
 pub const MAX_FILE: u64 = 4 << 30;
+/// What the buffer of a failed read holds: nobody may take it for data.
+const GARBAGE: u8 = 0xa5;
 /// Buffers above this are given back, bytes.
 const KEEP_BUFFER: usize = 1 << 20;
 
@@ -44,144 +52,6 @@ impl Default for DiskOptions {
         DiskOptions {
             alignment: 1,
             unmap: true,
-        }
-    }
-}
-
-/// What a request does; lengths in bytes.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Op {
-    /// Read.
-    Read {
-        /// Start.
-        offset: u64,
-        /// Wanted length.
-        bytes: u64,
-    },
-    /// Write the captured data.
-    Write {
-        /// Start.
-        offset: u64,
-        /// Length of the captured data.
-        bytes: u64,
-    },
-    /// Make durable.
-    Flush,
-    /// Zero a range.
-    WriteZeroes {
-        /// Start.
-        offset: u64,
-        /// Length.
-        bytes: u64,
-        /// Make it a hole.
-        may_unmap: bool,
-    },
-    /// Make a range a hole.
-    Discard {
-        /// Start.
-        offset: u64,
-        /// Length.
-        bytes: u64,
-    },
-    /// Set the length.
-    Truncate {
-        /// New length.
-        length: u64,
-    },
-}
-
-#[derive(Debug, Default)]
-struct File {
-    name: String,
-    data: Vec<u8>,
-    /// One bit per sector: holds data, or at least space.
-    allocated: Vec<u64>,
-    /// Open handles, and how many of them may write.
-    open: u32,
-    writers: u32,
-    /// Two writers were open at once: its content is nobody's responsibility.
-    contested: bool,
-    exists: bool,
-}
-
-impl File {
-    fn sectors(&self) -> usize {
-        to_usize((self.data.len() as u64).div_ceil(SECTOR))
-    }
-
-    fn set_length(&mut self, length: usize) {
-        self.data.resize(length, 0);
-        let words = self.sectors().div_ceil(64);
-        // Bits past the end are clear, so that growing makes a hole.
-        self.allocated.resize(words, 0);
-        if !self.sectors().is_multiple_of(64) {
-            let keep = (1 << (self.sectors() % 64)) - 1;
-            *self.allocated.last_mut().expect("one word at least") &= keep;
-        }
-    }
-
-    fn mark(&mut self, first: u64, end: u64, allocated: bool) {
-        for sector in first..end {
-            let (word, bit) = (to_usize(sector / 64), 1u64 << (sector % 64));
-            if allocated {
-                self.allocated[word] |= bit;
-            } else {
-                self.allocated[word] &= !bit;
-            }
-        }
-    }
-
-    fn write(&mut self, offset: u64, data: &[u8]) {
-        let (start, end) = (to_usize(offset), to_usize(offset) + data.len());
-        if end > self.data.len() {
-            self.set_length(end);
-        }
-        self.data[start..end].copy_from_slice(data);
-        self.mark(offset / SECTOR, (end as u64).div_ceil(SECTOR), true);
-    }
-
-    /// Zeroes a range; `grow` as fallocate's zero-range does, a hole where `unmap`.
-    fn zero(&mut self, offset: u64, bytes: u64, grow: bool, unmap: bool) {
-        if grow && to_usize(offset + bytes) > self.data.len() {
-            self.set_length(to_usize(offset + bytes));
-        }
-        let end = (offset + bytes).min(self.data.len() as u64);
-        if offset >= end {
-            return;
-        }
-        self.data[to_usize(offset)..to_usize(end)].fill(0);
-        if unmap {
-            let last = if end == self.data.len() as u64 {
-                end.div_ceil(SECTOR)
-            } else {
-                end / SECTOR
-            };
-            self.mark(offset.div_ceil(SECTOR), last, false);
-        } else {
-            self.mark(offset / SECTOR, end.div_ceil(SECTOR), true);
-        }
-    }
-
-    fn extent(&self, offset: u64) -> Extent {
-        let bit = |sector: u64| self.allocated[to_usize(sector / 64)] >> (sector % 64) & 1 == 1;
-        let first = offset / SECTOR;
-        let data = bit(first);
-        let mut sector = first + 1;
-        let sectors = self.sectors() as u64;
-        while sector < sectors {
-            // Whole words of one kind are skipped at once.
-            let word = self.allocated[to_usize(sector / 64)] ^ if data { u64::MAX } else { 0 };
-            let rest = word >> (sector % 64);
-            if rest != 0 {
-                sector += u64::from(rest.trailing_zeros());
-                break;
-            }
-            sector = (sector / 64 + 1) * 64;
-        }
-        let end = (sector.min(sectors) * SECTOR).min(self.data.len() as u64);
-        Extent {
-            data,
-            bytes: end - offset,
         }
     }
 }
@@ -230,66 +100,6 @@ pub struct PendingRequest {
     pub file: String,
     /// What it does.
     pub op: Op,
-}
-
-/// A bad end of a request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BadEnd {
-    /// What the layer is told.
-    pub errno: Errno,
-    /// How much of it is carried out first, bytes.
-    pub done: u64,
-}
-
-/// Most cuts inside one request that are told apart.
-const MOST_CUTS: u64 = 12;
-/// What the buffer of a failed read holds: nobody may take it for data.
-const GARBAGE: u8 = 0xa5;
-
-impl Op {
-    /// Sector boundaries inside the request: a failing write reaches the file up to one of them.
-    fn cuts(self) -> u64 {
-        match self {
-            Op::Write { offset, bytes } | Op::WriteZeroes { offset, bytes, .. } if bytes > 0 => {
-                (offset + bytes - 1) / SECTOR - offset / SECTOR
-            }
-            _ => 0,
-        }
-    }
-
-    /// In how many ways it can end, well included.
-    fn endings(self) -> u32 {
-        let cuts = u32::try_from(self.cuts().min(MOST_CUTS)).expect("few");
-        match self {
-            Op::Read { .. } | Op::Flush => 2,
-            Op::Discard { .. } | Op::Truncate { .. } => 3,
-            Op::Write { .. } | Op::WriteZeroes { .. } => 4 + cuts,
-        }
-    }
-
-    /// Its `ending`-th end, from 1 on: the plain ones first.
-    fn bad_end(self, ending: u32) -> BadEnd {
-        let end = |errno, done| BadEnd { errno, done };
-        match (self, ending) {
-            (Op::Discard { bytes, .. }, 2) | (Op::Write { bytes, .. } | Op::WriteZeroes { bytes, .. }, 3) => {
-                end(Errno::EIO, bytes)
-            }
-            (Op::Truncate { .. } | Op::Write { .. } | Op::WriteZeroes { .. }, 2) => end(Errno::ENOSPC, 0),
-            (Op::Write { offset, .. } | Op::WriteZeroes { offset, .. }, 4..) => {
-                let cuts = self.cuts();
-                let cut = (u64::from(ending) - 3) * cuts.div_ceil(MOST_CUTS);
-                end(
-                    Errno::EIO,
-                    (offset / SECTOR + cut.clamp(1, cuts)) * SECTOR - offset,
-                )
-            }
-            _ => end(Errno::EIO, 0),
-        }
-    }
-}
-
-fn to_usize(v: u64) -> usize {
-    usize::try_from(v).expect("checked against MAX_FILE")
 }
 
 impl Disk {
