@@ -8,30 +8,25 @@
 //! After the last step: every node is read, the layer is shut down, every image is read and checked independently.
 //! Everything is reused from run to run.
 
-use std::rc::Rc;
+mod jobs;
 
 use blkcheck_impl::event::Event;
-use blkcheck_impl::jobs::JobStatus;
-use blkcheck_impl::types::JobId;
 use serde_json::{Map, Value};
 
 use crate::choice::{ChoiceKind, Chooser, Key, pick};
 use crate::finish;
 use crate::history::{Outcome, Record, StepId};
 use crate::oracle::{Oracle, OracleName, View, Violation};
-use crate::scenario::{Action, Scenario, Step, WaitJob};
+use crate::scenario::{Action, Scenario, Step};
 use crate::target::{Alternatives, Move, Target, Trouble};
 use crate::trace::{Fold, Trace};
+use jobs::Jobs;
 
 /// Scheduler steps after which a run counts as a livelock.
 const STEP_LIMIT: u64 = 1_000_000;
 /// Scheduler steps without any storage completion or passing of time, while one was possible, after which the oldest
 /// is forced: no chooser may starve the disk for ever.
 const PATIENCE: u32 = 20_000;
-/// How often a job is pushed on from the same status before that counts as hanging.
-const PUSHES: u8 = 2;
-/// How often a job is pushed on gently over its whole life.
-const PATIENT_PUSHES: u8 = 16;
 
 /// What a run gave.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -54,19 +49,6 @@ struct Actor {
     in_flight: u32,
 }
 
-#[derive(Debug)]
-struct JobState {
-    job: JobId,
-    id: Rc<str>,
-    status: JobStatus,
-    visited: u16,
-    /// How far it has come, bytes.
-    offset: u64,
-    pushes: u8,
-    /// Over its whole life.
-    all_pushes: u8,
-}
-
 /// A reusable runner.
 #[derive(Debug, Default)]
 pub struct Runner {
@@ -80,7 +62,7 @@ pub struct Runner {
     following: Vec<u32>,
     issuable: Vec<(u32, u32)>,
     keys: Vec<Key>,
-    jobs: Vec<JobState>,
+    jobs: Jobs,
     /// `wait-job` steps that are not over.
     job_waits: Vec<StepId>,
     /// Drained sections that are open: (begun by step).
@@ -396,7 +378,7 @@ impl Runner {
                 }
             }
             Action::WaitJob { job } => {
-                if self.job_reached(job) {
+                if self.jobs.reached(job) {
                     self.incoming.push(Record::Ended(step, Outcome::Passed));
                 } else {
                     self.job_waits.push(step);
@@ -407,22 +389,6 @@ impl Runner {
             | Action::DrainBegin { .. }
             | Action::DrainEnd { .. } => target.issue(&self.scenario, step),
         }
-    }
-
-    /// Whether a job has been where a step waits for it to be, or is gone.
-    fn job_reached(&self, wanted: &WaitJob) -> bool {
-        let Some(job) = self.jobs.iter().rfind(|j| *j.id == *wanted.id) else {
-            return true;
-        };
-        let visited = |(status, name): (JobStatus, &str)| {
-            name == wanted.status && job.visited >> (status as u16) & 1 == 1
-        };
-        let underway = matches!(
-            job.status,
-            JobStatus::Created | JobStatus::Running | JobStatus::Paused
-        );
-        let far_enough = wanted.offset.is_none_or(|offset| job.offset >= offset) || !underway;
-        job.status == JobStatus::Null || far_enough && finish::STATUSES.into_iter().any(visited)
     }
 
     /// Takes in what happened: hash, own books, oracles.
@@ -471,10 +437,16 @@ impl Runner {
         match record {
             Record::Issued(_) => {}
             Record::Ended(step, outcome) => self.ended(*step, outcome),
-            Record::Layer(Event::JobStatus { job, id, to, .. }) => self.job_status(*job, id, *to),
+            Record::Layer(Event::JobStatus { job, id, to, .. }) => {
+                self.jobs.status(*job, id, *to);
+                self.end_job_waits();
+            }
             Record::Layer(Event::JobChunk {
                 job, offset, bytes, ..
-            }) => self.job_chunk(*job, offset + bytes),
+            }) => {
+                self.jobs.chunk(*job, offset + bytes);
+                self.end_job_waits();
+            }
             Record::Layer(_) => {}
             Record::Fault(fault) => {
                 if !self.faulted.contains(&fault.image) {
@@ -523,47 +495,13 @@ impl Runner {
         }
     }
 
-    fn job_chunk(&mut self, job: JobId, end: u64) {
-        if let Some(state) = self.jobs.iter_mut().find(|j| j.job == job) {
-            state.offset = state.offset.max(end);
-            self.end_job_waits();
-        }
-    }
-
-    fn job_status(&mut self, job: JobId, id: &Rc<str>, to: JobStatus) {
-        match self
-            .jobs
-            .iter_mut()
-            .rfind(|j| j.id == *id && j.status != JobStatus::Null)
-        {
-            Some(job) => {
-                job.status = to;
-                job.visited |= 1 << (to as u16);
-                job.pushes = 0;
-            }
-            None => {
-                let (id, visited) = (Rc::clone(id), 1 << (to as u16));
-                self.jobs.push(JobState {
-                    job,
-                    id,
-                    status: to,
-                    visited,
-                    offset: 0,
-                    pushes: 0,
-                    all_pushes: 0,
-                });
-            }
-        }
-        self.end_job_waits();
-    }
-
     fn end_job_waits(&mut self) {
         let mut waits = std::mem::take(&mut self.job_waits);
         waits.retain(|&step| {
             let Action::WaitJob { job } = &self.scenario.steps[step.0 as usize].action else {
                 unreachable!("only wait-job steps are here")
             };
-            let over = self.job_reached(job);
+            let over = self.jobs.reached(job);
             if over {
                 self.incoming.push(Record::Ended(step, Outcome::Passed));
             }
@@ -588,22 +526,9 @@ impl Runner {
         if last > self.actor_of.len() && self.unfinished > 0 && self.waits_for_extra() {
             return Ok(false);
         }
-        for at in 0..self.jobs.len() {
-            let job = &mut self.jobs[at];
-            // What stops at the same error again and again is not to be helped by going on.
-            let parked = matches!(job.status, JobStatus::Paused | JobStatus::Standby);
-            let pushes = if parked && job.all_pushes >= PATIENT_PUSHES {
-                job.pushes.max(1)
-            } else {
-                job.pushes
-            };
-            let Some(command) = push(job.status, pushes) else {
-                continue;
-            };
-            job.pushes += 1;
-            job.all_pushes = job.all_pushes.saturating_add(1);
+        if let Some((id, command)) = self.jobs.push_on() {
             let mut arguments = Map::new();
-            arguments.insert("id".into(), Value::String(job.id.to_string()));
+            arguments.insert("id".into(), Value::String(id.to_string()));
             let action = Action::Command {
                 execute: command.into(),
                 arguments,
@@ -642,8 +567,7 @@ impl Runner {
 
     /// Nothing can happen and nothing is left to clear away: is everything done?
     fn at_rest(&mut self, target: &mut dyn Target, oracles: &mut [Box<dyn Oracle>]) -> Result<(), Stop> {
-        let jobs_over = self.jobs.iter().all(|j| j.status == JobStatus::Null);
-        if self.unfinished == 0 && jobs_over && self.issuable.is_empty() {
+        if self.unfinished == 0 && self.jobs.all_gone() && self.issuable.is_empty() {
             return Ok(());
         }
         Err(self.hangs("nothing can happen any more", target, oracles))
@@ -660,10 +584,7 @@ impl Runner {
                 return Stop::Violation(violation);
             }
         }
-        let jobs = self.jobs.iter().filter(|j| j.status != JobStatus::Null);
-        let mut evidence: Vec<String> = jobs
-            .map(|j| format!("job '{}' is {}", j.id, finish::status_name(j.status)))
-            .collect();
+        let mut evidence: Vec<String> = self.jobs.describe().collect();
         let waiting = self.actors.iter().filter_map(|a| a.waiting);
         evidence.extend(waiting.map(|s| {
             format!(
@@ -708,25 +629,6 @@ impl Runner {
             .collect();
         target.judge(&sound)?;
         Ok(())
-    }
-}
-
-/// The command that moves a standing job on, a gentle one first.
-fn push(status: JobStatus, pushes: u8) -> Option<&'static str> {
-    match (status, pushes) {
-        (JobStatus::Pending, 0) => Some("job-finalize"),
-        (JobStatus::Concluded, 0) => Some("job-dismiss"),
-        (JobStatus::Ready, 0) => Some("job-complete"),
-        (JobStatus::Paused | JobStatus::Standby, 0) => Some("job-resume"),
-        (
-            JobStatus::Created
-            | JobStatus::Paused
-            | JobStatus::Standby
-            | JobStatus::Ready
-            | JobStatus::Pending,
-            ..PUSHES,
-        ) => Some("job-cancel"),
-        _ => None,
     }
 }
 
