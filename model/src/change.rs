@@ -181,7 +181,7 @@ impl Graph {
     /// Opens a node, and the children that follow it, read-only or read-write.
     ///
     /// # Errors
-    /// A driver that cannot, a writer on what becomes read-only, a read-only child that does not follow.
+    /// A driver that cannot, `force-share`, a writer on what becomes read-only, a read-only child that does not follow.
     pub fn set_read_only(&mut self, id: NodeId, read_only: bool) -> Result<(), Refusal> {
         let queue = self.reopen_queue(id);
         for id in &queue {
@@ -192,6 +192,10 @@ impl Graph {
                     "Block format '{driver}' used by node '{name}' does not support reopening files"
                 )));
             }
+            // It goes with read-only only, and cannot be changed together.
+            if node.force_share {
+                return Err(Refusal::new("Cannot change the option 'force-share'"));
+            }
         }
         let going_read_only: Vec<NodeId> = queue
             .iter()
@@ -201,7 +205,10 @@ impl Graph {
         for id in &queue {
             self.node_mut(*id).writable = !read_only;
         }
-        self.refresh_for_reopen(&queue, &going_read_only)
+        self.refresh_for_reopen(&queue, &going_read_only)?;
+        // From now on this is an option of its own, and it no longer follows the node that opened it.
+        self.node_mut(id).explicit_read_only = true;
+        Ok(())
     }
 
     /// The node, and the children that were opened inline with it and follow its read-only option.

@@ -34,7 +34,28 @@ impl Layer {
         if writable {
             queue.reverse();
         }
-        self.reopen_drained(&queue, writable).await
+        self.reopen_drained(&queue, writable).await?;
+        // From now on this is an option of its own, and it no longer follows the node that opened it.
+        let options = &self.node(node).options;
+        options
+            .borrow_mut()
+            .insert("read-only".to_owned(), read_only.into());
+        Ok(())
+    }
+
+    /// The node follows the one that opened it: no option `read-only` of its own.
+    pub(crate) fn follows_read_only(&self, node: NodeId) -> bool {
+        !self.node(node).options.borrow().contains_key("read-only")
+    }
+
+    /// Read-only again after a command that failed: as if it had never been writable. `followed`: what
+    /// [`Layer::follows_read_only`] said before. QEMU leaves the option behind.
+    pub(crate) async fn undo_writable(&self, node: NodeId, followed: bool) -> Result<(), QmpError> {
+        self.set_read_only(node, true).await?;
+        if followed {
+            self.node(node).options.borrow_mut().remove("read-only");
+        }
+        Ok(())
     }
 
     /// The node, then what follows it below.
@@ -49,7 +70,7 @@ impl Layer {
             );
             let follows = child.inherits_from.get() == Some(parent)
                 && !role.contains(Role::COW)
-                && !child.options.borrow().contains_key("read-only")
+                && self.follows_read_only(child.id)
                 && child.is_writable() != writable
                 && !queue.iter().any(|n| n.id == child.id);
             if follows {
@@ -86,6 +107,10 @@ impl Layer {
             let text =
                 format!("Block format '{format}' used by node '{name}' does not support reopening files");
             return Err(QmpError::generic(text));
+        }
+        // It goes with read-only only, and cannot be changed together.
+        if node.force_share.get() {
+            return Err(QmpError::generic("Cannot change the option 'force-share'"));
         }
         node.driver().reopen(&self.cx(node), writable).await
     }

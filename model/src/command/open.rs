@@ -63,7 +63,7 @@ struct Options {
     driver: Driver,
     node_name: Option<Rc<str>>,
     read_only: Option<bool>,
-    force_share: bool,
+    force_share: Option<bool>,
     kind: Kind,
 }
 
@@ -72,6 +72,7 @@ struct Options {
 struct Inherited {
     parent: Option<NodeId>,
     read_only: bool,
+    force_share: bool,
 }
 
 pub(crate) fn blockdev_add(world: &mut World, arguments: &Value) -> Result<(), Refusal> {
@@ -85,6 +86,7 @@ pub(crate) fn blockdev_add(world: &mut World, arguments: &Value) -> Result<(), R
         Inherited {
             parent: None,
             read_only: false,
+            force_share: false,
         },
     )?;
     world.graph.node_mut(id).monitor_owned = true;
@@ -102,7 +104,7 @@ impl Options {
         args.opt_bool("active")?;
         let read_only = args.opt_bool("read-only")?;
         args.opt_bool("auto-read-only")?;
-        let force_share = args.opt_bool("force-share")?.unwrap_or(false);
+        let force_share = args.opt_bool("force-share")?;
         args.opt_enum("detect-zeroes", &["off", "on", "unmap"])?;
         let kind = match driver {
             Driver::File | Driver::HostDevice => {
@@ -213,10 +215,12 @@ fn open_child(world: &mut World, child: &ChildRef, inherited: Inherited) -> Resu
 
 fn open(world: &mut World, options: &Options, inherited: Inherited) -> Result<NodeId, Refusal> {
     let read_only = options.read_only.unwrap_or(inherited.read_only);
+    let force_share = options.force_share.unwrap_or(inherited.force_share);
     // Identifiers go to children first, so whom they inherit from is set once this node has one.
     let below = Inherited {
         parent: None,
         read_only,
+        force_share,
     };
     let file = match &options.kind {
         Kind::Leaf { .. } | Kind::NullCo { .. } => None,
@@ -225,7 +229,7 @@ fn open(world: &mut World, options: &Options, inherited: Inherited) -> Result<No
             matches!(file, ChildRef::Inline(_)),
         )),
     };
-    if options.force_share && !read_only {
+    if force_share && !read_only {
         return Err(Refusal::new(
             "force-share=on can only be used with read-only images",
         ));
@@ -234,7 +238,7 @@ fn open(world: &mut World, options: &Options, inherited: Inherited) -> Result<No
     let id = world.graph.add_node(Node {
         writable: !read_only,
         explicit_read_only: options.read_only.is_some(),
-        force_share: options.force_share,
+        force_share,
         inherits_from: inherited.parent,
         ..Node::new(&name, options.driver)
     });
@@ -364,6 +368,7 @@ fn open_qcow2(world: &mut World, id: NodeId, file: NodeId, backing: &Backing) ->
     let below = Inherited {
         parent: Some(id),
         read_only: true,
+        force_share: world.graph.node(id).force_share,
     };
     let opened = match (backing, recorded) {
         (Backing::Nothing, _) | (Backing::Header, None) => return Ok(()),
@@ -409,7 +414,7 @@ fn options_from_header(
         driver,
         node_name: None,
         read_only: None,
-        force_share: false,
+        force_share: None,
         kind,
     };
     let file = ChildRef::Inline(Box::new(plain(leaf, Kind::Leaf { filename })));
