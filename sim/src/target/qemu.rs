@@ -148,9 +148,10 @@ impl Running {
     fn settle(&mut self) -> Result<(), Broken> {
         loop {
             let alive = self.sleepers.wait()?;
-            let mut stirred = self.monitor.pump()?;
-            stirred |= self.server.pump().map_err(Broken::Nonsense)?;
-            stirred |= self.client.pump().map_err(Broken::Nonsense)?;
+            // One after the other: what is sent at the same time may be seen in either order.
+            let stirred = self.monitor.pump()?
+                || self.server.pump().map_err(Broken::Nonsense)?
+                || self.client.pump().map_err(Broken::Nonsense)?;
             if !alive || self.monitor.is_gone() {
                 return Err(self.daemon.ended());
             }
@@ -309,7 +310,7 @@ impl QemuTarget {
                     .monitor
                     .send("x-debug-query-block-graph", &Map::new());
                 self.looking = Some(id);
-            } else if self.under_way.is_some() || !self.send_next() {
+            } else if self.under_way.is_some() || !self.send_next()? {
                 return Ok(());
             }
         }
@@ -334,33 +335,35 @@ impl QemuTarget {
     }
 
     /// Sends the next command in line. Whether there was one.
-    fn send_next(&mut self) -> bool {
+    fn send_next(&mut self) -> Result<bool, Broken> {
         let Some(pending) = self.queue.pop_front() else {
-            return false;
+            return Ok(false);
         };
         if !is_query(&pending.execute) {
             self.main_begins(lasting(&pending.execute));
         }
         let arguments = self.names.to_daemon(&pending.execute, &pending.arguments);
-        self.before(&pending);
+        self.before(&pending)?;
         self.last = format!("{} {}", pending.execute, Value::Object(pending.arguments.clone()));
         self.running().monitor.send(&pending.execute, &arguments);
         self.under_way = Some(pending);
-        true
+        Ok(true)
     }
 
     /// A guest that has nothing in flight does not stay connected to an export that goes: elsewhere guests are no
     /// connections, and a safe delete is refused only while requests are.
-    fn before(&mut self, pending: &Pending) {
+    fn before(&mut self, pending: &Pending) -> Result<(), Broken> {
         if pending.execute != "block-export-del" {
-            return;
+            return Ok(());
         }
         let id = text(&pending.arguments, "id").unwrap_or_default();
         let name = self.export_name(id);
-        let client = &mut self.running().client;
-        if client.in_flight(&name) == 0 {
-            client.hang_up(&name);
+        let running = self.running();
+        if running.client.in_flight(&name) == 0 {
+            running.client.hang_up(&name);
+            running.settle()?;
         }
+        Ok(())
     }
 
     fn answered(&mut self, result: Result<Value, (String, String)>) -> Result<(), Broken> {
@@ -437,7 +440,10 @@ impl QemuTarget {
 
     fn guests_ended(&mut self) {
         let running = self.running.as_mut().expect("prepared");
-        for (token, answer) in running.client.answers() {
+        let mut answers: Vec<_> = running.client.answers().collect();
+        // What came in one settling came together.
+        answers.sort_by_key(|(token, _)| *token);
+        for (token, answer) in answers {
             let outcome = match answer {
                 Answer::Read(result) => Outcome::Read(result.map(Rc::from)),
                 Answer::Done(result) => Outcome::Done(result),
@@ -791,8 +797,12 @@ impl Target for QemuTarget {
                     execute: execute.clone(),
                     arguments: arguments.clone(),
                 });
-                if self.under_way.is_none() && self.main.is_none() {
-                    self.send_next();
+                if self.under_way.is_none()
+                    && self.main.is_none()
+                    && let Err(broken) = self.send_next()
+                {
+                    self.trouble = Some(broken);
+                    return;
                 }
             }
             Action::Guest { export, op } => self.guest(export, *op, scenario.grain, step),

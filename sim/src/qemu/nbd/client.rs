@@ -271,6 +271,8 @@ impl Client {
                 session.end(&mut self.answers);
             }
         }
+        // The daemon notices when we hang up.
+        stirred |= self.sessions.iter().any(|s| s.gone);
         self.sessions.retain(|s| !s.gone);
         Ok(stirred)
     }
