@@ -335,31 +335,48 @@ impl Books {
     /// Block status says that the grain reads as zeroes.
     fn is_hole(&self, world: &World, node: NodeId, grain: usize) -> bool {
         let facts = world.graph.node(node);
-        if grain as u64 * self.grain >= facts.length {
-            return true;
-        }
+        let below = || world.graph.chain_child(node);
         match facts.driver {
-            Driver::CopyOnRead => world
-                .graph
-                .filter_child(node)
-                .is_some_and(|c| self.is_hole(world, c, grain)),
+            _ if grain as u64 * self.grain >= facts.length => true,
+            Driver::CopyOnRead => below().is_some_and(|child| self.is_hole(world, child, grain)),
+            // It is asked what its file alone says.
             Driver::Raw if !facts.windowed => world
                 .graph
                 .primary_child(node)
-                .is_some_and(|c| self.is_hole(world, c, grain)),
+                .is_some_and(|child| self.is_hole_alone(world, child, grain)),
             Driver::Qcow2 => {
-                let file = world.image_file(node).and_then(|f| self.files.get(&*f));
-                match file.and_then(|f| f.layer.cells.get(grain)) {
-                    Some(Cell::Unallocated) => world
-                        .graph
-                        .cow_child(node)
-                        .is_none_or(|below| self.is_hole(world, below, grain)),
-                    Some(Cell::Zero) => true,
-                    _ => false,
-                }
+                self.is_hole_alone(world, node, grain)
+                    || (self.is_open(world, node, grain)
+                        && below().is_some_and(|child| self.is_hole(world, child, grain)))
             }
             _ => false,
         }
+    }
+
+    /// The same, of the node alone, as seen through a node that is no filter.
+    fn is_hole_alone(&self, world: &World, node: NodeId, grain: usize) -> bool {
+        let facts = world.graph.node(node);
+        match facts.driver {
+            Driver::Qcow2 if self.is_open(world, node, grain) => world
+                .graph
+                .cow_child(node)
+                .is_none_or(|below| grain as u64 * self.grain >= world.graph.node(below).length),
+            Driver::Qcow2 => {
+                let file = world.image_file(node).and_then(|f| self.files.get(&*f));
+                file.and_then(|f| f.layer.cells.get(grain)) == Some(&Cell::Zero)
+            }
+            Driver::CopyOnRead | Driver::Raw if !facts.windowed => world
+                .graph
+                .primary_child(node)
+                .is_some_and(|child| self.is_hole_alone(world, child, grain)),
+            _ => false,
+        }
+    }
+
+    /// The image of this qcow2 node leaves the grain to the layer below.
+    fn is_open(&self, world: &World, node: NodeId, grain: usize) -> bool {
+        let file = world.image_file(node).and_then(|f| self.files.get(&*f));
+        file.and_then(|f| f.layer.cells.get(grain)) == Some(&Cell::Unallocated)
     }
 
     fn write(&mut self, world: &World, node: NodeId, grains: Span<usize>, cell: Cell) {
@@ -396,11 +413,20 @@ impl Books {
         let Some(file) = self.files.get_mut(&*name) else {
             return;
         };
-        if file.layer.format == blkcheck_model::layer::Format::Qcow2(2) {
-            let end = grains.end.min(file.layer.cells.len());
-            let start = grains.start.min(end);
-            file.layer.cells[start..end].fill(Cell::Unallocated);
-            file.copied[start..end].fill(Some(0));
+        if file.layer.format != blkcheck_model::layer::Format::Qcow2(2) {
+            return;
+        }
+        for at in grains {
+            if at < file.layer.cells.len() {
+                let cluster = file.layer.cluster_of(at);
+                if file.layer.cells[cluster.clone()]
+                    .iter()
+                    .all(|c| c.value() == Some(0))
+                {
+                    file.layer.cells[cluster.clone()].fill(Cell::Unallocated);
+                    file.copied[cluster].fill(Some(0));
+                }
+            }
         }
     }
 

@@ -173,7 +173,7 @@ pub static DEFECTS: &[Defect] = &[
         matches: |case| {
             case.failed == Some(Kind::Crash)
                 && case.qemu.contains("SIGSEGV")
-                && (bottoms_out(case.world, case.arguments) || has_bottomed_out(case.world))
+                && (bottoms_out(case.world, case.arguments) || has_bottom_on_top(case.world))
         },
         steer: Some(|around| around.execute == "blockdev-add" && bottoms_out(around.world, around.arguments)),
     },
@@ -224,6 +224,24 @@ pub static DEFECTS: &[Defect] = &[
                 && streams(case.scenario, case.step)
                 && case.model.contains("perm 'consistent read'")
                 && case.qemu.contains("perm ''")
+        },
+        steer: None,
+    },
+    Defect {
+        id: "refused-stream-pins-read-only",
+        title: "a refused block-stream leaves its read-only device with an option of its own, which no longer follows",
+        qemu: "the device is made writable and read-only again; the latter stays behind as an explicit option, so that \
+               the node above can no longer make it writable",
+        right: "a refused command changes nothing",
+        sure: Sure::Likely,
+        scenario: files!("refused-stream-pins-read-only").0,
+        page: files!("refused-stream-pins-read-only").1,
+        matches: |case| {
+            case.what == Some(What::Result)
+                && case.model == "accepted"
+                && case.qemu.ends_with("Block node is read-only")
+                && case.step > 0
+                && streams(case.scenario, case.step - 1)
         },
         steer: None,
     },
@@ -340,20 +358,20 @@ fn bottoms_out(world: &World, options: &Map<String, Value>) -> bool {
         Some(Value::String(file)) => world.graph.find(file).is_some_and(|file| {
             let graph = &world.graph;
             let first = graph.skip_filters(file);
-            graph.name(first) == bottom && graph.chain_child(first).is_none()
+            graph.name(first) == bottom
         }),
         Some(Value::Object(file)) => file.get("node-name").is_some_and(|n| n == bottom) || inner(),
         _ => false,
     }
 }
 
-/// There is one.
-fn has_bottomed_out(world: &World) -> bool {
+/// There is a filter whose bottom is the very layer that it filters. A stream's own filter is one, too, when its base is
+/// right below its device.
+fn has_bottom_on_top(world: &World) -> bool {
     let graph = &world.graph;
-    graph.nodes().any(|(id, node)| {
-        node.bottom == Some(graph.skip_filters(id))
-            && node.bottom.is_some_and(|b| graph.chain_child(b).is_none())
-    })
+    graph
+        .nodes()
+        .any(|(id, node)| node.bottom == Some(graph.skip_filters(id)))
 }
 
 /// Some argument names one of these nodes.

@@ -499,6 +499,7 @@ impl<'a> Run<'a> {
         let node = self.world.graph.edge(found.root).child;
         let ask = Books::ask(scenario, op, at);
         let answer = self.peer.request(&name, ask)?;
+        self.is_alive(&answer)?;
         if answer == Answer::NoExport {
             return Err(Stop::Differs(
                 What::Result,
@@ -515,6 +516,25 @@ impl<'a> Run<'a> {
             self.peer.rest()?;
             self.events()?;
             self.jobs_rest()?;
+        }
+        Ok(())
+    }
+
+    /// A connection that was lost may be that of a daemon that died.
+    fn is_alive(&mut self, answer: &Answer) -> Result<(), Stop> {
+        const ESHUTDOWN: i32 = 108;
+        let lost = matches!(
+            answer,
+            Answer::NoExport
+                | Answer::Read(Err(ESHUTDOWN))
+                | Answer::Done(Err(ESHUTDOWN))
+                | Answer::Status(Err(ESHUTDOWN))
+        );
+        if lost {
+            self.peer.rest()?;
+            self.peer
+                .ask("query-jobs", &Map::new())?
+                .map_err(|e| Broken::Nonsense(e.1))?;
         }
         Ok(())
     }
@@ -573,6 +593,7 @@ impl<'a> Run<'a> {
                 continue;
             };
             let Some(size) = self.peer.size(export)? else {
+                self.is_alive(&Answer::NoExport)?;
                 return Err(Stop::Differs(
                     What::Content,
                     format!("export {export}"),
@@ -597,6 +618,7 @@ impl<'a> Run<'a> {
             };
             let op = GuestOp::Read(range);
             let answer = self.peer.request(export, Books::ask(scenario, op, 0))?;
+            self.is_alive(&answer)?;
             self.books
                 .guest(&self.world, id, false, op, 0, &answer)
                 .map_err(|(model, qemu)| {

@@ -75,7 +75,13 @@ impl State {
             .collect();
         jobs.sort_unstable();
         let header = |facts: &blkcheck_model::FileFacts| -> Header {
-            let backing = facts.qcow2.as_ref()?.backing.as_ref()?;
+            // An empty name is stored as none.
+            let backing = facts
+                .qcow2
+                .as_ref()?
+                .backing
+                .as_ref()
+                .filter(|b| !b.file.is_empty())?;
             Some((
                 backing.file.to_string(),
                 backing.format.as_deref().map(str::to_owned),
