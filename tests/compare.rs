@@ -1,11 +1,12 @@
 //! `blkcheck compare` against the real daemon: known defects are reproduced and recognised, seeds and short sequences
-//! agree, at least a hundred distinct refusals are reached, and a missing daemon is said so.
+//! agree, at least a hundred kinds of refusals are reached, and a missing daemon is said so.
 //!
 //! Without qemu-storage-daemon 10.0.x the comparisons are skipped, loudly; not so under `BLKCHECK_REQUIRE_ALL=1`.
 #![cfg(target_os = "linux")]
 
 mod common;
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use common::{blkcheck, has_daemon, root, scenario_files, stderr, stdout};
@@ -77,33 +78,49 @@ fn seeds_and_short_sequences_agree() {
     }
 }
 
-/// The texts with everything taken out that names a thing, so that it is kinds of refusals that are counted.
+/// A text without what names a thing of the scenario: two nodes that are not found are one kind of refusal. Parameters, verbs,
+/// states and permissions stay: they make kinds of their own.
+fn kind_of(text: &str) -> String {
+    const NAMES: [&str; 8] = ["cor", "x", "nope", "/nope", "nobody", "nowhere", "odd", "thr"];
+    let belongs = |c: char| c.is_ascii_alphanumeric() || "#-_./".contains(c);
+    let names = |word: &str| {
+        word.contains(|c: char| c.is_ascii_digit() || c == '#')
+            || word.ends_with(".img")
+            || word.len() > 31
+            || NAMES.contains(&word)
+    };
+    let mut kind = String::new();
+    let mut rest = text;
+    while let Some(first) = rest.chars().next() {
+        let length = rest.find(|c| belongs(c) != belongs(first)).unwrap_or(rest.len());
+        let (word, after) = rest.split_at(length);
+        kind.push_str(if belongs(first) && names(word) { "…" } else { word });
+        rest = after;
+    }
+    kind
+}
+
 #[test]
-fn at_least_a_hundred_refusals_agree() {
-    if !has_daemon("at_least_a_hundred_refusals_agree") {
+fn at_least_a_hundred_kinds_of_refusals_agree() {
+    if !has_daemon("at_least_a_hundred_kinds_of_refusals_agree") {
         return;
     }
     let dir = tempfile::tempdir().expect("a directory");
     let (code, report) = compare(dir.path(), &["--seeds", "0..250"]);
     assert_eq!(code, 0, "{report}");
-    let refusals: Vec<String> = report["refusals"]
+    let text = |value: &Value| value.as_str().expect("a string").to_owned();
+    let kinds: BTreeSet<String> = report["refusals"]
         .as_array()
         .expect("a list")
         .iter()
-        .map(|r| {
-            format!(
-                "{}: {}",
-                r[0].as_str().expect("a class"),
-                r[1].as_str().expect("a text")
-            )
-        })
+        .map(|r| format!("{}: {}", text(&r[0]), kind_of(&text(&r[1]))))
         .collect();
-    assert!(refusals.len() >= 100, "only {}", refusals.len());
+    assert!(kinds.len() >= 100, "only {}: {kinds:#?}", kinds.len());
     insta::with_settings!({
         snapshot_path => root().join("tests/snapshots"),
         prepend_module_to_snapshot => false,
         omit_expression => true,
     }, {
-        insta::assert_snapshot!("compare-refusals", refusals.join("\n"));
+        insta::assert_snapshot!("compare-refusals", kinds.into_iter().collect::<Vec<_>>().join("\n"));
     });
 }
