@@ -1,4 +1,4 @@
-//! Changes of the graph: attach, detach, set a backing node, replace a node, insert and drop a filter, read-only.
+//! Changes of the graph: attach, detach, set a backing node, replace a node, insert and drop a filter.
 //!
 //! Rules: every change ends with a refresh of the masks it touches. A refused change leaves the graph half changed
 //! unless it says otherwise; callers work on a copy, or through [`Graph::attempt`]. Drain, locks and I/O are no part
@@ -25,6 +25,13 @@ impl Graph {
         Ok(result)
     }
 
+    pub(crate) fn cycle(&self, child: NodeId, name: &str, parent: NodeId) -> Refusal {
+        let (child, parent) = (self.name(child), self.name(parent));
+        Refusal::new(format!(
+            "Making '{child}' a {name} child of '{parent}' would create a cycle"
+        ))
+    }
+
     /// Adds a child edge, without a refresh.
     fn attach_noperm(
         &mut self,
@@ -34,10 +41,7 @@ impl Graph {
         role: Role,
     ) -> Result<EdgeId, Refusal> {
         if self.reaches(child, parent) {
-            let (child, parent) = (self.name(child), self.name(parent));
-            return Err(Refusal::new(format!(
-                "Making '{child}' a {name} child of '{parent}' would create a cycle"
-            )));
+            return Err(self.cycle(child, name, parent));
         }
         let edge = Edge {
             name,
@@ -112,7 +116,19 @@ impl Graph {
     /// # Errors
     /// A frozen link, a driver without backing files, a cycle, masks.
     pub fn set_backing(&mut self, parent: NodeId, backing: Option<NodeId>) -> Result<(), Refusal> {
-        let old = self.cow_link(parent);
+        self.replace_link(parent, "backing", Role::COW, self.cow_link(parent), backing)?;
+        self.refresh(&[parent])
+    }
+
+    /// Puts `new` into the place of `old`, without a refresh.
+    pub(crate) fn replace_link(
+        &mut self,
+        parent: NodeId,
+        slot: &'static str,
+        role: Role,
+        old: Option<EdgeId>,
+        new: Option<NodeId>,
+    ) -> Result<(), Refusal> {
         if let Some(edge) = old
             .map(|link| self.edge(link))
             .filter(|edge| edge.frozen_by.is_some())
@@ -124,21 +140,46 @@ impl Graph {
             )));
         }
         let node = self.node(parent);
-        if !node.driver.supports_backing() {
+        if slot == "backing" && !node.driver.supports_backing() {
             let (driver, name) = (node.driver.name(), &node.name);
             return Err(Refusal::new(format!(
                 "Driver '{driver}' of node '{name}' does not support backing files"
             )));
         }
-        let detached = old.map(|link| self.remove_edge(link).child);
-        if let Some(backing) = backing {
-            self.attach_noperm(parent, backing, "backing", Role::COW)?;
+        let inherits = new.is_some_and(|new| self.inherits_from(new, parent));
+        if let Some(old) = old {
+            self.no_longer_inherits(parent, old);
+            self.remove_edge(old);
         }
-        self.refresh(&[parent])?;
-        if let Some(child) = detached.filter(|child| self.node(*child).inherits_from == Some(parent)) {
-            self.node_mut(child).inherits_from = None;
+        if let Some(new) = new {
+            self.attach_noperm(parent, new, slot, role)?;
+            if inherits {
+                self.node_mut(new).inherits_from = Some(parent);
+            }
         }
         Ok(())
+    }
+
+    /// `parent` opened the node inline, or the one that did, and so on.
+    fn inherits_from(&self, id: NodeId, parent: NodeId) -> bool {
+        std::iter::successors(self.node(id).inherits_from, |id| self.node(*id).inherits_from)
+            .any(|above| above == parent)
+    }
+
+    /// The link goes, and what is below follows `root` only if there is another direct link to it.
+    fn no_longer_inherits(&mut self, root: NodeId, link: EdgeId) {
+        let child = self.edge(link).child;
+        let other = |graph: &Graph| {
+            graph
+                .children(root)
+                .any(|(id, edge)| id != link && edge.child == child)
+        };
+        if self.node(child).inherits_from == Some(root) && !other(self) {
+            self.node_mut(child).inherits_from = None;
+        }
+        for link in self.node(child).children.clone() {
+            self.no_longer_inherits(root, link);
+        }
     }
 
     /// Moves every movable parent of `from` to `to`: jobs stay, and so do edges below `to`.
@@ -176,52 +217,6 @@ impl Graph {
         self.move_parents(filter, child)?;
         self.remove_edge(link);
         self.refresh(&[filter, child])
-    }
-
-    /// Opens a node, and the children that follow it, read-only or read-write.
-    ///
-    /// # Errors
-    /// A driver that cannot, `force-share`, a writer on what becomes read-only, a read-only child that does not follow.
-    pub fn set_read_only(&mut self, id: NodeId, read_only: bool) -> Result<(), Refusal> {
-        let queue = self.reopen_queue(id);
-        for id in &queue {
-            let node = self.node(*id);
-            if !node.driver.supports_reopen() {
-                let (driver, name) = (node.driver.name(), &node.name);
-                return Err(Refusal::new(format!(
-                    "Block format '{driver}' used by node '{name}' does not support reopening files"
-                )));
-            }
-            // It goes with read-only only, and cannot be changed together.
-            if node.force_share {
-                return Err(Refusal::new("Cannot change the option 'force-share'"));
-            }
-        }
-        let going_read_only: Vec<NodeId> = queue
-            .iter()
-            .copied()
-            .filter(|id| read_only && self.node(*id).writable)
-            .collect();
-        for id in &queue {
-            self.node_mut(*id).writable = !read_only;
-        }
-        self.refresh_for_reopen(&queue, &going_read_only)?;
-        // From now on this is an option of its own, and it no longer follows the node that opened it.
-        self.node_mut(id).explicit_read_only = true;
-        Ok(())
-    }
-
-    /// The node, and the children that were opened inline with it and follow its read-only option.
-    fn reopen_queue(&self, id: NodeId) -> Vec<NodeId> {
-        let mut queue = vec![id];
-        for (_, edge) in self.children(id) {
-            let child = self.node(edge.child);
-            let follows = child.inherits_from == Some(id) && !child.explicit_read_only;
-            if follows && !edge.role.contains(Role::COW) {
-                queue.extend(self.reopen_queue(edge.child));
-            }
-        }
-        queue
     }
 
     /// The file name of a node: its own, or that of the file it is the format of.

@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::rc::Rc;
 
+use crate::options::NodeOptions;
 use crate::perm::{Driver, Masks, Role};
 
 /// A node of the graph.
@@ -88,10 +89,12 @@ pub struct Node {
     pub driver: Driver,
     /// Open read-write.
     pub writable: bool,
-    /// `read-only` was given for this very node, so it does not follow its parent.
-    pub explicit_read_only: bool,
     /// `force-share=on`: parents above it share everything.
     pub force_share: bool,
+    /// Its options as they hold, without those of its children.
+    pub options: NodeOptions,
+    /// The ones that were said for this very node, so that they do not follow its parent.
+    pub explicit: NodeOptions,
     /// Length, bytes; a multiple of 512.
     pub length: u64,
     /// Smallest request, bytes (1 except for unbuffered leaves).
@@ -102,6 +105,8 @@ pub struct Node {
     pub windowed: bool,
     /// The name that the backing node must have to be the one on record (qcow2).
     pub recorded_backing: Option<Rc<str>>,
+    /// Its header names a backing file (qcow2).
+    pub names_backing: bool,
     /// Added by `blockdev-add` and not yet deleted.
     pub monitor_owned: bool,
     /// Inserted by a job for which the user named no filter.
@@ -126,7 +131,9 @@ impl Node {
             name: Rc::from(name),
             driver,
             writable: true,
-            explicit_read_only: false,
+            options: NodeOptions::default(),
+            explicit: NodeOptions::default(),
+            names_backing: false,
             force_share: false,
             length: 0,
             request_alignment: 1,

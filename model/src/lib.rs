@@ -4,6 +4,7 @@
 //! randomness. It shares no code with the layer it judges.
 //!
 //! * [`world`]: execute QMP commands, predict answers, follow jobs ([`World`]);
+//! * [`options`], [`reopen`]: options of nodes, and changing them;
 //! * [`graph`], [`walk`], [`perm`], [`refresh`], [`freeze`], [`blockers`], [`change`]: the node graph and its rules;
 //! * [`job`]: state machine, verbs, pauses;
 //! * [`layer`], [`status`], [`stream`]: what layers hold, what a read through a chain sees, what a stream may copy;
@@ -16,10 +17,12 @@ pub mod freeze;
 pub mod graph;
 pub mod job;
 pub mod layer;
+pub mod options;
 pub mod perm;
 pub mod refresh;
 pub mod refusal;
 pub mod register;
+pub mod reopen;
 pub mod status;
 pub mod stream;
 pub mod walk;

@@ -174,6 +174,16 @@ impl Driver {
         self == Driver::Qcow2
     }
 
+    /// Options of its own that can be changed while open.
+    #[must_use]
+    pub fn mutable_options(self) -> &'static [&'static str] {
+        match self {
+            Driver::Raw => &["offset", "size"],
+            Driver::Qcow2 => &crate::command::open::QCOW2_TUNING,
+            _ => &[],
+        }
+    }
+
     /// Options such as read-only can be changed while open.
     #[must_use]
     pub fn supports_reopen(self) -> bool {

@@ -349,7 +349,9 @@ impl World {
 
     /// Records another backing file in the header of a qcow2 node.
     pub(crate) fn set_header(&mut self, node: NodeId, backing: Option<BackingHeader>) {
-        self.graph.node_mut(node).recorded_backing = backing.as_ref().map(|backing| backing.file.clone());
+        let facts = self.graph.node_mut(node);
+        facts.recorded_backing = backing.as_ref().map(|backing| backing.file.clone());
+        facts.names_backing = backing.as_ref().is_some_and(|backing| !backing.file.is_empty());
         let file = self.image_file(node).expect("a qcow2 node has a file");
         let facts = self.files.get_mut(&file).expect("an open file exists");
         Rc::make_mut(facts)

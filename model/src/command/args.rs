@@ -8,6 +8,7 @@ use std::rc::Rc;
 
 use serde_json::{Map, Value};
 
+use crate::options::NodeOptions;
 use crate::refusal::Refusal;
 
 /// An object of arguments.
@@ -43,6 +44,40 @@ impl<'a> Args<'a> {
             prefix,
             seen: RefCell::default(),
         }
+    }
+
+    /// Everything in the object, flat.
+    #[must_use]
+    pub fn flat(&self) -> NodeOptions {
+        self.object
+            .map_or_else(NodeOptions::default, NodeOptions::flatten)
+    }
+
+    /// An optional nested object.
+    ///
+    /// # Errors
+    /// Another type.
+    pub fn opt_object(&self, name: &'static str) -> Result<Option<Args<'a>>, Refusal> {
+        let Some(value) = self.optional(name) else {
+            return Ok(None);
+        };
+        let object = value.as_object().ok_or_else(|| self.wrong_type(name, "object"))?;
+        Ok(Some(Args::nested(object, format!("{}.", self.full_name(name)))))
+    }
+
+    /// A mandatory list of objects.
+    ///
+    /// # Errors
+    /// Missing, or another type.
+    pub fn objects(&self, name: &'static str) -> Result<Vec<Args<'a>>, Refusal> {
+        let list = self.required(name)?;
+        let list = list.as_array().ok_or_else(|| self.wrong_type(name, "array"))?;
+        let item = |(at, item): (usize, &'a Value)| {
+            let path = format!("{name}[{at}]");
+            let object = item.as_object().ok_or_else(|| self.wrong_type(&path, "object"))?;
+            Ok(Args::nested(object, format!("{}.", self.full_name(&path))))
+        };
+        list.iter().enumerate().map(item).collect()
     }
 
     /// The member's name in error texts.

@@ -9,6 +9,7 @@ pub mod del;
 pub mod export;
 pub mod failing;
 pub mod open;
+pub mod reopen;
 pub mod stream;
 pub mod verbs;
 
@@ -58,6 +59,7 @@ fn handler(name: &str) -> Option<Handler> {
     Some(match name {
         "blockdev-add" => open::blockdev_add,
         "blockdev-del" => del::blockdev_del,
+        "blockdev-reopen" => reopen::blockdev_reopen,
         "block-export-add" => export::add,
         "block-export-del" => export::del,
         "block-stream" => stream::block_stream,

@@ -1,8 +1,9 @@
 //! `blockdev-add`: opening nodes, with everything that is opened inline below them.
 //!
 //! Rules: a format's `file` is opened before the format has a name; the backing file comes last; any failure undoes
-//! all. Generated names are `#block<n>00`, counted over the whole life of the world.
-//! Not here: probing of formats, cache modes, aio, locks on files.
+//! all. Generated names are `#block<n>00`, counted over the whole life of the world. Options that a node does not say
+//! are taken over from the node that opens it ([`NodeOptions::inherit`]).
+//! Not here: probing of formats, what cache modes do, aio, locks on files.
 
 use std::rc::Rc;
 
@@ -11,6 +12,7 @@ use serde_json::{Map, Value};
 use crate::command::args::Args;
 use crate::command::{is_well_formed, lookup};
 use crate::graph::{Node, NodeId};
+use crate::options::NodeOptions;
 use crate::perm::{Driver, Role};
 use crate::refusal::Refusal;
 use crate::world::{FileKind, World};
@@ -36,75 +38,73 @@ enum Backing {
 
 #[derive(Clone, Debug)]
 enum Kind {
-    Leaf {
-        filename: Rc<str>,
-    },
-    NullCo {
-        size: u64,
-    },
-    Raw {
-        file: ChildRef,
-        offset: u64,
-        size: Option<u64>,
-    },
-    Qcow2 {
-        file: ChildRef,
-        backing: Backing,
-    },
-    CopyOnRead {
-        file: ChildRef,
-        bottom: Option<Rc<str>>,
-    },
+    Leaf { filename: Rc<str> },
+    NullCo { size: u64 },
+    Raw { file: ChildRef },
+    Qcow2 { file: ChildRef, backing: Backing },
+    CopyOnRead { file: ChildRef, bottom: Option<Rc<str>> },
 }
 
 /// Options of one node, checked against the schema.
 #[derive(Clone, Debug)]
-struct Options {
-    driver: Driver,
+pub(crate) struct Options {
+    pub(crate) driver: Driver,
     node_name: Option<Rc<str>>,
-    read_only: Option<bool>,
-    force_share: Option<bool>,
+    /// As given.
+    pub(crate) explicit: NodeOptions,
+    /// What follows from a file name.
+    implied: NodeOptions,
     kind: Kind,
 }
 
-/// What a node opened inline gets from the one above.
+/// Who opens a node inline.
 #[derive(Clone, Copy)]
-struct Inherited {
-    parent: Option<NodeId>,
-    read_only: bool,
-    force_share: bool,
+struct Above<'a> {
+    node: Option<NodeId>,
+    options: &'a NodeOptions,
+    role: Role,
+    /// Images whose headers are being followed.
+    followed: Option<&'a Followed<'a>>,
+}
+
+/// An image whose header is being followed, and those above it.
+struct Followed<'a> {
+    image: Rc<str>,
+    above: Option<&'a Followed<'a>>,
+}
+
+impl Followed<'_> {
+    fn contains(&self, image: &str) -> bool {
+        std::iter::successors(Some(self), |followed| followed.above).any(|followed| &*followed.image == image)
+    }
 }
 
 pub(crate) fn blockdev_add(world: &mut World, arguments: &Value) -> Result<(), Refusal> {
-    let options = Options::parse(Args::new(arguments)?)?;
+    let mut options = Options::parse(Args::new(arguments)?)?;
     if options.node_name.is_none() {
         return Err(Refusal::new("'node-name' must be specified for the root node"));
     }
-    let id = open(
-        world,
-        &options,
-        Inherited {
-            parent: None,
-            read_only: false,
-            force_share: false,
-        },
-    )?;
+    for name in ["cache.direct", "cache.no-flush", "read-only"] {
+        options.explicit.set_default(name, Value::from("off"));
+    }
+    let id = open(world, &options, None)?;
     world.graph.node_mut(id).monitor_owned = true;
     Ok(())
 }
 
 impl Options {
-    fn parse(args: Args<'_>) -> Result<Options, Refusal> {
+    /// Checks options against the schema.
+    pub(crate) fn parse(args: Args<'_>) -> Result<Options, Refusal> {
         let names: Vec<&str> = Driver::ALL.iter().map(|driver| driver.name()).collect();
         let driver = args.one_of("driver", &names)?;
         let driver = Driver::from_name(driver).expect("just checked");
         let node_name = args.opt_name("node-name")?;
         args.opt_enum("discard", &["ignore", "unmap"])?;
-        args.optional("cache");
+        parse_cache(&args)?;
         args.opt_bool("active")?;
-        let read_only = args.opt_bool("read-only")?;
-        args.opt_bool("auto-read-only")?;
-        let force_share = args.opt_bool("force-share")?;
+        for name in ["read-only", "auto-read-only", "force-share"] {
+            args.opt_bool(name)?;
+        }
         args.opt_enum("detect-zeroes", &["off", "on", "unmap"])?;
         let kind = match driver {
             Driver::File | Driver::HostDevice => {
@@ -130,12 +130,9 @@ impl Options {
             }
             Driver::Raw => {
                 let file = ChildRef::parse(&args, "file", args.required("file")?)?;
-                let offset = args
-                    .opt_int("offset")?
-                    .and_then(|offset| u64::try_from(offset).ok())
-                    .unwrap_or(0);
-                let size = args.opt_int("size")?.and_then(|size| u64::try_from(size).ok());
-                Kind::Raw { file, offset, size }
+                args.opt_int("offset")?;
+                args.opt_int("size")?;
+                Kind::Raw { file }
             }
             Driver::Qcow2 => {
                 let file = ChildRef::parse(&args, "file", args.required("file")?)?;
@@ -158,19 +155,29 @@ impl Options {
                 }
             }
         };
+        let explicit = args.flat();
         args.finish()?;
         Ok(Options {
             driver,
             node_name,
-            read_only,
-            force_share,
+            explicit,
+            implied: NodeOptions::default(),
             kind,
         })
     }
 }
 
+fn parse_cache(args: &Args<'_>) -> Result<(), Refusal> {
+    let Some(cache) = args.opt_object("cache")? else {
+        return Ok(());
+    };
+    cache.opt_bool("direct")?;
+    cache.opt_bool("no-flush")?;
+    cache.finish()
+}
+
 /// Options of qcow2 that change no rule of this model.
-const QCOW2_TUNING: [&str; 11] = [
+pub(crate) const QCOW2_TUNING: [&str; 11] = [
     "lazy-refcounts",
     "pass-discard-request",
     "pass-discard-snapshot",
@@ -206,40 +213,48 @@ fn nested<'a>(object: &'a Map<String, Value>, path: &str) -> Args<'a> {
 }
 
 /// A child by reference, or opened now.
-fn open_child(world: &mut World, child: &ChildRef, inherited: Inherited) -> Result<NodeId, Refusal> {
+fn open_child(world: &mut World, child: &ChildRef, above: Above<'_>) -> Result<NodeId, Refusal> {
     match child {
         ChildRef::Name(name) => lookup(world, name, name),
-        ChildRef::Inline(options) => open(world, options, inherited),
+        ChildRef::Inline(options) => open(world, options, Some(above)),
     }
 }
 
-fn open(world: &mut World, options: &Options, inherited: Inherited) -> Result<NodeId, Refusal> {
-    let read_only = options.read_only.unwrap_or(inherited.read_only);
-    let force_share = options.force_share.unwrap_or(inherited.force_share);
-    // Identifiers go to children first, so whom they inherit from is set once this node has one.
-    let below = Inherited {
-        parent: None,
-        read_only,
-        force_share,
-    };
+fn open(world: &mut World, options: &Options, above: Option<Above<'_>>) -> Result<NodeId, Refusal> {
+    let mut own = options.explicit.clone();
+    if let Some(above) = above {
+        own.inherit(above.role, above.options);
+    }
+    own.join(&options.implied);
     let file = match &options.kind {
         Kind::Leaf { .. } | Kind::NullCo { .. } => None,
-        Kind::Raw { file, .. } | Kind::Qcow2 { file, .. } | Kind::CopyOnRead { file, .. } => Some((
-            open_child(world, file, below)?,
-            matches!(file, ChildRef::Inline(_)),
-        )),
+        Kind::Raw { file, .. } | Kind::Qcow2 { file, .. } | Kind::CopyOnRead { file, .. } => {
+            // Identifiers go to children first, so whom they inherit from is set once this node has one.
+            let below = Above {
+                node: None,
+                options: &own,
+                role: Role::IMAGE,
+                followed: None,
+            };
+            let id = open_child(world, file, below)?;
+            Some((id, matches!(file, ChildRef::Inline(_))))
+        }
     };
-    if force_share && !read_only {
-        return Err(Refusal::new(
-            "force-share=on can only be used with read-only images",
-        ));
-    }
+    check_generic(&own)?;
     let name = assign_name(world, options.node_name.as_deref())?;
+    let mut explicit = options.explicit.clone();
+    for child in ["file", "backing"] {
+        for options in [&mut own, &mut explicit] {
+            options.take_child(child);
+            options.remove(child);
+        }
+    }
     let id = world.graph.add_node(Node {
-        writable: !read_only,
-        explicit_read_only: options.read_only.is_some(),
-        force_share,
-        inherits_from: inherited.parent,
+        writable: !own.is_on("read-only"),
+        force_share: own.is_on("force-share"),
+        inherits_from: above.and_then(|above| above.node),
+        options: own,
+        explicit,
         ..Node::new(&name, options.driver)
     });
     match &options.kind {
@@ -249,8 +264,11 @@ fn open(world: &mut World, options: &Options, inherited: Inherited) -> Result<No
             node.length = *size;
             node.filename = Some(Rc::from("null-co://"));
         }
-        Kind::Raw { offset, size, .. } => open_raw(world, id, file.expect("has a file").0, *offset, *size)?,
-        Kind::Qcow2 { backing, .. } => open_qcow2(world, id, file.expect("has a file").0, backing)?,
+        Kind::Raw { .. } => open_raw(world, id, file.expect("has a file").0)?,
+        Kind::Qcow2 { backing, .. } => {
+            let followed = above.and_then(|above| above.followed);
+            open_qcow2(world, id, file.expect("has a file").0, backing, followed)?;
+        }
         Kind::CopyOnRead { bottom, .. } => {
             open_copy_on_read(world, id, file.expect("has a file").0, bottom.as_deref())?;
         }
@@ -259,6 +277,25 @@ fn open(world: &mut World, options: &Options, inherited: Inherited) -> Result<No
         world.graph.node_mut(file).inherits_from = Some(id);
     }
     Ok(id)
+}
+
+/// Options that have a meaning for every driver.
+pub(crate) fn check_generic(options: &NodeOptions) -> Result<(), Refusal> {
+    if options.is_on("force-share") && !options.is_on("read-only") {
+        return Err(Refusal::new(
+            "force-share=on can only be used with read-only images",
+        ));
+    }
+    check_detect_zeroes(options)
+}
+
+pub(crate) fn check_detect_zeroes(options: &NodeOptions) -> Result<(), Refusal> {
+    if options.unmaps_zeroes_in_vain() {
+        return Err(Refusal::new(
+            "setting detect-zeroes to unmap is not allowed without setting discard operation to unmap",
+        ));
+    }
+    Ok(())
 }
 
 /// Opens a copy-on-read filter over a node, as a job does it.
@@ -272,6 +309,7 @@ pub(crate) fn open_job_filter(
     let id = world.graph.add_node(Node {
         implicit: name.is_none(),
         held_by_job: true,
+        options: options_of([("driver", Driver::CopyOnRead.name())]),
         ..Node::new(&node_name, Driver::CopyOnRead)
     });
     let bottom = world.graph.node(bottom).name.clone();
@@ -323,38 +361,70 @@ fn open_leaf(world: &mut World, id: NodeId, filename: &Rc<str>) -> Result<(), Re
     Ok(())
 }
 
-fn open_raw(
-    world: &mut World,
-    id: NodeId,
-    file: NodeId,
+/// The part of its file that a raw node shows.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Window {
     offset: u64,
     size: Option<u64>,
-) -> Result<(), Refusal> {
-    let windowed = offset != 0 || size.is_some();
-    let role = if windowed { Role::DATA } else { Role::FILTERED };
+}
+
+impl Window {
+    /// What the options say, for a file of this length.
+    pub(crate) fn of(options: &NodeOptions, real: u64) -> Result<Window, Refusal> {
+        let number = |name| options.get(name).and_then(Value::as_u64);
+        let (offset, size) = (number("offset").unwrap_or(0), number("size"));
+        if offset > real {
+            return Err(Refusal::new(format!(
+                "Offset ({offset}) cannot be greater than size of the containing file ({real})"
+            )));
+        }
+        if let Some(size) = size.filter(|size| *size > real - offset) {
+            return Err(Refusal::new(format!(
+                "The sum of offset ({offset}) and size ({size}) has to be smaller or equal to the  actual size of \
+                 the containing file ({real})"
+            )));
+        }
+        if size.is_some_and(|size| !size.is_multiple_of(SECTOR)) {
+            return Err(Refusal::new("Specified size is not multiple of 512"));
+        }
+        Ok(Window { offset, size })
+    }
+
+    /// Not the whole file.
+    pub(crate) fn is_part(self) -> bool {
+        self.offset != 0 || self.size.is_some()
+    }
+
+    /// How much of a file of this length is seen.
+    pub(crate) fn length(self, real: u64) -> u64 {
+        let rest = real.saturating_sub(self.offset);
+        self.size
+            .map_or(rest, |size| size.min(rest))
+            .next_multiple_of(SECTOR)
+    }
+}
+
+fn open_raw(world: &mut World, id: NodeId, file: NodeId) -> Result<(), Refusal> {
+    let options = world.graph.node(id).options.clone();
+    // A window is data of its own, although its place may still turn out to be none.
+    let part = options.has("size") || options.get("offset").is_some_and(|offset| *offset != 0);
+    let role = if part { Role::DATA } else { Role::FILTERED };
     world.graph.attach_child(id, file, "file", role | Role::PRIMARY)?;
     let real = world.graph.node(file).length;
-    if offset > real {
-        return Err(Refusal::new(format!(
-            "Offset ({offset}) cannot be greater than size of the containing file ({real})"
-        )));
-    }
-    if let Some(size) = size.filter(|size| *size > real - offset) {
-        return Err(Refusal::new(format!(
-            "The sum of offset ({offset}) and size ({size}) has to be smaller or equal to the  actual size of the \
-             containing file ({real})"
-        )));
-    }
-    if size.is_some_and(|size| !size.is_multiple_of(SECTOR)) {
-        return Err(Refusal::new("Specified size is not multiple of 512"));
-    }
+    let window = Window::of(&options, real)?;
     let node = world.graph.node_mut(id);
-    node.windowed = windowed;
-    node.length = size.unwrap_or(real - offset).next_multiple_of(SECTOR);
+    node.windowed = part;
+    node.length = window.length(real);
     Ok(())
 }
 
-fn open_qcow2(world: &mut World, id: NodeId, file: NodeId, backing: &Backing) -> Result<(), Refusal> {
+fn open_qcow2(
+    world: &mut World,
+    id: NodeId,
+    file: NodeId,
+    backing: &Backing,
+    above: Option<&Followed<'_>>,
+) -> Result<(), Refusal> {
     world.graph.attach_child(id, file, "file", Role::IMAGE)?;
     let Some(facts) = world.header(id) else {
         return Err(Refusal::new("Image is not in qcow2 format"));
@@ -364,22 +434,24 @@ fn open_qcow2(world: &mut World, id: NodeId, file: NodeId, backing: &Backing) ->
     let node = world.graph.node_mut(id);
     node.length = virtual_size / SECTOR * SECTOR;
     node.recorded_backing = recorded.as_ref().map(|header| header.file.clone());
-
-    let below = Inherited {
-        parent: Some(id),
-        read_only: true,
-        force_share: world.graph.node(id).force_share,
+    node.names_backing = recorded.as_ref().is_some_and(|header| !header.file.is_empty());
+    let own = node.options.clone();
+    let followed = Followed {
+        image: world.image_file(id).expect("a qcow2 node has a file"),
+        above,
+    };
+    let below = Above {
+        node: Some(id),
+        options: &own,
+        role: Role::COW,
+        followed: matches!(backing, Backing::Header).then_some(&followed),
     };
     let opened = match (backing, recorded) {
         (Backing::Nothing, _) | (Backing::Header, None) => return Ok(()),
         (Backing::Given(child), _) => open_child(world, child, below),
         (Backing::Header, Some(header)) => {
-            let overlay = world.image_file(id).expect("a qcow2 node has a file");
-            open(
-                world,
-                &options_from_header(world, &overlay, &header.file, header.format.as_deref())?,
-                below,
-            )
+            options_from_header(world, &followed, &header.file, header.format.as_deref())
+                .and_then(|options| open(world, &options, Some(below)))
         }
     };
     let from_header = matches!(backing, Backing::Header);
@@ -394,65 +466,69 @@ fn open_qcow2(world: &mut World, id: NodeId, file: NodeId, backing: &Backing) ->
 /// What a header's backing file is opened with: the recorded format, or what the file is.
 fn options_from_header(
     world: &World,
-    overlay: &str,
+    followed: &Followed<'_>,
     name: &str,
     format: Option<&str>,
 ) -> Result<Options, Refusal> {
+    let overlay = &followed.image;
     let directory = overlay.rfind('/').map_or("", |slash| &overlay[..=slash]);
     let filename: Rc<str> = if name.starts_with('/') {
         Rc::from(name)
     } else {
         format!("{directory}{name}").into()
     };
+    // QEMU 10.0 follows such a circle until something runs out.
+    if followed.contains(&filename) {
+        return Err(Refusal::new(format!(
+            "Image '{filename}' is in its own backing chain"
+        )));
+    }
     let facts = world.files.get(&filename);
     let leaf = match facts.map(|facts| facts.kind) {
         Some(FileKind::Device) => Driver::HostDevice,
         Some(FileKind::Regular) | None => Driver::File,
     };
     let is_qcow2 = facts.is_some_and(|facts| facts.qcow2.is_some());
-    let plain = |driver, kind| Options {
+    let driver = match format {
+        Some("raw") => Driver::Raw,
+        Some("qcow2") => Driver::Qcow2,
+        None if is_qcow2 => Driver::Qcow2,
+        None => Driver::Raw,
+        Some(format) => {
+            return Err(Refusal::new(format!("Unknown driver '{format}'")));
+        }
+    };
+    let file = ChildRef::Inline(Box::new(Options {
+        driver: leaf,
+        node_name: None,
+        explicit: NodeOptions::default(),
+        implied: options_of([("driver", leaf.name()), ("filename", &*filename)]),
+        kind: Kind::Leaf {
+            filename: filename.clone(),
+        },
+    }));
+    let kind = match driver {
+        Driver::Qcow2 => Kind::Qcow2 {
+            file,
+            backing: Backing::Header,
+        },
+        _ => Kind::Raw { file },
+    };
+    Ok(Options {
         driver,
         node_name: None,
-        read_only: None,
-        force_share: None,
+        explicit: options_of([("driver", driver.name())]),
+        implied: NodeOptions::default(),
         kind,
-    };
-    let file = ChildRef::Inline(Box::new(plain(leaf, Kind::Leaf { filename })));
-    match format {
-        Some("raw") => Ok(plain(
-            Driver::Raw,
-            Kind::Raw {
-                file,
-                offset: 0,
-                size: None,
-            },
-        )),
-        Some("qcow2") => Ok(plain(
-            Driver::Qcow2,
-            Kind::Qcow2 {
-                file,
-                backing: Backing::Header,
-            },
-        )),
-        None if is_qcow2 => Ok(plain(
-            Driver::Qcow2,
-            Kind::Qcow2 {
-                file,
-                backing: Backing::Header,
-            },
-        )),
-        None => Ok(plain(
-            Driver::Raw,
-            Kind::Raw {
-                file,
-                offset: 0,
-                size: None,
-            },
-        )),
-        Some(format) => Err(Refusal::new(format!(
-            "Could not open backing file: Unknown driver '{format}'"
-        ))),
+    })
+}
+
+fn options_of<const N: usize>(words: [(&str, &str); N]) -> NodeOptions {
+    let mut options = NodeOptions::default();
+    for (name, word) in words {
+        options.set(name, Value::from(word));
     }
+    options
 }
 
 /// A copy-on-read node over `file`. QEMU 10.0 hangs when `bottom` is not below it; here that is refused.
