@@ -12,7 +12,7 @@ use crate::Layer;
 use crate::env::Fut;
 use crate::error::{Errno, QmpError};
 use crate::graph::node::Node;
-use crate::types::{NodeId, Perm, ReqFlags, Role, StatusFlags};
+use crate::types::{EdgeId, NodeId, OpenFlags, Perm, ReqFlags, Role, StatusFlags};
 
 /// Static properties of a driver.
 #[derive(Debug)]
@@ -37,6 +37,8 @@ pub struct DriverFacts {
     pub supported_read_flags: ReqFlags,
     /// Can be reopened (blockdev-reopen, read-only switches).
     pub can_reopen: bool,
+    /// Its own options that a reopen may leave out, or change.
+    pub mutable_options: &'static [&'static str],
     /// Masks this driver puts on a child edge, given the role and the cumulative masks of its own parents
     /// (`bdrv_child_perm`). A function of the driver, not of an opened instance: edges are attached during open.
     pub child_perm: fn(cx: &Cx, role: Role, perm: Perm, shared: Perm) -> (Perm, Perm),
@@ -107,6 +109,26 @@ pub struct Cx {
     pub layer: Layer,
     /// The driver's node.
     pub node: Rc<Node>,
+}
+
+impl Cx {
+    /// The link to the `file` child, which a reopen may have replaced since the driver was opened.
+    ///
+    /// # Errors
+    /// `ENOMEDIUM` when it is gone: the node is on its way out.
+    #[inline]
+    pub fn file(&self) -> Result<EdgeId, Errno> {
+        self.node.file.get().ok_or(Errno::ENOMEDIUM)
+    }
+
+    /// The `file` child.
+    ///
+    /// # Errors
+    /// As [`Cx::file`].
+    #[inline]
+    pub fn file_node(&self) -> Result<Rc<Node>, Errno> {
+        self.layer.child(self.file()?).ok_or(Errno::ENOMEDIUM)
+    }
 }
 
 impl fmt::Debug for Cx {
@@ -232,10 +254,23 @@ pub trait Driver: fmt::Debug {
     /// Cumulative permissions of the node changed to these (protocol drivers with auto-read-only switch here).
     fn set_perm(&self, _cx: &Cx, _perm: Perm, _shared: Perm) {}
 
-    /// Prepares a switch between read-only and writable; called before the flags change, node drained.
-    fn reopen<'a>(&'a self, _cx: &'a Cx, _writable: bool) -> Fut<'a, Result<(), QmpError>> {
+    /// Gets ready for other flags, mostly a switch between read-only and writable; called before they change, node
+    /// drained. Called again with the old ones when the reopen is refused after all.
+    fn reopen<'a>(&'a self, _cx: &'a Cx, _flags: OpenFlags) -> Fut<'a, Result<(), QmpError>> {
         Box::pin(std::future::ready(Ok(())))
     }
+
+    /// Judges new values of its own options, by flat name, and takes out those that it can change. Changes nothing yet.
+    fn reopen_options(
+        &self,
+        _cx: &Cx,
+        _options: &mut serde_json::Map<String, serde_json::Value>,
+    ) -> Result<(), QmpError> {
+        Ok(())
+    }
+
+    /// From now on these options hold, which [`Driver::reopen_options`] found good.
+    fn take_options(&self, _cx: &Cx, _options: &serde_json::Map<String, serde_json::Value>) {}
 
     /// Rewrites backing name and format in the image header; `None` removes both.
     fn change_backing_file<'a>(

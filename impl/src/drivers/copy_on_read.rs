@@ -34,7 +34,8 @@ pub static FACTS: DriverFacts = DriverFacts {
     has_write_zeroes: true,
     has_discard: true,
     supported_read_flags: ReqFlags::PREFETCH,
-    can_reopen: true,
+    can_reopen: false,
+    mutable_options: &[],
     child_perm,
     open: |cx, mut args| Box::pin(std::future::ready(open(cx, &mut args))),
 };
@@ -152,7 +153,7 @@ impl CopyOnRead {
     /// The next piece of `[offset, offset + bytes)`: whether it comes from between the filtered node and `bottom`.
     async fn piece(&self, cx: &Cx, bottom: NodeId, offset: u64, bytes: u64) -> Result<Piece, Errno> {
         let layer = &cx.layer;
-        let file = layer.child(self.file).ok_or(Errno::ENOMEDIUM)?.id;
+        let file = cx.file_node()?.id;
         let (in_file, n) = layer.is_allocated(file, offset, bytes).await?;
         if n == 0 {
             // Past the end of the filtered node: zeroes, nothing to copy.
@@ -184,8 +185,7 @@ impl CopyOnRead {
 
 impl Driver for CopyOnRead {
     fn length(&self, cx: &Cx) -> Result<u64, Errno> {
-        cx.layer
-            .node_length(&cx.layer.child(self.file).ok_or(Errno::ENOMEDIUM)?)
+        cx.layer.node_length(&cx.file_node()?)
     }
 
     fn limits(&self, _cx: &Cx) -> Limits {

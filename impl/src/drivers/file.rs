@@ -40,6 +40,7 @@ const fn facts(name: &'static str, open: Open) -> DriverFacts {
         has_discard: true,
         supported_read_flags: ReqFlags::empty(),
         can_reopen: true,
+        mutable_options: &["x-check-cache-dropped"],
         child_perm: no_children,
         open,
     }
@@ -306,10 +307,16 @@ impl Driver for File {
         }
     }
 
-    fn reopen<'a>(&'a self, cx: &'a Cx, writable: bool) -> Fut<'a, Result<(), QmpError>> {
-        let auto = cx.node.flags.get().contains(OpenFlags::AUTO_RDONLY);
+    fn reopen<'a>(&'a self, _cx: &'a Cx, flags: OpenFlags) -> Fut<'a, Result<(), QmpError>> {
+        if flags.contains(OpenFlags::NOCACHE) != self.direct {
+            let text = "Cannot change the option 'cache.direct'";
+            return Box::pin(std::future::ready(Err(QmpError::generic(text))));
+        }
         let result = self
-            .switch(writable, auto)
+            .switch(
+                flags.contains(OpenFlags::RDWR),
+                flags.contains(OpenFlags::AUTO_RDONLY),
+            )
             .map_err(|e| QmpError::errno("Could not reopen file", e));
         Box::pin(std::future::ready(result))
     }
@@ -457,11 +464,14 @@ mod tests {
         file.set_perm(&cx, Perm::WRITE, Perm::all());
         assert_eq!(write(), Err(Errno::EACCES), "a failed switch fails the writes");
         assert_eq!(
-            bench.run(file.reopen(&cx, true)).expect_err("refused").desc,
+            bench
+                .run(file.reopen(&cx, OpenFlags::RDWR))
+                .expect_err("refused")
+                .desc,
             "Could not reopen file: Permission denied"
         );
         fake.error.set(None);
-        assert_eq!(bench.run(file.reopen(&cx, true)), Ok(()));
+        assert_eq!(bench.run(file.reopen(&cx, OpenFlags::RDWR)), Ok(()));
         assert_eq!(write(), Ok(()));
     }
 

@@ -29,6 +29,7 @@ pub static FACTS: DriverFacts = DriverFacts {
     has_discard: false,
     supported_read_flags: ReqFlags::empty(),
     can_reopen: true,
+    mutable_options: &[],
     child_perm: no_children,
     open: |_, mut args| Box::pin(std::future::ready(open(&mut args))),
 };

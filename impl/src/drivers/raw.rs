@@ -8,15 +8,17 @@
 //! `EINVAL`).
 //! Not here: probing, so none of its restrictions either.
 
+use std::cell::Cell;
 use std::rc::Rc;
+
+use serde_json::{Map, Value};
 
 use crate::driver::{Cx, Driver, DriverFacts, DriverInfo, DriverStatus, Limits, OpenArgs, WriteFlags};
 use crate::drivers::{attach_file, take_size};
 use crate::env::Fut;
 use crate::error::{Errno, QmpError};
-use crate::graph::node::Node;
 use crate::graph::perm::default_perms;
-use crate::types::{EdgeId, MAX_LENGTH, Perm, ReqFlags, Role, SECTOR, StatusFlags};
+use crate::types::{MAX_LENGTH, Perm, ReqFlags, Role, SECTOR, StatusFlags};
 
 /// Driver `raw`.
 pub static FACTS: DriverFacts = DriverFacts {
@@ -30,6 +32,7 @@ pub static FACTS: DriverFacts = DriverFacts {
     has_discard: true,
     supported_read_flags: ReqFlags::empty(),
     can_reopen: true,
+    mutable_options: &["offset", "size"],
     child_perm,
     open: |cx, mut args| Box::pin(std::future::ready(open(cx, &mut args))),
 };
@@ -43,37 +46,26 @@ fn child_perm(cx: &Cx, role: Role, perm: Perm, shared: Perm) -> (Perm, Perm) {
 /// An open window.
 #[derive(Debug)]
 struct Raw {
-    file: EdgeId,
+    window: Cell<Window>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Window {
     offset: u64,
     size: Option<u64>,
 }
 
-fn open(cx: &Cx, args: &mut OpenArgs<'_>) -> Result<Rc<dyn Driver>, QmpError> {
-    let offset = take_size(args.options, "offset")?.unwrap_or(0);
-    let size = take_size(args.options, "size")?;
-    let whole = offset == 0 && size.is_none();
-    let role = if whole { Role::FILTERED } else { Role::DATA } | Role::PRIMARY;
-    let file = attach_file(cx, args.file, role)?;
-    let raw = Raw { file, offset, size };
-    raw.check(cx)?;
-    Ok(Rc::new(raw))
-}
-
-impl Raw {
-    fn child(&self, cx: &Cx) -> Result<Rc<Node>, Errno> {
-        cx.layer.child(self.file).ok_or(Errno::ENOMEDIUM)
-    }
-
-    fn file_length(&self, cx: &Cx) -> Result<u64, Errno> {
-        cx.layer.node_length(&self.child(cx)?)
+impl Window {
+    fn take(options: &mut Map<String, Value>) -> Result<Window, QmpError> {
+        let offset = take_size(options, "offset")?.unwrap_or(0);
+        let size = take_size(options, "size")?;
+        Ok(Window { offset, size })
     }
 
     /// Whether the window lies within the file.
-    fn check(&self, cx: &Cx) -> Result<(), QmpError> {
-        let Raw { offset, size, .. } = *self;
-        let real = self
-            .file_length(cx)
-            .map_err(|e| QmpError::errno("Could not get image size", e))?;
+    fn check(self, cx: &Cx) -> Result<(), QmpError> {
+        let Window { offset, size } = self;
+        let real = file_length(cx).map_err(|e| QmpError::errno("Could not get image size", e))?;
         if real < offset {
             return Err(QmpError::generic(format!(
                 "Offset ({offset}) cannot be greater than size of the containing file ({real})"
@@ -92,26 +84,45 @@ impl Raw {
         }
         Ok(())
     }
+}
 
+fn open(cx: &Cx, args: &mut OpenArgs<'_>) -> Result<Rc<dyn Driver>, QmpError> {
+    let window = Window::take(args.options)?;
+    let whole = window.offset == 0 && window.size.is_none();
+    let role = if whole { Role::FILTERED } else { Role::DATA } | Role::PRIMARY;
+    attach_file(cx, args.file, role)?;
+    window.check(cx)?;
+    Ok(Rc::new(Raw {
+        window: Cell::new(window),
+    }))
+}
+
+fn file_length(cx: &Cx) -> Result<u64, Errno> {
+    cx.layer.node_length(&cx.file_node()?)
+}
+
+impl Raw {
     /// Where a request goes in the file.
     fn place(&self, cx: &Cx, offset: u64, bytes: u64, outside: Errno) -> Result<u64, Errno> {
-        if self.size.is_some() {
+        let window = self.window.get();
+        if window.size.is_some() {
             let size = self.length(cx)?;
             if offset > size || bytes > size - offset {
                 return Err(outside);
             }
         }
-        if offset > MAX_LENGTH.saturating_sub(self.offset) {
+        if offset > MAX_LENGTH.saturating_sub(window.offset) {
             return Err(Errno::EINVAL);
         }
-        Ok(offset + self.offset)
+        Ok(offset + window.offset)
     }
 }
 
 impl Driver for Raw {
     fn length(&self, cx: &Cx) -> Result<u64, Errno> {
-        let room = self.file_length(cx)?.saturating_sub(self.offset);
-        Ok(self.size.map_or(room, |size| size.min(room)))
+        let Window { offset, size } = self.window.get();
+        let room = file_length(cx)?.saturating_sub(offset);
+        Ok(size.map_or(room, |size| size.min(room)))
     }
 
     fn limits(&self, _cx: &Cx) -> Limits {
@@ -122,7 +133,7 @@ impl Driver for Raw {
     }
 
     fn write_flags(&self, cx: &Cx) -> WriteFlags {
-        let below = self.child(cx).map(|c| c.io.write_flags.get()).unwrap_or_default();
+        let below = cx.file_node().map(|c| c.io.write_flags.get()).unwrap_or_default();
         let zero = ReqFlags::FUA | ReqFlags::MAY_UNMAP | ReqFlags::NO_FALLBACK;
         WriteFlags {
             write: ReqFlags::WRITE_UNCHANGED | (ReqFlags::FUA & below.write),
@@ -132,7 +143,7 @@ impl Driver for Raw {
     }
 
     fn info(&self, cx: &Cx) -> Option<DriverInfo> {
-        let child = self.child(cx).ok()?;
+        let child = cx.file_node().ok()?;
         child.driver_opt()?.info(&cx.layer.cx(&child))
     }
 
@@ -145,7 +156,7 @@ impl Driver for Raw {
     ) -> Fut<'a, Result<(), Errno>> {
         Box::pin(async move {
             let at = self.place(cx, offset, buf.len() as u64, Errno::EINVAL)?;
-            cx.layer.read(self.file, at, buf, flags).await
+            cx.layer.read(cx.file()?, at, buf, flags).await
         })
     }
 
@@ -158,7 +169,7 @@ impl Driver for Raw {
     ) -> Fut<'a, Result<(), Errno>> {
         Box::pin(async move {
             let at = self.place(cx, offset, buf.len() as u64, Errno::ENOSPC)?;
-            cx.layer.write(self.file, at, buf, flags).await
+            cx.layer.write(cx.file()?, at, buf, flags).await
         })
     }
 
@@ -171,14 +182,14 @@ impl Driver for Raw {
     ) -> Fut<'a, Result<(), Errno>> {
         Box::pin(async move {
             let at = self.place(cx, offset, bytes, Errno::ENOSPC)?;
-            cx.layer.write_zeroes(self.file, at, bytes, flags).await
+            cx.layer.write_zeroes(cx.file()?, at, bytes, flags).await
         })
     }
 
     fn discard<'a>(&'a self, cx: &'a Cx, offset: u64, bytes: u64) -> Fut<'a, Result<(), Errno>> {
         Box::pin(async move {
             let at = self.place(cx, offset, bytes, Errno::ENOSPC)?;
-            cx.layer.discard(self.file, at, bytes).await
+            cx.layer.discard(cx.file()?, at, bytes).await
         })
     }
 
@@ -189,10 +200,10 @@ impl Driver for Raw {
         offset: u64,
         bytes: u64,
     ) -> Fut<'a, Result<DriverStatus, Errno>> {
-        let status = self.child(cx).map(|child| DriverStatus {
+        let status = cx.file_node().map(|child| DriverStatus {
             flags: StatusFlags::RAW | StatusFlags::OFFSET_VALID,
             pnum: bytes,
-            map: offset + self.offset,
+            map: offset + self.window.get().offset,
             file: Some(child.id),
         });
         Box::pin(std::future::ready(status))
@@ -206,20 +217,26 @@ impl Driver for Raw {
         flags: ReqFlags,
     ) -> Fut<'a, Result<(), QmpError>> {
         Box::pin(async move {
-            if self.size.is_some() {
+            let Window { offset, size } = self.window.get();
+            if size.is_some() {
                 return Err(QmpError::generic("Cannot resize fixed-size raw disks"));
             }
-            if length > MAX_LENGTH.saturating_sub(self.offset) {
+            if length > MAX_LENGTH.saturating_sub(offset) {
                 return Err(QmpError::generic("Disk size too large for the chosen offset"));
             }
-            cx.layer
-                .truncate(self.file, self.offset + length, exact, flags)
-                .await
+            let file = cx.file().map_err(|_| QmpError::generic("No medium inserted"))?;
+            cx.layer.truncate(file, offset + length, exact, flags).await
         })
     }
 
-    fn reopen<'a>(&'a self, cx: &'a Cx, _writable: bool) -> Fut<'a, Result<(), QmpError>> {
-        Box::pin(std::future::ready(self.check(cx)))
+    fn reopen_options(&self, cx: &Cx, options: &mut Map<String, Value>) -> Result<(), QmpError> {
+        // Judged against the present file, even where the file changes as well.
+        Window::take(options)?.check(cx)
+    }
+
+    fn take_options(&self, _cx: &Cx, options: &Map<String, Value>) {
+        let window = Window::take(&mut options.clone());
+        self.window.set(window.expect("found good before"));
     }
 
     fn as_any(&self) -> &dyn std::any::Any {
@@ -229,7 +246,7 @@ impl Driver for Raw {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::{Value, json};
+    use serde_json::json;
 
     use super::*;
     use crate::io::backend::Backend;

@@ -216,20 +216,24 @@ impl Layer {
     }
 
     fn append_drained(&self, new: &Rc<Node>, top: NodeId) -> Result<(), QmpError> {
+        let mut tran = Tran::default();
+        let result = self.append_in(new, top, &mut tran);
+        tran.finish(self, result)?;
+        self.refresh_open_limits(new);
+        Ok(())
+    }
+
+    /// As [`Layer::append`], in a transaction of the caller, who has drained both and holds the graph write lock.
+    pub(super) fn append_in(&self, new: &Rc<Node>, top: NodeId, tran: &mut Tran) -> Result<(), QmpError> {
         let role = if new.facts.is_filter {
             Role::FILTERED | Role::PRIMARY
         } else {
             Role::COW
         };
-        let mut tran = Tran::default();
-        let result = self
-            .attach_noperm(new, top, "backing", role, &mut tran)
-            .and_then(|_| self.replace_noperm(top, new.id, true, &mut tran))
-            // Only after both: a greedy filter would conflict as a side branch but not in line.
-            .and_then(|()| self.refresh_perms(&[new.id], &mut tran));
-        tran.finish(self, result)?;
-        self.refresh_open_limits(new);
-        Ok(())
+        self.attach_noperm(new, top, "backing", role, tran)?;
+        self.replace_noperm(top, new.id, true, tran)?;
+        // Only after both: a greedy filter would conflict as a side branch but not in line.
+        self.refresh_perms(&[new.id], tran)
     }
 
     /// Moves the parents of `from` to `to`, except jobs and links that would close a loop (`bdrv_replace_node`).
@@ -355,7 +359,7 @@ impl Layer {
     }
 
     /// Limits follow the children; a node that is not open yet gets its limits at the end of open.
-    fn refresh_open_limits(&self, node: &Node) {
+    pub(super) fn refresh_open_limits(&self, node: &Node) {
         if node.driver_opt().is_some() {
             let _unchanged_on_error = self.refresh_limits(node.id);
         }

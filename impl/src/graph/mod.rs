@@ -5,7 +5,7 @@
 //! never while calling a driver, a hook or an observer. Every structural change goes through `tran`, which can undo it.
 //!
 //! Who does what: `tran` primitives with undo; `change` the operations; `perm` masks; `drain`; `freeze`; `walk`;
-//! `blockers`; `refs` references and close; `reopen` read-only switches; `lock`; `inspect` for oracles; `open`.
+//! `blockers`; `refs` references and close; `reopen` options; `resize`; `transaction` snapshots, all or none; `lock`; `inspect` for oracles; `open`.
 
 pub mod blockers;
 mod change;
@@ -25,9 +25,13 @@ pub mod perm;
 mod perm_tests;
 mod refs;
 mod reopen;
+mod resize;
 #[cfg(test)]
 mod testing;
 mod tran;
+pub(crate) mod transaction;
+#[cfg(test)]
+mod transaction_tests;
 mod walk;
 
 pub use drain::DrainGuard;

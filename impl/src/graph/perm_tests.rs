@@ -22,6 +22,7 @@ static COPY_ON_READ: DriverFacts = DriverFacts {
         has_discard: false,
         supported_read_flags: crate::types::ReqFlags::empty(),
         can_reopen: false,
+        mutable_options: &[],
         child_perm: super::perm::default_perms,
         open: |_, _| {
             Box::pin(std::future::ready(Err(crate::error::QmpError::generic(

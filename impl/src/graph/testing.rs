@@ -117,7 +117,8 @@ impl Driver for Fixture {
     fn set_perm(&self, _cx: &Cx, perm: Perm, shared: Perm) {
         self.told.set(Some((perm, shared)));
     }
-    fn reopen<'a>(&'a self, _cx: &'a Cx, writable: bool) -> Fut<'a, Result<(), QmpError>> {
+    fn reopen<'a>(&'a self, _cx: &'a Cx, flags: OpenFlags) -> Fut<'a, Result<(), QmpError>> {
+        let writable = flags.contains(OpenFlags::RDWR);
         let error = self.reopen_error.take();
         if error.is_none() {
             self.reopens.borrow_mut().push(writable);
@@ -148,6 +149,7 @@ const fn facts(name: &'static str) -> DriverFacts {
         has_discard: false,
         supported_read_flags: ReqFlags::empty(),
         can_reopen: true,
+        mutable_options: &[],
         child_perm: default_perms,
         open: |_, _| Box::pin(std::future::ready(Err(QmpError::generic("fixture")))),
     }

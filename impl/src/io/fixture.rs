@@ -56,6 +56,7 @@ const COPY: DriverFacts = DriverFacts {
     has_discard: true,
     supported_read_flags: ReqFlags::empty(),
     can_reopen: true,
+    mutable_options: &[],
     child_perm: default_perms,
     open: |_, _| {
         Box::pin(std::future::ready(Err(QmpError::generic(

@@ -8,6 +8,9 @@ use serde_json::{Map, Value};
 
 use crate::error::QmpError;
 
+/// An object in a list, with the path of its members.
+pub(crate) type Placed<'a> = (&'a Map<String, Value>, String);
+
 /// One object of arguments being visited.
 #[derive(Debug)]
 pub(crate) struct Args<'a> {
@@ -128,12 +131,23 @@ impl<'a> Args<'a> {
         }
     }
 
-    /// `does not accept value`.
+    /// `does not accept value`; QEMU says no path here.
     pub(crate) fn not_accepted(&self, name: &str, word: &str) -> QmpError {
-        QmpError::generic(format!(
-            "Parameter '{}' does not accept value '{word}'",
-            self.path(name)
-        ))
+        QmpError::generic(format!("Parameter '{name}' does not accept value '{word}'"))
+    }
+
+    /// A list of objects, each with the path of its members.
+    pub(crate) fn objects(&mut self, name: &'static str) -> Result<Vec<Placed<'a>>, QmpError> {
+        let list = match self.get(name) {
+            None => return Err(self.missing(name)),
+            Some(Value::Array(list)) => list,
+            Some(_) => return Err(self.wrong_type(name, "array")),
+        };
+        let object = |(i, value): (usize, &'a Value)| match value {
+            Value::Object(map) => Ok((map, format!("{}[{i}].", self.path(name)))),
+            _ => Err(self.wrong_type(&format!("{name}[{i}]"), "object")),
+        };
+        list.iter().enumerate().map(object).collect()
     }
 
     /// An optional nested object.

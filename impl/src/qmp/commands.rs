@@ -1,18 +1,19 @@
 //! The commands: arguments in, effect, result out.
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use std::rc::Rc;
 
 use crate::Layer;
 use crate::error::{ErrorClass, QmpError};
 use crate::graph::blockers::OpType;
+use crate::graph::transaction::Action;
 use crate::jobs::{Job, OnError, StreamArgs};
 use crate::qmp::args::Args;
 use crate::qmp::export::ExportArgs;
 use crate::qmp::schema::check_blockdev;
 
 /// Every command, in alphabetical order.
-const COMMANDS: [&str; 25] = [
+const COMMANDS: [&str; 29] = [
     "block-export-add",
     "block-export-del",
     "block-job-cancel",
@@ -23,8 +24,11 @@ const COMMANDS: [&str; 25] = [
     "block-job-resume",
     "block-job-set-speed",
     "block-stream",
+    "block_resize",
     "blockdev-add",
     "blockdev-del",
+    "blockdev-reopen",
+    "blockdev-snapshot",
     "change-backing-file",
     "job-cancel",
     "job-complete",
@@ -37,6 +41,7 @@ const COMMANDS: [&str; 25] = [
     "query-commands",
     "query-jobs",
     "query-named-block-nodes",
+    "transaction",
     "x-debug-query-block-graph",
 ];
 
@@ -72,6 +77,19 @@ impl Layer {
                 args.finish()?;
                 self.blockdev_del(name)?;
             }
+            "blockdev-reopen" => {
+                let list = reopen_args(args)?;
+                self.blockdev_reopen(&list).await?;
+            }
+            "blockdev-snapshot" => {
+                let action = snapshot_args(args)?;
+                self.transaction(&[action]).await?;
+            }
+            "transaction" => {
+                let actions = transaction_args(args)?;
+                self.transaction(&actions).await?;
+            }
+            "block_resize" => self.block_resize(args).await?,
             "block-stream" => self.block_stream(stream_args(args)?).await?,
             "change-backing-file" => self.change_backing_file(args).await?,
             "block-export-add" => self.export_add(ExportArgs::read(args)?).await?,
@@ -253,6 +271,60 @@ impl Layer {
         }
         self.reap().await;
         drop(main);
+    }
+}
+
+/// The definitions of a reopen, each checked against the schema.
+fn reopen_args(mut args: Args<'_>) -> Result<Vec<&Map<String, Value>>, QmpError> {
+    let list = args.objects("options")?;
+    args.finish()?;
+    let mut options = Vec::with_capacity(list.len());
+    for (map, path) in list {
+        check_blockdev(Args::at(map, path))?;
+        options.push(map);
+    }
+    Ok(options)
+}
+
+fn snapshot_args(mut args: Args<'_>) -> Result<Action, QmpError> {
+    let (node, overlay) = (args.str("node")?.to_owned(), args.str("overlay")?.to_owned());
+    args.finish()?;
+    Ok(Action::Snapshot { node, overlay })
+}
+
+/// The actions that this layer knows.
+const ACTIONS: [(&str, bool); 2] = [("abort", false), ("blockdev-snapshot", true)];
+
+fn transaction_args(mut args: Args<'_>) -> Result<Vec<Action>, QmpError> {
+    let mut actions = Vec::new();
+    let mut names = Vec::new();
+    for (map, path) in args.objects("actions")? {
+        let mut action = Args::at(map, path);
+        action.require("type")?;
+        let is_snapshot = action.opt_enum("type", &ACTIONS)?.expect("just required");
+        action.require("data")?;
+        let data = action.opt_object("data")?.expect("just required");
+        if is_snapshot {
+            actions.push(snapshot_args(data)?);
+        } else {
+            data.finish()?;
+            actions.push(Action::Abort);
+        }
+        names.push(if is_snapshot { ACTIONS[1].0 } else { ACTIONS[0].0 });
+        action.finish()?;
+    }
+    let mut grouped = false;
+    if let Some(mut properties) = args.opt_object("properties")? {
+        let modes = [("individual", false), ("grouped", true)];
+        grouped = properties.opt_enum("completion-mode", &modes)?.unwrap_or(false);
+        properties.finish()?;
+    }
+    args.finish()?;
+    match names.first() {
+        Some(name) if grouped => Err(QmpError::generic(format!(
+            "Action '{name}' does not support transaction property completion-mode = grouped"
+        ))),
+        _ => Ok(actions),
     }
 }
 

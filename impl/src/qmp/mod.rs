@@ -4,7 +4,7 @@
 //! anything else happens. A command holds the main lock from its first to its last step.
 //! Not here: the wire (greeting, ids, timestamps).
 
-mod args;
+pub(crate) mod args;
 mod commands;
 mod export;
 mod query;

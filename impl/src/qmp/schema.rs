@@ -111,7 +111,14 @@ fn reference(args: &mut Args<'_>, name: &'static str, optional: bool) -> Result<
         None | Some((Value::String(_), _)) => Ok(()),
         Some((Value::Null, _)) if optional => Ok(()),
         Some((Value::Object(map), path)) => check_blockdev(Args::at(map, format!("{path}."))),
-        Some(_) if optional => Err(args.wrong_type(name, "BlockdevRefOrNull")),
-        Some(_) => Err(args.wrong_type(name, "BlockdevRef")),
+        // QEMU says no path here.
+        Some(_) => Err(QmpError::generic(format!(
+            "Invalid parameter type for '{name}', expected: {}",
+            if optional {
+                "BlockdevRefOrNull"
+            } else {
+                "BlockdevRef"
+            }
+        ))),
     }
 }

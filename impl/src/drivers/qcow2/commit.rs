@@ -163,7 +163,9 @@ impl Qcow2 {
         for (first, count) in merge(&discards) {
             let bits = self.geometry.cluster_bits;
             // Only an optimisation; the image lock keeps the clusters from being allocated meanwhile.
-            let _ = cx.layer.discard(self.file, first << bits, count << bits).await;
+            if let Ok(file) = cx.file() {
+                let _ = cx.layer.discard(file, first << bits, count << bits).await;
+            }
         }
         result
     }

@@ -16,13 +16,11 @@ use super::units::{ClusterIndex, Geometry, HostOffset, us};
 use crate::driver::Cx;
 use crate::error::Errno;
 use crate::event::Event;
-use crate::types::{EdgeId, OpenFlags, ReqFlags};
+use crate::types::{OpenFlags, ReqFlags};
 
 /// One open qcow2 image.
 #[derive(Debug)]
 pub(crate) struct Qcow2 {
-    /// Edge to the image file: metadata and data.
-    pub(super) file: EdgeId,
     pub(super) geometry: Geometry,
     pub(super) meta: RefCell<Meta>,
     /// Held by whoever changes metadata.
@@ -33,7 +31,7 @@ pub(crate) struct Qcow2 {
     pub(super) health: Cell<Health>,
     /// The header says what a writable image's header must (autoclear bits).
     pub(super) ready_to_write: Cell<bool>,
-    pub(super) pass_discard: PassDiscard,
+    pub(super) pass_discard: Cell<PassDiscard>,
     /// The last inflated cluster: (L2 entry, content). We never write compressed data, so an entry's meaning is
     /// fixed while the image is open.
     pub(super) inflated: RefCell<Option<(u64, Box<[u8]>)>>,
@@ -143,23 +141,23 @@ impl Meta {
 impl Qcow2 {
     /// Reads host bytes; what lies past the end of the file reads as zeroes.
     pub(super) async fn host_read(&self, cx: &Cx, at: HostOffset, buf: &mut [u8]) -> Result<(), Errno> {
-        cx.layer.read(self.file, at.0, buf, ReqFlags::empty()).await
+        cx.layer.read(cx.file()?, at.0, buf, ReqFlags::empty()).await
     }
 
     /// Writes host bytes.
     pub(super) async fn host_write(&self, cx: &Cx, at: HostOffset, buf: &[u8]) -> Result<(), Errno> {
-        cx.layer.write(self.file, at.0, buf, ReqFlags::empty()).await
+        cx.layer.write(cx.file()?, at.0, buf, ReqFlags::empty()).await
     }
 
     /// Makes what was written to the image file durable.
     pub(super) async fn host_flush(&self, cx: &Cx) -> Result<(), Errno> {
-        let file = cx.layer.child(self.file).ok_or(Errno::ENOMEDIUM)?.id;
+        let file = cx.file_node()?.id;
         cx.layer.flush(file).await
     }
 
     /// Length of the image file, whole sectors.
     pub(super) fn host_length(&self, cx: &Cx) -> u64 {
-        cx.layer.child(self.file).map_or(0, |node| node.length())
+        cx.file_node().map_or(0, |node| node.length())
     }
 
     /// The image lock, at a moment when no allocation in flight touches guest clusters [first, end).
@@ -180,9 +178,10 @@ impl Qcow2 {
         let discard = match kind {
             FreeKind::Request => self
                 .pass_discard
+                .get()
                 .request
                 .unwrap_or_else(|| cx.node.flags.get().contains(OpenFlags::UNMAP)),
-            FreeKind::Other => self.pass_discard.other,
+            FreeKind::Other => self.pass_discard.get().other,
         };
         let epoch = self.epochs.retire();
         let mut meta = self.meta.borrow_mut();

@@ -40,6 +40,8 @@ mod zero;
 
 use std::any::Any;
 
+use serde_json::{Map, Value};
+
 pub use create::{CreateOptions, create};
 pub(crate) use image::Qcow2;
 
@@ -47,7 +49,7 @@ use crate::driver::{Cx, Driver, DriverFacts, DriverInfo, DriverStatus, Limits, W
 use crate::env::Fut;
 use crate::error::{Errno, QmpError};
 use crate::graph::perm::default_perms;
-use crate::types::{ReqFlags, SECTOR};
+use crate::types::{OpenFlags, ReqFlags, SECTOR};
 use units::GuestOffset;
 
 /// Static properties of `qcow2`.
@@ -62,6 +64,7 @@ pub static FACTS: DriverFacts = DriverFacts {
     has_discard: true,
     supported_read_flags: ReqFlags::empty(),
     can_reopen: true,
+    mutable_options: &open::MUTABLE_OPTIONS,
     child_perm: default_perms,
     open: |cx, args| Box::pin(open::open(cx, args)),
 };
@@ -182,8 +185,16 @@ impl Driver for Qcow2 {
         })
     }
 
-    fn reopen<'a>(&'a self, cx: &'a Cx, writable: bool) -> Fut<'a, Result<(), QmpError>> {
-        Box::pin(self.switch_writable(cx, writable))
+    fn reopen<'a>(&'a self, cx: &'a Cx, flags: OpenFlags) -> Fut<'a, Result<(), QmpError>> {
+        Box::pin(self.switch_writable(cx, flags.contains(OpenFlags::RDWR)))
+    }
+
+    fn reopen_options(&self, _cx: &Cx, options: &mut Map<String, Value>) -> Result<(), QmpError> {
+        self.judge_options(options)
+    }
+
+    fn take_options(&self, _cx: &Cx, options: &Map<String, Value>) {
+        self.follow_options(options);
     }
 
     fn change_backing_file<'a>(

@@ -39,10 +39,7 @@ pub(super) async fn open(cx: &Cx, args: OpenArgs<'_>) -> Result<Rc<dyn Driver>, 
     let (header, extensions, raw) = reader.header().await?;
     let writable = cx.node.is_writable();
     check_writable_features(&header, writable)?;
-    if options.lazy_refcounts == Some(true) && header.version < 3 {
-        let text = "Lazy refcounts require a qcow2 image with at least qemu 1.1 compatibility level";
-        return Err(QmpError::generic(text));
-    }
+    options.check(header.version)?;
     let geometry = header.geometry()?;
     header.check_tables(geometry, reader.length)?;
     let (snapshots, table_bytes) = reader.snapshots(&header, geometry).await?;
@@ -86,7 +83,6 @@ pub(super) async fn open(cx: &Cx, args: OpenArgs<'_>) -> Result<Rc<dyn Driver>, 
         header,
     };
     let image = Qcow2 {
-        file,
         geometry,
         meta: RefCell::new(meta),
         lock: ImageLock::default(),
@@ -94,10 +90,7 @@ pub(super) async fn open(cx: &Cx, args: OpenArgs<'_>) -> Result<Rc<dyn Driver>, 
         settled: Gate::default(),
         health: Cell::new(Health::Good),
         ready_to_write: Cell::new(false),
-        pass_discard: PassDiscard {
-            request: options.pass_request,
-            other: options.pass_other,
-        },
+        pass_discard: Cell::new(options.pass_discard()),
         inflated: RefCell::new(None),
     };
     image.check_references(cx, writable).await?;
@@ -134,7 +127,38 @@ struct Options {
     refcount_cache: Option<u64>,
 }
 
+/// What a reopen may change or leave out.
+pub(super) const MUTABLE_OPTIONS: [&str; 12] = [
+    "cache-clean-interval",
+    "cache-size",
+    "discard-no-unref",
+    "l2-cache-entry-size",
+    "l2-cache-size",
+    "lazy-refcounts",
+    "overlap-check",
+    "overlap-check.template",
+    "pass-discard-other",
+    "pass-discard-request",
+    "pass-discard-snapshot",
+    "refcount-cache-size",
+];
+
 impl Options {
+    fn check(&self, version: u32) -> Result<(), QmpError> {
+        if self.lazy_refcounts == Some(true) && version < 3 {
+            let text = "Lazy refcounts require a qcow2 image with at least qemu 1.1 compatibility level";
+            return Err(QmpError::generic(text));
+        }
+        Ok(())
+    }
+
+    fn pass_discard(&self) -> PassDiscard {
+        PassDiscard {
+            request: self.pass_request,
+            other: self.pass_other,
+        }
+    }
+
     /// Removes what qcow2 knows from `options`.
     fn take(options: &mut Map<String, Value>) -> Result<Options, QmpError> {
         let mut out = Options {
@@ -352,6 +376,20 @@ impl Qcow2 {
                 Ok(())
             }
         }
+    }
+
+    /// Judges options of a reopen and takes out what is ours.
+    pub(super) fn judge_options(&self, options: &mut Map<String, Value>) -> Result<(), QmpError> {
+        Options::take(options)?.check(self.meta.borrow().header.version)?;
+        options.shift_remove("discard-no-unref");
+        options.retain(|key, _| !key.starts_with("overlap-check."));
+        Ok(())
+    }
+
+    /// Goes by options that were judged.
+    pub(super) fn follow_options(&self, options: &Map<String, Value>) {
+        let options = Options::take(&mut options.clone()).expect("judged before");
+        self.pass_discard.set(options.pass_discard());
     }
 
     /// Prepares a switch between read-only and writable.

@@ -29,10 +29,7 @@ impl Qcow2 {
             Kind::Compressed => StatusFlags::DATA | StatusFlags::COMPRESSED,
         };
         let located = flags.contains(StatusFlags::OFFSET_VALID);
-        let file = located
-            .then(|| cx.layer.child(self.file))
-            .flatten()
-            .map(|node| node.id);
+        let file = located.then(|| cx.file_node().ok()).flatten().map(|node| node.id);
         Ok(DriverStatus {
             flags,
             pnum: run.bytes,

@@ -1,0 +1,121 @@
+//! `transaction`: several actions, all of them or none (graph.md 4.13). A `blockdev-snapshot` alone is one of one action.
+//!
+//! Rules: a drain of everything first; then actions are prepared in order, in one log of graph changes, each node drained
+//! from its action to the end. The first refusal takes everything back; otherwise commits run in reverse order.
+//! What a refused transaction leaves is what was there, also where the overlay had parents of its own: QEMU moves those
+//! to the node below.
+//! Not here: actions on bitmaps, backups and internal snapshots, and so no grouped completion.
+
+use super::DrainGuard;
+use super::blockers::OpType;
+use super::tran::Tran;
+use crate::Layer;
+use crate::error::QmpError;
+use crate::types::{NodeId, Perm};
+
+/// One action.
+#[derive(Clone, Debug)]
+pub(crate) enum Action {
+    /// Puts an opened image above a node; the node's users move to it.
+    Snapshot {
+        /// Name of the node.
+        node: String,
+        /// Name of the image.
+        overlay: String,
+    },
+    /// Refuses, for tests.
+    Abort,
+}
+
+/// What prepared actions need until the end.
+#[derive(Debug, Default)]
+struct Prepared {
+    log: Tran,
+    /// Nodes with the overlay that each of them got.
+    snapshots: Vec<(NodeId, NodeId)>,
+    sections: Vec<DrainGuard>,
+}
+
+impl Layer {
+    /// Executes the actions. Main lock held.
+    pub(crate) async fn transaction(&self, actions: &[Action]) -> Result<(), QmpError> {
+        self.drain_all_begin().await;
+        self.drain_all_end();
+        let mut prepared = Prepared::default();
+        let mut result = Ok(());
+        for action in actions {
+            result = match action {
+                Action::Snapshot { node, overlay } => {
+                    self.prepare_snapshot(node, overlay, &mut prepared).await
+                }
+                Action::Abort => Err(QmpError::generic("Transaction aborted using Abort action")),
+            };
+            if result.is_err() {
+                break;
+            }
+        }
+        let Prepared {
+            log,
+            snapshots,
+            sections,
+        } = prepared;
+        let write = self.graph_write().await;
+        let result = log.finish(self, result);
+        for (node, overlay) in snapshots.iter().rev() {
+            self.refresh_open_limits(&self.node(*overlay));
+            self.refresh_open_limits(&self.node(*node));
+        }
+        drop(write);
+        if result.is_ok() {
+            for (node, _) in snapshots.iter().rev() {
+                // It may be needed for writing by somebody else.
+                let _stays_writable = self.set_read_only(*node, true).await;
+            }
+        }
+        drop(sections);
+        result
+    }
+
+    async fn prepare_snapshot(
+        &self,
+        node: &str,
+        overlay: &str,
+        prepared: &mut Prepared,
+    ) -> Result<(), QmpError> {
+        let node = self.lookup(node, node)?;
+        prepared.sections.push(self.drained(node).await);
+        self.op_blocked(node, OpType::ExternalSnapshot)?;
+        let below = self.node(node);
+        if below.is_writable() {
+            self.flush(node)
+                .await
+                .map_err(|e| QmpError::errno(&format!("Write to node '{}' failed", below.name), e))?;
+        }
+        let overlay = self.node(self.lookup(overlay, overlay)?);
+        self.check_overlay(overlay.id)?;
+        prepared.sections.push(self.drained(overlay.id).await);
+        let _write = self.graph_write().await;
+        self.append_in(&overlay, node, &mut prepared.log)?;
+        prepared.snapshots.push((node, overlay.id));
+        self.refresh_open_limits(&overlay);
+        Ok(())
+    }
+
+    fn check_overlay(&self, overlay: NodeId) -> Result<(), QmpError> {
+        let node = self.node(overlay);
+        let refuse = |text: &str| Err(QmpError::generic(text));
+        if self.cumulative(overlay).0.contains(Perm::CONSISTENT_READ) {
+            return refuse("The overlay is already in use");
+        }
+        if node.facts.is_filter {
+            return refuse("Filters cannot be used as overlays");
+        }
+        if node.cow_child_edge().is_some() {
+            return refuse("The overlay already has a backing image");
+        }
+        if !node.facts.supports_backing {
+            return refuse("The overlay does not support backing images");
+        }
+        Ok(())
+    }
+}
