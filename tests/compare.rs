@@ -94,7 +94,11 @@ fn kind_of(text: &str) -> String {
     while let Some(first) = rest.chars().next() {
         let length = rest.find(|c| belongs(c) != belongs(first)).unwrap_or(rest.len());
         let (word, after) = rest.split_at(length);
-        kind.push_str(if belongs(first) && names(word) { "…" } else { word });
+        kind.push_str(if belongs(first) && names(word) {
+            "…"
+        } else {
+            word
+        });
         rest = after;
     }
     kind

@@ -242,6 +242,37 @@ impl Registers {
             .count()
     }
 
+    /// Something other than a request changes what a grain shows, where no open write has: from now on it shows one of these
+    /// values. With `only` nothing else; without, it may also show what it did. Open reads may see both.
+    pub fn shift(&mut self, grain: usize, values: &[Value], only: bool) {
+        let register = &mut self.registers[grain];
+        if register.busy.is_none() {
+            let open = || self.open.iter().filter(|open| open.grains.contains(&grain));
+            if open().next().is_none() && (only && values.len() == 1 || values == [register.value]) {
+                register.value = values[0];
+                return;
+            }
+            let busy = register.busy();
+            for open in open() {
+                busy.begin(open.id, open.effect);
+            }
+        }
+        register.busy().shift(values, only);
+        register.settle();
+    }
+
+    /// Makes the disk so many grains long; new ones hold zeroes.
+    ///
+    /// # Panics
+    /// When a request is open beyond the new end.
+    pub fn resize(&mut self, grains: usize) {
+        assert!(
+            self.open.iter().all(|open| open.grains.end <= grains),
+            "open requests lie on the disk"
+        );
+        self.registers.resize(grains, Register { value: 0, busy: None });
+    }
+
     /// Number of open requests.
     #[must_use]
     pub fn open(&self) -> usize {
@@ -341,6 +372,25 @@ impl Busy {
             for possibility in &mut self.possible {
                 possibility.seen.push((slot, vec![possibility.value]));
             }
+        }
+    }
+
+    fn shift(&mut self, values: &[Value], only: bool) {
+        let mut next = Vec::with_capacity(self.possible.len() * 2);
+        for possibility in std::mem::take(&mut self.possible) {
+            if possibility.done != 0 {
+                next.push(possibility);
+                continue;
+            }
+            next.extend(values.iter().map(|value| possibility.showing(*value)));
+            if !only {
+                next.push(possibility);
+            }
+        }
+        self.possible = next;
+        self.prune();
+        if self.possible.len() > TOO_MANY {
+            self.give_up();
         }
     }
 
@@ -505,9 +555,16 @@ impl Possibility {
 
     /// The write in this slot takes effect.
     fn after(&self, slot: u32, value: Value) -> Possibility {
+        let mut next = self.showing(value);
+        next.done |= 1 << slot;
+        next
+    }
+
+    /// The content becomes this value.
+    fn showing(&self, value: Value) -> Possibility {
         let mut next = Possibility {
             value,
-            done: self.done | 1 << slot,
+            done: self.done,
             seen: self.seen.clone(),
         };
         for (_, values) in &mut next.seen {

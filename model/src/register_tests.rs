@@ -111,3 +111,26 @@ fn a_grain_that_was_not_observed_decides_nothing() {
     });
     assert_eq!(wrong, [(0, 7, vec![2]), (1, 8, vec![2])]);
 }
+
+#[test]
+fn a_shift_replaces_what_no_open_write_has() {
+    let mut disk = Registers::new([1, 1, 1]);
+    disk.shift(0, &[5], true);
+    assert_eq!(disk.possible(0), [5]);
+    // A write under way wins over it, and must not be lost by it.
+    let write = disk.begin(Effect::Write(7), 1..2);
+    let read = disk.begin(Effect::Read, 1..2);
+    disk.shift(1, &[5], true);
+    assert_eq!(disk.possible(1), [5, 7]);
+    disk.end(write, true);
+    assert_eq!(disk.possible(1), [7]);
+    assert_eq!(disk.end_read(read, &[1]), Ok(()), "begun before");
+    // One of several, and what it was: the first who looks decides.
+    disk.shift(2, &[3, 4], false);
+    assert_eq!(disk.possible(2), [1, 3, 4]);
+    let read = disk.begin(Effect::Read, 2..3);
+    assert_eq!(disk.end_read(read, &[4]), Ok(()));
+    assert_eq!(disk.possible(2), [4]);
+    disk.resize(5);
+    assert_eq!(disk.possible(4), [0]);
+}

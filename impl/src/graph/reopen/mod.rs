@@ -21,7 +21,7 @@ use super::tran::Tran;
 use crate::Layer;
 use crate::error::QmpError;
 use crate::graph::node::Node;
-use crate::types::{NodeId, OpenFlags, Role};
+use crate::types::{NodeId, OpenFlags};
 use queue::Entry;
 
 impl Layer {
@@ -45,19 +45,15 @@ impl Layer {
 
     /// Makes a node read-only or writable (`bdrv_reopen_set_read_only`). No change if it already is.
     pub async fn set_read_only(&self, node: NodeId, read_only: bool) -> Result<(), QmpError> {
-        let writable = !read_only;
-        if self.node(node).is_writable() == writable {
+        if self.node(node).is_writable() != read_only {
             return Ok(());
         }
-        let mut queue = Vec::new();
-        self.queue_switch(self.node(node), writable, &mut queue);
-        self.reopen(&queue).await?;
         // From now on this is an option of its own, and it no longer follows the node that opened it.
-        let options = &self.node(node).options;
-        options
-            .borrow_mut()
-            .insert("read-only".to_owned(), read_only.into());
-        Ok(())
+        let mut options = options::Flat::new();
+        options.insert("read-only".to_owned(), read_only.into());
+        let mut queue = Vec::new();
+        self.queue_reopen(&mut queue, self.node(node), options, true);
+        self.reopen(&queue).await
     }
 
     /// The node follows the one that opened it: no option `read-only` of its own.
@@ -75,34 +71,6 @@ impl Layer {
         Ok(())
     }
 
-    /// The node, then what follows it below.
-    fn queue_switch(&self, node: Rc<Node>, writable: bool, queue: &mut Vec<Entry>) {
-        let children = node.children.borrow().clone();
-        let parent = node.id;
-        let mut flags = node.flags.get();
-        flags.set(OpenFlags::RDWR, writable);
-        queue.push(Entry {
-            flags,
-            detect_zeroes: node.detect_zeroes.get(),
-            wanted: None,
-            node,
-        });
-        for edge in children {
-            let (role, child) = (
-                self.edge(edge).role,
-                self.child(edge).expect("a listed child edge has a child"),
-            );
-            let follows = child.inherits_from.get() == Some(parent)
-                && !role.contains(Role::COW)
-                && self.follows_read_only(child.id)
-                && child.is_writable() != writable
-                && !queue.iter().any(|e| e.node.id == child.id);
-            if follows {
-                self.queue_switch(child, writable, queue);
-            }
-        }
-    }
-
     /// All of the queue, or nothing of it (`bdrv_reopen_multiple`).
     async fn reopen(&self, queue: &[Entry]) -> Result<(), QmpError> {
         let mut sections = Vec::with_capacity(queue.len());
@@ -118,12 +86,9 @@ impl Layer {
             sections.push(self.drained(child).await);
         }
         let (prepared, failed) = self.prepare_drivers(queue).await;
-        let result = if queue.iter().any(|e| e.wanted.is_some()) {
-            let _write = self.graph_write().await;
-            self.switch(queue, failed)
-        } else {
-            self.switch(queue, failed)
-        };
+        let write = self.graph_write().await;
+        let result = self.switch(queue, failed);
+        drop(write);
         if result.is_err() {
             for node in prepared.into_iter().rev() {
                 // Back to what it was; the driver did that before, and the first error is the one to report.
@@ -147,7 +112,7 @@ impl Layer {
         let mut prepared = Vec::with_capacity(queue.len());
         for (at, entry) in first.chain(rest) {
             // What cannot be reopened at all is refused at its turn.
-            if !entry.node.facts.can_reopen || entry.wanted.is_none() && entry.node.force_share.get() {
+            if !entry.node.facts.can_reopen {
                 continue;
             }
             let cx = self.cx(&entry.node);
@@ -200,9 +165,8 @@ impl Layer {
         let node = &entry.node;
         node.flags.set(entry.flags);
         node.detect_zeroes.set(entry.detect_zeroes);
-        let Some(wanted) = &entry.wanted else { return };
-        node.driver().take_options(&self.cx(node), &wanted.all);
-        let mut given = wanted.given.clone();
+        node.driver().take_options(&self.cx(node), &entry.all);
+        let mut given = entry.given.clone();
         given.retain(|key, _| key != "file" && key != "backing");
         node.options.replace(given);
     }

@@ -7,7 +7,7 @@
 use serde_json::Value;
 
 use super::options::COMMON;
-use super::queue::{Entry, Wanted};
+use super::queue::Entry;
 use crate::Layer;
 use crate::error::QmpError;
 use crate::graph::node::{DetectZeroes, Node};
@@ -32,7 +32,7 @@ impl Layer {
         starts: &mut Vec<NodeId>,
         tran: &mut Tran,
     ) -> Result<(), QmpError> {
-        let Entry { node, wanted, .. } = entry;
+        let node = &entry.node;
         starts.push(node.id);
         if entry.detect_zeroes == DetectZeroes::Unmap && !entry.flags.contains(OpenFlags::UNMAP) {
             return Err(QmpError::generic(
@@ -45,21 +45,12 @@ impl Layer {
                 "Block format '{format}' used by node '{name}' does not support reopening files"
             ));
         }
-        let Some(wanted) = wanted else {
-            // It goes with read-only only, and cannot be changed together.
-            if node.force_share.get() {
-                return refuse("Cannot change the option 'force-share'".to_owned());
-            }
-            node.driver()
-                .reopen_options(&self.cx(node), &mut options::given(node))?;
-            return driver;
-        };
-        self.check_omitted(node, wanted)?;
-        let mut left = wanted.all.clone();
+        self.check_omitted(entry)?;
+        let mut left = entry.all.clone();
         node.driver().reopen_options(&self.cx(node), &mut left)?;
         driver?;
         let has_backing = || node.backing.get().is_some() || node.driver().backing_header().is_some();
-        if node.facts.supports_backing && wanted.backing_missing && has_backing() {
+        if node.facts.supports_backing && entry.backing_missing && has_backing() {
             return refuse(format!("backing is missing for '{}'", node.name));
         }
         for slot in SLOTS {
@@ -71,13 +62,14 @@ impl Layer {
     }
 
     /// Options that were given before and are left out now go back to their defaults, where they can.
-    fn check_omitted(&self, node: &Node, wanted: &Wanted) -> Result<(), QmpError> {
+    fn check_omitted(&self, entry: &Entry) -> Result<(), QmpError> {
+        let node = &entry.node;
         let mut before = options::given(node);
         if node.force_share.get() {
             before.entry("force-share").or_insert(true.into());
         }
         let pinned = |key: &&String| {
-            !wanted.all.contains_key(key.as_str())
+            !entry.all.contains_key(key.as_str())
                 && !COMMON.contains(&key.as_str())
                 && !node.facts.mutable_options.contains(&key.as_str())
         };
@@ -113,12 +105,9 @@ impl Layer {
 
     /// Children whose links an entry may change: they have to be drained before.
     pub(super) fn children_to_leave(&self, entry: &Entry) -> Vec<NodeId> {
-        let Some(wanted) = &entry.wanted else {
-            return Vec::new();
-        };
         let leaves = |slot: &&str| {
             let old = self.slot_child(&entry.node, slot)?;
-            let stays = match wanted.all.get(*slot)? {
+            let stays = match entry.all.get(*slot)? {
                 Value::String(name) => *name == *self.node(old).name,
                 _ => false,
             };

@@ -19,16 +19,9 @@ pub(super) struct Entry {
     pub(super) node: Rc<Node>,
     pub(super) flags: OpenFlags,
     pub(super) detect_zeroes: DetectZeroes,
-    /// `None`: only the flags change, every option stays.
-    pub(super) wanted: Option<Wanted>,
-}
-
-/// Options to judge, and to keep.
-#[derive(Debug)]
-pub(super) struct Wanted {
-    /// With what was inherited, without what belongs to queued children.
+    /// Options to judge: with what was inherited, without what belongs to queued children.
     pub(super) all: Flat,
-    /// What was given.
+    /// What was given, to keep.
     pub(super) given: Flat,
     /// Nothing is said of the backing file, not even that there is none.
     pub(super) backing_missing: bool,
@@ -56,7 +49,7 @@ impl Layer {
         keep: bool,
     ) {
         let at = queue.iter().position(|e| e.node.id == node.id);
-        let before = at.and_then(|at| queue[at].wanted.as_ref());
+        let before = at.map(|at| &queue[at]);
         if let Some(before) = before {
             options::join(&mut all, &before.given);
         } else if keep {
@@ -84,11 +77,9 @@ impl Layer {
         let entry = Entry {
             flags,
             detect_zeroes: options::detect_zeroes_of(&all),
-            wanted: Some(Wanted {
-                all: all.clone(),
-                given,
-                backing_missing,
-            }),
+            all: all.clone(),
+            given,
+            backing_missing,
             node,
         };
         match at {
