@@ -14,6 +14,10 @@ pub enum Op {
     Stream,
     /// Deleting it (blockdev-del).
     DriveDel,
+    /// Putting an overlay above it (blockdev-snapshot).
+    ExternalSnapshot,
+    /// Another length (block_resize).
+    Resize,
     /// Changing what its chain is recorded to be (change-backing-file).
     Change,
 }

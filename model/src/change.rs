@@ -33,7 +33,7 @@ impl Graph {
     }
 
     /// Adds a child edge, without a refresh.
-    fn attach_noperm(
+    pub(crate) fn attach_noperm(
         &mut self,
         parent: NodeId,
         child: NodeId,
@@ -91,6 +91,15 @@ impl Graph {
         });
         self.refresh(&[child])?;
         Ok(edge)
+    }
+
+    /// Whether somebody with these masks could use the node for a moment.
+    ///
+    /// # Errors
+    /// Masks that do not agree with the parents'.
+    pub fn check_root(&self, child: NodeId, masks: Masks) -> Result<(), Refusal> {
+        let nobody = Parent::JobBackend(Rc::from(""));
+        self.clone().attach_root(nobody, child, "root", masks).map(drop)
     }
 
     /// Changes the masks of the edge of an export or a job.
@@ -191,7 +200,7 @@ impl Graph {
         self.refresh(&[from, to])
     }
 
-    fn move_parents(&mut self, from: NodeId, to: NodeId) -> Result<(), Refusal> {
+    pub(crate) fn move_parents(&mut self, from: NodeId, to: NodeId) -> Result<(), Refusal> {
         for id in self.node(from).parents.clone() {
             let edge = self.edge(id);
             if matches!(edge.parent, Parent::Job(_)) || self.edge_is_below(id, to) {

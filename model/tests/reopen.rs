@@ -1,4 +1,4 @@
-//! `blockdev-reopen`: all or nothing, what stays, what goes back to its default, and the exact refusals. Texts are those
+//! `blockdev-reopen`, snapshots, transactions, `block_resize`: all or nothing, what stays, what goes back to its default, and the exact refusals. Texts are those
 //! of qemu-storage-daemon 10.0.
 
 use std::rc::Rc;
@@ -247,5 +247,163 @@ fn headers_that_name_each_other_are_refused() {
     assert_eq!(
         refusal.desc,
         "Could not open backing file: Could not open backing file: Image '/l1' is in its own backing chain"
+    );
+}
+
+#[track_caller]
+fn command_refused(world: &World, name: &str, arguments: &Value, text: &str) {
+    let mut copy = world.clone();
+    assert_eq!(
+        run(&mut copy, name, arguments).map_err(|refusal| refusal.desc),
+        Err(text.to_owned())
+    );
+    assert_eq!(copy, *world, "a refused command changes nothing");
+}
+
+#[test]
+fn overlays_that_cannot_be() {
+    let mut world = world();
+    let snapshot = |node: &str, overlay: &str| json!({"node": node, "overlay": overlay});
+    for node in [
+        json!({"driver": "null-co", "node-name": "z"}),
+        json!({"driver": "copy-on-read", "node-name": "cor", "file": "c"}),
+    ] {
+        run(&mut world, "blockdev-add", &node).unwrap();
+    }
+    for (node, overlay, text) in [
+        ("x", "c", "Cannot find device='x' nor node-name='x'"),
+        ("a", "x", "Cannot find device='x' nor node-name='x'"),
+        ("b", "c", "Node 'b' is busy: node is used as backing hd of 'a'"),
+        ("c", "a", "The overlay already has a backing image"),
+        ("c", "z", "The overlay does not support backing images"),
+        ("c", "cor", "Filters cannot be used as overlays"),
+        ("c", "c", "Making 'c' a backing child of 'c' would create a cycle"),
+        (
+            "cor",
+            "c",
+            "Making 'cor' a backing child of 'c' would create a cycle",
+        ),
+    ] {
+        command_refused(&world, "blockdev-snapshot", &snapshot(node, overlay), text);
+    }
+    let export = json!({"type": "nbd", "id": "x", "node-name": "c"});
+    run(&mut world, "block-export-add", &export).unwrap();
+    command_refused(
+        &world,
+        "blockdev-snapshot",
+        &snapshot("a", "c"),
+        "The overlay is already in use",
+    );
+}
+
+#[test]
+fn a_snapshot_moves_users_to_the_overlay_and_the_node_becomes_read_only() {
+    let mut world = world();
+    let export = json!({"type": "nbd", "id": "x", "node-name": "a", "writable": true});
+    run(&mut world, "block-export-add", &export).unwrap();
+    run(
+        &mut world,
+        "blockdev-snapshot",
+        &json!({"node": "a", "overlay": "c"}),
+    )
+    .unwrap();
+    assert_eq!(backing_of(&world, "c").as_deref(), Some("a"));
+    assert_eq!(world.export_node("x"), world.graph.find("c"));
+    assert!(!world.graph.node(world.graph.find("a").unwrap()).writable);
+    world.graph.check().unwrap();
+}
+
+#[test]
+fn a_transaction_takes_effect_as_a_whole() {
+    let world = world();
+    let snapshot = json!({"type": "blockdev-snapshot", "data": {"node": "a", "overlay": "c"}});
+    let abort = json!({"type": "abort", "data": {}});
+    let twice = json!({"actions": [snapshot, snapshot]});
+    command_refused(
+        &world,
+        "transaction",
+        &twice,
+        "Node 'a' is busy: node is used as backing hd of 'c'",
+    );
+    let aborted = json!({"actions": [snapshot, abort]});
+    command_refused(
+        &world,
+        "transaction",
+        &aborted,
+        "Transaction aborted using Abort action",
+    );
+    let grouped = json!({"actions": [snapshot], "properties": {"completion-mode": "grouped"}});
+    command_refused(
+        &world,
+        "transaction",
+        &grouped,
+        "Action 'blockdev-snapshot' does not support transaction property completion-mode = grouped",
+    );
+    let missing = json!({"actions": [{"type": "abort"}]});
+    command_refused(
+        &world,
+        "transaction",
+        &missing,
+        "Parameter 'actions[0].data' is missing",
+    );
+    let mut done = world;
+    run(&mut done, "transaction", &json!({"actions": [snapshot]})).unwrap();
+    run(&mut done, "transaction", &json!({"actions": []})).unwrap();
+    assert_eq!(backing_of(&done, "c").as_deref(), Some("a"));
+}
+
+#[test]
+fn lengths() {
+    let mut world = world();
+    let resize = |node: &str, size: i64| json!({"node-name": node, "size": size});
+    let filter = json!({"driver": "copy-on-read", "node-name": "cor", "file": "c"});
+    run(&mut world, "blockdev-add", &filter).unwrap();
+    run(
+        &mut world,
+        "blockdev-add",
+        &json!({"driver": "null-co", "node-name": "z"}),
+    )
+    .unwrap();
+    run(
+        &mut world,
+        "blockdev-add",
+        &json!({"driver": "null-co", "node-name": "y"}),
+    )
+    .unwrap();
+    let window = json!({"driver": "raw", "node-name": "w", "file": "z", "size": 512});
+    run(&mut world, "blockdev-add", &window).unwrap();
+    for (node, size, text) in [
+        ("x", 512, "Cannot find device='' nor node-name='x'"),
+        ("c", -1, "Parameter 'size' expects a >0 size"),
+        ("c", 1000, "The new size must be a multiple of 512"),
+        ("b", 512, "Node 'b' is busy: node is used as backing hd of 'a'"),
+        ("y", 512, "Image format driver does not support resize"),
+        ("w", 1024, "Cannot resize fixed-size raw disks"),
+        (
+            "fc",
+            512,
+            "Permission conflict on node 'fc': permissions 'resize' are both required by an unnamed block device (uses \
+             node 'fc' as 'root' child) and unshared by node 'c' (uses node 'fc' as 'file' child).",
+        ),
+    ] {
+        command_refused(&world, "block_resize", &resize(node, size), text);
+    }
+    let length = |world: &World, node: &str| world.graph.node(world.graph.find(node).unwrap()).length;
+    run(&mut world, "block_resize", &resize("c", 4096)).unwrap();
+    assert_eq!(
+        (length(&world, "c"), length(&world, "cor")),
+        (4096, 4096),
+        "the filter's as well"
+    );
+    run(&mut world, "block_resize", &resize("cor", 8192)).unwrap();
+    assert_eq!((length(&world, "c"), length(&world, "cor")), (8192, 8192));
+    let export = json!({"type": "nbd", "id": "x", "node-name": "cor"});
+    run(&mut world, "block-export-add", &export).unwrap();
+    let refusal = run(&mut world, "block_resize", &resize("c", 512))
+        .unwrap_err()
+        .desc;
+    assert!(
+        refusal.contains("'resize' are both required by an unnamed block device"),
+        "{refusal}"
     );
 }

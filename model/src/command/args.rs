@@ -65,6 +65,15 @@ impl<'a> Args<'a> {
         Ok(Some(Args::nested(object, format!("{}.", self.full_name(name)))))
     }
 
+    /// A mandatory nested object.
+    ///
+    /// # Errors
+    /// Missing, or another type.
+    pub fn object(&self, name: &'static str) -> Result<Args<'a>, Refusal> {
+        self.required(name)?;
+        self.opt_object(name).map(|object| object.expect("just found"))
+    }
+
     /// A mandatory list of objects.
     ///
     /// # Errors

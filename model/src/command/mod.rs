@@ -10,7 +10,9 @@ pub mod export;
 pub mod failing;
 pub mod open;
 pub mod reopen;
+pub mod resize;
 pub mod stream;
+pub mod transaction;
 pub mod verbs;
 
 use serde_json::{Value, json};
@@ -60,6 +62,9 @@ fn handler(name: &str) -> Option<Handler> {
         "blockdev-add" => open::blockdev_add,
         "blockdev-del" => del::blockdev_del,
         "blockdev-reopen" => reopen::blockdev_reopen,
+        "blockdev-snapshot" => transaction::blockdev_snapshot,
+        "transaction" => transaction::transaction,
+        "block_resize" => resize::block_resize,
         "block-export-add" => export::add,
         "block-export-del" => export::del,
         "block-stream" => stream::block_stream,

@@ -369,10 +369,18 @@ pub(crate) struct Window {
 }
 
 impl Window {
+    /// What the options say.
+    pub(crate) fn at(options: &NodeOptions) -> Window {
+        let number = |name| options.get(name).and_then(Value::as_u64);
+        Window {
+            offset: number("offset").unwrap_or(0),
+            size: number("size"),
+        }
+    }
+
     /// What the options say, for a file of this length.
     pub(crate) fn of(options: &NodeOptions, real: u64) -> Result<Window, Refusal> {
-        let number = |name| options.get(name).and_then(Value::as_u64);
-        let (offset, size) = (number("offset").unwrap_or(0), number("size"));
+        let Window { offset, size } = Window::at(options);
         if offset > real {
             return Err(Refusal::new(format!(
                 "Offset ({offset}) cannot be greater than size of the containing file ({real})"

@@ -30,5 +30,7 @@ pub(crate) fn blockdev_reopen(world: &mut World, arguments: &Value) -> Result<()
         };
         queue.push(graph, node, options, false);
     }
-    graph.reopen(queue)
+    graph.reopen(queue)?;
+    graph.lengths_follow();
+    Ok(())
 }

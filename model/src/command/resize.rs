@@ -1,0 +1,116 @@
+//! `block_resize`: another length for a node whose users all allow it.
+//!
+//! Rules: a filter and a raw node pass the length on; qcow2 records it. Whoever shows the whole of a node that gets
+//! another length has that length, too.
+//! Differs from QEMU 10.0: there what is above the node keeps its old length.
+
+use std::rc::Rc;
+
+use serde_json::Value;
+
+use crate::blockers::Op;
+use crate::command::args::Args;
+use crate::command::open::Window;
+use crate::graph::NodeId;
+use crate::perm::{Driver, Masks, Perm};
+use crate::refusal::Refusal;
+use crate::world::World;
+
+const SECTOR: u64 = 512;
+
+pub(crate) fn block_resize(world: &mut World, arguments: &Value) -> Result<(), Refusal> {
+    let args = Args::new(arguments)?;
+    let device = args.opt_str("device")?.unwrap_or("");
+    let name = args.opt_str("node-name")?.unwrap_or("");
+    let size = args.int("size")?;
+    args.finish()?;
+
+    let node = world
+        .graph
+        .find(name)
+        .ok_or_else(|| Refusal::new(format!("Cannot find device='{device}' nor node-name='{name}'")))?;
+    let size = u64::try_from(size).map_err(|_| Refusal::new("Parameter 'size' expects a >0 size"))?;
+    world.graph.check_op(node, Op::Resize)?;
+    world
+        .graph
+        .check_root(node, Masks::new(Perm::RESIZE, Perm::all()))?;
+    truncate(world, node, size)?;
+    world.graph.lengths_follow();
+    Ok(())
+}
+
+fn truncate(world: &mut World, id: NodeId, size: u64) -> Result<(), Refusal> {
+    let node = world.graph.node(id);
+    if !node.writable {
+        return Err(Refusal::new("Image is read-only"));
+    }
+    let (driver, below) = (node.driver, world.graph.primary_child(id));
+    match driver {
+        Driver::CopyOnRead => truncate(world, below.expect("a filter has a child"), size),
+        Driver::Raw => {
+            let options = node.options.clone();
+            if options.has("size") {
+                return Err(Refusal::new("Cannot resize fixed-size raw disks"));
+            }
+            let offset = options.get("offset").and_then(Value::as_u64).unwrap_or(0);
+            let end = size
+                .checked_add(offset)
+                .filter(|end| i64::try_from(*end).is_ok())
+                .ok_or_else(|| Refusal::new("Disk size too large for the chosen offset"))?;
+            truncate(world, below.expect("raw has a file"), end)
+        }
+        Driver::Qcow2 => truncate_qcow2(world, id, size),
+        Driver::File => {
+            let name = node.filename.clone().expect("a file has a name");
+            let facts = world.files.get_mut(&name).expect("an open file exists");
+            Rc::make_mut(facts).length = size;
+            world.graph.node_mut(id).length = size.next_multiple_of(SECTOR);
+            Ok(())
+        }
+        Driver::HostDevice if size > node.length => Err(Refusal::new("Cannot grow device files")),
+        // Said to be shorter, it is as long as ever.
+        Driver::HostDevice => Ok(()),
+        Driver::NullCo => Err(Refusal::new("Image format driver does not support resize")),
+    }
+}
+
+fn truncate_qcow2(world: &mut World, id: NodeId, size: u64) -> Result<(), Refusal> {
+    let graph = &world.graph;
+    if !size.is_multiple_of(SECTOR) {
+        return Err(Refusal::new("The new size must be a multiple of 512"));
+    }
+    let old = graph.node(id).length;
+    let covers = |backing| graph.node(backing).length > old;
+    let hides = size > old && graph.cow_child(id).is_some_and(covers);
+    let facts = world.header(id).expect("a qcow2 node has a header");
+    if hides && facts.version < 3 {
+        return Err(Refusal::new(
+            "Failed to zero out the new area: Operation not supported",
+        ));
+    }
+    let file = world.image_file(id).expect("a qcow2 node has a file");
+    let facts = world.files.get_mut(&file).expect("an open file exists");
+    let header = Rc::make_mut(facts).qcow2.as_mut().expect("an image of its own");
+    header.virtual_size = size;
+    world.graph.node_mut(id).length = size;
+    Ok(())
+}
+
+impl crate::Graph {
+    /// Nodes that show the whole of another have its length.
+    pub(crate) fn lengths_follow(&mut self) {
+        let all: Vec<NodeId> = self.nodes().map(|(id, _)| id).collect();
+        for id in self.topological(all).into_iter().rev() {
+            let node = self.node(id);
+            let Some(below) = self.primary_child(id).map(|below| self.node(below).length) else {
+                continue;
+            };
+            let length = match node.driver {
+                Driver::CopyOnRead => below,
+                Driver::Raw => Window::at(&node.options).length(below),
+                _ => continue,
+            };
+            self.node_mut(id).length = length;
+        }
+    }
+}
