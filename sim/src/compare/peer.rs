@@ -20,7 +20,7 @@ use crate::qemu::nbd::client::{Answer, Ask, Client};
 use crate::qemu::nbd::server::Server;
 use crate::qemu::process::{Daemon, PROGRAM, Unavailable, Version, version};
 use crate::qemu::qmp::{Message, Monitor};
-use crate::qemu::settle::Sleepers;
+use crate::qemu::settle::{Sleepers, Whom};
 use crate::scenario::{Format, Image, Scenario};
 
 /// A daemon that answers nothing for so long hangs. All requests are answered at once, so this is ample.
@@ -116,8 +116,7 @@ impl Peer {
         running.client.reset();
         running.server.reset();
         let before = if names { running.next_made_up()? } else { 0 };
-        let socket = Daemon::storage_socket(running.daemon.path());
-        self.names.reset(&socket.to_string_lossy(), before);
+        self.names.reset(Daemon::STORAGE, before);
         for (index, image) in (0..).zip(&scenario.images) {
             let mut image = image.clone();
             image.backing_file = image.backing_file.map(|name| self.names.on_record(&name));
@@ -360,7 +359,7 @@ impl Running {
 
     fn rest(&mut self, events: &mut Vec<(String, Value)>) -> Result<(), Broken> {
         loop {
-            self.sleepers.wait()?;
+            self.sleepers.wait(Whom::All)?;
             let stirred = self.pump()?;
             let mut news = false;
             while let Some(message) = self.monitor.take() {

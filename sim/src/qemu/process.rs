@@ -21,7 +21,7 @@ use crate::clock::Stopwatch;
 /// The daemon's name, looked up in PATH.
 pub const PROGRAM: &str = "qemu-storage-daemon";
 /// Longest directory name under which sockets still fit into an address.
-const PATH_LIMIT: usize = 80;
+const PATH_LIMIT: usize = 74;
 /// Lines of the daemon's last words.
 const LAST_WORDS: usize = 12;
 /// How long a daemon that hung up may take to end (it may have to write a core).
@@ -107,10 +107,14 @@ impl Daemon {
         }
     }
 
+    /// The socket of the images, as the daemon knows it: from its working directory, so that names on record in images
+    /// are the same for every daemon on every machine.
+    pub const STORAGE: &str = "blkdisks";
+
     /// Where the daemon finds the images.
     #[must_use]
     pub fn storage_socket(directory: &Path) -> PathBuf {
-        directory.join("s")
+        directory.join(Daemon::STORAGE)
     }
 
     /// Where the daemon exports nodes.
@@ -127,9 +131,11 @@ impl Daemon {
         let exports = Daemon::export_socket(directory.path());
         let child = Command::new(program)
             .args(["--chardev", "socket,id=monitor,fd=0", "--monitor", "monitor"])
+            // What threads of a pool do at the same time ends in either order.
+            .args(["--object", "main-loop,id=loop,thread-pool-max=1"])
             .arg("--nbd-server")
             .arg(format!(
-                "addr.type=unix,addr.path={},max-connections=0",
+                "addr.type=unix,addr.path={},max-connections=0,handshake-max-seconds=0",
                 exports.display()
             ))
             .current_dir(directory.path())

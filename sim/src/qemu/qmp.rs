@@ -1,7 +1,8 @@
 //! The monitor of a daemon: lines of JSON over a socket.
 //!
-//! Rules: never blocks, except for the greeting. Commands are numbered; the daemon carries them out one after the
-//! other and answers in order.
+//! Rules: never blocks, except for the greeting. The daemon carries commands out one after the other and answers in order;
+//! they are numbered here. It reads what it is sent byte by byte, with several system calls for each, so that nothing
+//! is sent that need not be: no blanks, no number, no line ends.
 
 use std::collections::VecDeque;
 use std::os::unix::net::UnixStream;
@@ -10,6 +11,9 @@ use serde_json::{Map, Value, json};
 
 use super::Broken;
 use super::nbd::server::{MUCH, receive, send};
+
+/// Most that is quoted of what nobody understands, characters.
+const LONGEST_QUOTE: usize = 200;
 
 /// What the daemon said.
 #[derive(Clone, Debug, PartialEq)]
@@ -30,6 +34,7 @@ pub struct Monitor {
     /// The greeting, once it came.
     greeting: Option<Value>,
     next: u64,
+    answered: u64,
     gone: bool,
     scratch: Vec<u8>,
 }
@@ -48,6 +53,7 @@ impl Monitor {
             messages: VecDeque::new(),
             greeting: None,
             next: 0,
+            answered: 0,
             gone: false,
             scratch: vec![0; 1 << 16],
         })
@@ -57,14 +63,19 @@ impl Monitor {
     pub fn send(&mut self, execute: &str, arguments: &Map<String, Value>) -> u64 {
         let id = self.next;
         self.next += 1;
-        let mut message = json!({"execute": execute, "id": id});
+        let mut message = json!({"execute": execute});
         if !arguments.is_empty() {
             message["arguments"] = Value::Object(arguments.clone());
         }
         self.output.extend_from_slice(message.to_string().as_bytes());
-        self.output.push(b'\n');
         self.push();
         id
+    }
+
+    /// A command was sent and is not answered.
+    #[must_use]
+    pub fn is_busy(&self) -> bool {
+        self.answered < self.next
     }
 
     /// The other side hung up.
@@ -111,7 +122,14 @@ impl Monitor {
             used += end + 1;
             match parse(line) {
                 Ok(Parsed::Greeting(greeting)) => self.greeting = Some(greeting),
-                Ok(Parsed::Message(message)) => self.messages.push_back(message),
+                Ok(Parsed::Event(name, data)) => self.messages.push_back(Message::Event(name, data)),
+                Ok(Parsed::Answer(result)) if self.answered < self.next => {
+                    self.messages.push_back(Message::Answer(self.answered, result));
+                    self.answered += 1;
+                }
+                Ok(Parsed::Answer(_)) => {
+                    nonsense = nonsense.or(Some(format!("an answer to no command: {}", text_of(line))));
+                }
                 Err(said) => nonsense = nonsense.or(Some(said)),
             }
         }
@@ -122,11 +140,20 @@ impl Monitor {
 
 enum Parsed {
     Greeting(Value),
-    Message(Message),
+    Answer(Result<Value, (String, String)>),
+    Event(String, Value),
+}
+
+fn text_of(line: &[u8]) -> String {
+    String::from_utf8_lossy(line)
+        .trim_end()
+        .chars()
+        .take(LONGEST_QUOTE)
+        .collect()
 }
 
 fn parse(line: &[u8]) -> Result<Parsed, String> {
-    let nonsense = || format!("not QMP: {}", String::from_utf8_lossy(line));
+    let nonsense = || format!("not QMP: {}", text_of(line));
     let mut value: Value = serde_json::from_slice(line).map_err(|_| nonsense())?;
     if let Some(greeting) = value.get_mut("QMP") {
         return Ok(Parsed::Greeting(greeting.take()));
@@ -134,17 +161,16 @@ fn parse(line: &[u8]) -> Result<Parsed, String> {
     if let Some(name) = value.get("event").and_then(Value::as_str) {
         let name = name.to_owned();
         let data = value.get_mut("data").map_or(Value::Null, Value::take);
-        return Ok(Parsed::Message(Message::Event(name, data)));
+        return Ok(Parsed::Event(name, data));
     }
-    let id = value.get("id").and_then(Value::as_u64).ok_or_else(nonsense)?;
     if let Some(error) = value.get("error") {
         let text = |key: &str| error.get(key).and_then(Value::as_str).map(str::to_owned);
         let class = text("class").ok_or_else(nonsense)?;
         let desc = text("desc").ok_or_else(nonsense)?;
-        return Ok(Parsed::Message(Message::Answer(id, Err((class, desc)))));
+        return Ok(Parsed::Answer(Err((class, desc))));
     }
     let value = value.get_mut("return").ok_or_else(nonsense)?.take();
-    Ok(Parsed::Message(Message::Answer(id, Ok(value))))
+    Ok(Parsed::Answer(Ok(value)))
 }
 
 #[cfg(test)]
@@ -158,6 +184,8 @@ mod tests {
         let (ours, mut theirs) = UnixStream::pair().expect("a pair");
         let mut monitor = Monitor::new(ours).expect("a monitor");
         assert_eq!(monitor.send("x", &Map::new()), 0);
+        assert_eq!(monitor.send("y", &Map::new()), 1);
+        assert!(monitor.is_busy());
         theirs
             .write_all(b"{\"QMP\": {\"version\": 1}}\n{\"retu")
             .expect("sent");
@@ -166,8 +194,8 @@ mod tests {
         assert_eq!(monitor.take(), None);
         theirs
             .write_all(
-                b"rn\": {}, \"id\": 0}\n{\"event\": \"E\", \"data\": {\"a\": 1}, \"timestamp\": {}}\n\
-                {\"id\": 1, \"error\": {\"class\": \"C\", \"desc\": \"D\"}}\n",
+                b"rn\": {}}\n{\"event\": \"E\", \"data\": {\"a\": 1}, \"timestamp\": {}}\n\
+                {\"error\": {\"class\": \"C\", \"desc\": \"D\"}}\n",
             )
             .expect("sent");
         assert_eq!(monitor.pump(), Ok(false));
@@ -176,6 +204,9 @@ mod tests {
         let refusal = Err(("C".to_owned(), "D".to_owned()));
         assert_eq!(monitor.take(), Some(Message::Answer(1, refusal)));
         assert_eq!(monitor.pump(), Ok(false));
+        assert!(!monitor.is_busy());
+        theirs.write_all(b"{\"return\": {}}\n").expect("sent");
+        assert!(matches!(monitor.pump(), Err(Broken::Nonsense(_))), "nobody asked");
         theirs.write_all(b"Segmentation fault\n").expect("sent");
         assert!(matches!(monitor.pump(), Err(Broken::Nonsense(_))));
         drop(theirs);

@@ -1,23 +1,36 @@
-//! When the daemon has come to rest: all its threads sleep.
+//! When the daemon has come to rest: all its threads sleep, and the first one where it waits for something to happen.
 //!
 //! The kernel wakes a sleeper inside the very call that gives it something to do, so that a daemon of which every thread
-//! sleeps has nothing to do that it knows of. Threads are looked at one after the other, so everything is looked at
-//! twice: somebody woken behind the first look is seen by the second.
-//! Rules: a daemon that uses up much CPU time without coming to rest hangs; the limit is its CPU time and not the time
-//! of day, which other programs use up as well.
+//! sleeps at one moment has nothing to do that it knows of. Two things make that moment hard to see.
+//! One is what a state letter means: a thread is called sleeping as soon as it says that it is going to, and may be taken
+//! off its processor right there, with news already waiting for it. The place where it sleeps (`wchan`) has no such gap:
+//! the kernel gives none for a thread that is in a queue to run, or about to be.
+//! The other is that threads are looked at one after the other while they hand work to each other. So the looks are
+//! nested, first thread to last and back, and how often each had a processor (`schedstat`) must be the same
+//! before and after: then each slept over its whole interval, and the intervals have a moment in common.
+//!
+//! Rules: only the first thread acts on storage and guests. Beside it are, from the start, one that frees memory later
+//! and one that reads the monitor; neither takes part while no command is under way ([`Whom::NoMonitor`]). Threads
+//! that come later do: one unpacks compressed clusters, one connects to storage. A daemon that uses up much CPU time without coming to rest hangs; the limit is its CPU time and not the
+//! time of day, which other programs use up as well.
+//! On a kernel that shows no `wchan`, state letters have to do, with the gap.
 
 use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::Broken;
 use crate::clock::Stopwatch;
 
-/// CPU time of the daemon in one settling, in clock ticks of 10 ms.
-const CPU_LIMIT: u64 = 100;
+/// CPU time of the daemon in one settling, in nanoseconds.
+const CPU_LIMIT: u64 = 2_000_000_000;
+/// Time of day in one settling in which the daemon has no CPU time at all: it waits for something that is not of ours.
+const STALL_LIMIT: Duration = Duration::from_secs(20);
 /// Time of day in one settling: the machine itself is in trouble.
-const TIME_LIMIT: Duration = Duration::from_secs(120);
+const TIME_LIMIT: Duration = Duration::from_secs(300);
+/// A sleeper of which no place was shown for so long is on a kernel that shows none.
+const STILL: Duration = Duration::from_millis(300);
 /// Looks between two looks at a clock.
 const PATIENCE: u32 = 512;
 /// Looks without a pause in between: most of what a daemon does takes no longer.
@@ -25,55 +38,136 @@ const AT_ONCE: u32 = 4;
 /// Then this long. Whoever sleeps is woken soon on a busy machine too; whoever only yields comes last.
 const PAUSE: Duration = Duration::from_micros(20);
 
+/// Whose rest is looked for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Whom {
+    /// That of all threads but those that were there from the start, the first one excepted. Enough while no command is
+    /// under way and none was since all were seen at rest.
+    NoMonitor,
+    /// That of all threads.
+    All,
+}
+
+/// A thread's files.
+#[derive(Debug)]
+struct Thread {
+    place: File,
+    /// Not on every kernel.
+    runs: Option<File>,
+    /// Reading it makes the kernel finish what it puts off: a thread that sleeps may be left in the queue of its
+    /// processor for a while, and then has no place.
+    nudge: Option<File>,
+}
+
+/// How often a thread was given a processor, and for how long all in all, in nanoseconds.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+struct Runs {
+    times: u64,
+    nanoseconds: u64,
+}
+
+/// Where a thread is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Place {
+    /// It runs, or is about to.
+    Busy,
+    /// It sleeps until one of its files or sockets is ready.
+    Polls,
+    /// It sleeps elsewhere.
+    Sleeps,
+}
+
 /// Looks at the threads of a process.
 #[derive(Debug)]
 pub struct Sleepers {
     directory: PathBuf,
-    threads: Vec<File>,
-    ended: bool,
-    buffer: [u8; 512],
+    /// The directory; its links count the threads.
+    count: Option<File>,
+    threads: Vec<Thread>,
+    /// How many threads there were at the start.
+    first: usize,
+    /// The kernel does not show where threads sleep.
+    letters: bool,
+    before: Vec<(usize, Runs)>,
 }
 
-/// What `stat` says of a thread.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct Stat {
-    state: u8,
-    ticks: u64,
-    threads: usize,
+fn read<'a>(file: &File, buffer: &'a mut [u8; 512]) -> Option<&'a [u8]> {
+    let n = file.read_at(buffer, 0).ok()?;
+    Some(&buffer[..n])
 }
 
-/// Reads the text of `/proc/PID/task/TID/stat`.
-fn parse(text: &[u8]) -> Option<Stat> {
-    // The name in brackets may hold anything, brackets too.
-    let close = text.iter().rposition(|b| *b == b')')?;
-    let mut fields = text.get(close + 2..)?.split(|b| *b == b' ');
-    let number = |field: Option<&[u8]>| {
-        field?.iter().try_fold(0u64, |n, b| {
-            b.is_ascii_digit()
-                .then(|| n.wrapping_mul(10).wrapping_add(u64::from(b - b'0')))
-        })
-    };
-    let state = fields.next()?;
-    // From state, the third field: utime is the 14th, num_threads the 20th.
-    let user = number(fields.nth(10))?;
-    let system = number(fields.next())?;
-    let threads = number(fields.nth(4))?;
-    Some(Stat {
-        state: *state.first()?,
-        ticks: user + system,
-        threads: usize::try_from(threads).ok()?,
+/// Reads the text of `schedstat`: time on a processor, time waiting for one, how often.
+fn parse_runs(text: &[u8]) -> Option<Runs> {
+    let mut fields = std::str::from_utf8(text).ok()?.split_ascii_whitespace();
+    Some(Runs {
+        nanoseconds: fields.next()?.parse().ok()?,
+        times: fields.nth(1)?.parse().ok()?,
     })
 }
 
+/// Reads the text of `wchan`: the function of the kernel where a thread sleeps; `0` for one that does not.
+fn parse_place(text: &[u8]) -> Place {
+    match text {
+        b"" | b"0" => Place::Busy,
+        // poll_schedule_timeout, do_sys_poll, do_epoll_wait, ep_poll: it depends on what the compiler joined.
+        name if name.windows(4).any(|w| w == b"poll") => Place::Polls,
+        _ => Place::Sleeps,
+    }
+}
+
+/// The state letter of `stat`.
+fn parse_letter(text: &[u8]) -> Option<u8> {
+    // The name in brackets may hold anything, brackets too.
+    let close = text.iter().rposition(|b| *b == b')')?;
+    text.get(close + 2).copied()
+}
+
+impl Thread {
+    fn open(directory: &Path, letters: bool) -> Option<Thread> {
+        Some(Thread {
+            place: File::open(directory.join(if letters { "stat" } else { "wchan" })).ok()?,
+            runs: File::open(directory.join("schedstat")).ok(),
+            nudge: File::open(directory.join("syscall")).ok(),
+        })
+    }
+
+    /// `None`: it is gone.
+    fn place(&self, letters: bool) -> Option<Place> {
+        let mut buffer = [0; 512];
+        let text = read(&self.place, &mut buffer)?;
+        if !letters {
+            return Some(parse_place(text));
+        }
+        Some(match parse_letter(text)? {
+            b'S' => Place::Polls,
+            _ => Place::Busy,
+        })
+    }
+
+    fn runs(&self) -> Runs {
+        let read = |file| parse_runs(read(file, &mut [0; 512])?);
+        self.runs.as_ref().and_then(read).unwrap_or_default()
+    }
+
+    fn nudge(&self) {
+        if let Some(file) = &self.nudge {
+            let _ = read(file, &mut [0; 512]);
+        }
+    }
+}
+
 impl Sleepers {
-    /// The threads of this process.
+    /// The threads of this process, which is a child of ours.
     #[must_use]
     pub fn of(pid: u32) -> Sleepers {
+        let directory = PathBuf::from(format!("/proc/{pid}/task"));
         Sleepers {
-            directory: PathBuf::from(format!("/proc/{pid}/task")),
+            count: File::open(&directory).ok(),
+            directory,
             threads: Vec::new(),
-            ended: false,
-            buffer: [0; 512],
+            first: 0,
+            letters: false,
+            before: Vec::new(),
         }
     }
 
@@ -87,115 +181,175 @@ impl Sleepers {
             .filter_map(|e| e.ok()?.file_name().to_str()?.parse().ok())
             .collect();
         numbers.sort_unstable();
-        let open = |n: &u32| File::open(self.directory.join(format!("{n}/stat"))).ok();
+        let open = |n: &u32| Thread::open(&self.directory.join(n.to_string()), self.letters);
         self.threads = numbers.iter().filter_map(open).collect();
     }
 
-    fn look(&mut self, at: usize) -> Option<Stat> {
-        let n = self.threads[at].read_at(&mut self.buffer, 0).ok()?;
-        parse(&self.buffer[..n])
+    fn is_listed(&self) -> bool {
+        // A directory has two links of its own.
+        let links = self
+            .count
+            .as_ref()
+            .and_then(|d| d.metadata().ok())
+            .map(|m| m.nlink());
+        links == Some(self.threads.len() as u64 + 2)
     }
 
-    /// One look at everybody: whether all sleep, and CPU time used so far.
-    fn look_round(&mut self) -> (bool, u64) {
-        let mut ticks = 0;
-        let mut at = 0;
-        while at < self.threads.len() {
-            // A thread that is gone, or one more: another list.
-            let Some(stat) = self.look(at) else {
-                self.list();
-                return (false, ticks);
-            };
-            ticks += stat.ticks;
-            // It ended, or is about to: other threads may keep its sockets open a little longer.
-            if at == 0 && matches!(stat.state, b'Z' | b'X') {
-                self.ended = true;
-                return (true, ticks);
-            }
-            if stat.state != b'S' {
-                return (false, ticks);
-            }
-            if stat.threads != self.threads.len() {
-                self.list();
-                return (false, ticks);
-            }
-            at += 1;
+    /// Whether this thread sleeps where it may.
+    fn sleeps(&self, at: usize) -> bool {
+        match self.threads[at].place(self.letters) {
+            Some(Place::Polls) => true,
+            Some(Place::Sleeps) => at > 0,
+            Some(Place::Busy) | None => false,
         }
-        (at > 0, ticks)
     }
 
-    /// Waits until all sleep. False: the process ended.
+    /// The daemon is up: whoever is there now was there from the start.
+    pub fn started(&mut self) {
+        self.list();
+        self.first = self.threads.len();
+    }
+
+    /// Whether those threads sleep at one moment: while the last one is looked at.
+    fn all_sleep(&mut self, whom: Whom) -> bool {
+        self.before.clear();
+        let skipped = if whom == Whom::All { 1 } else { self.first.max(1) };
+        let mut last = 0;
+        for at in std::iter::once(0).chain(skipped..self.threads.len()) {
+            if at > 0 {
+                // The one before is not the last, and has to be looked at again.
+                self.before.push((last, self.threads[last].runs()));
+                if !self.sleeps(last) {
+                    return false;
+                }
+            }
+            last = at;
+        }
+        let again = |&(at, runs): &(usize, Runs)| self.sleeps(at) && self.threads[at].runs() == runs;
+        self.sleeps(last) && self.before.iter().rev().all(again) && self.is_listed()
+    }
+
+    /// Waits until those sleep. False: the process ended.
     ///
     /// # Errors
     /// When they do not come to rest.
-    #[expect(clippy::disallowed_methods, reason = "another process takes real time")]
-    pub fn wait(&mut self) -> Result<bool, Broken> {
+    pub fn wait(&mut self, whom: Whom) -> Result<bool, Broken> {
         if self.threads.is_empty() {
             self.list();
         }
-        let (mut quiet, mut looks) = (0, 0u32);
-        let mut since: Option<(Stopwatch, u64)> = None;
-        while quiet < 2 {
-            let (all, ticks) = self.look_round();
-            if all {
-                quiet += 1;
-                continue;
-            }
-            if self.threads.is_empty() {
+        let mut limits = Limits::default();
+        loop {
+            if self.threads.is_empty() || self.has_ended(&limits) {
                 return Ok(false);
             }
-            quiet = 0;
-            looks += 1;
-            if looks.is_multiple_of(PATIENCE) {
-                let (watch, used) = *since.get_or_insert_with(|| (Stopwatch::start(), ticks));
-                if ticks.saturating_sub(used) > CPU_LIMIT {
-                    return Err(Broken::Hangs("it runs without coming to rest".to_owned()));
-                }
-                if watch.elapsed() > TIME_LIMIT {
-                    return Err(Broken::Hangs("it neither rests nor runs".to_owned()));
-                }
+            if self.all_sleep(whom) {
+                return Ok(true);
             }
-            if looks > AT_ONCE {
-                std::thread::sleep(PAUSE);
+            if !self.is_listed() {
+                self.list();
+                continue;
             }
+            let used = || self.threads.iter().map(|t| t.runs().nanoseconds).sum();
+            if limits.looked(used)? && !self.letters && self.letter() == Some(b'S') && !self.sleeps(0) {
+                self.letters = true;
+                self.list();
+            }
+            self.threads.iter().for_each(Thread::nudge);
         }
-        Ok(!self.ended)
+    }
+
+    /// A process that nobody asked for its end still has a first thread. Not looked for at once: it takes time.
+    fn has_ended(&self, limits: &Limits) -> bool {
+        if limits.looks % AT_ONCE != AT_ONCE - 1 {
+            return false;
+        }
+        // Other threads may keep its sockets open a little longer.
+        self.letter().is_none_or(|state| matches!(state, b'Z' | b'X'))
+    }
+
+    fn letter(&self) -> Option<u8> {
+        parse_letter(&fs::read(self.directory.with_file_name("stat")).ok()?)
+    }
+}
+
+/// How long somebody has been looking.
+#[derive(Debug, Default)]
+struct Limits {
+    looks: u32,
+    begun: Option<(Stopwatch, u64)>,
+    /// CPU time did not change since.
+    still: Option<(Stopwatch, u64)>,
+}
+
+impl Limits {
+    /// After a look in vain. True: it has used no CPU time for a while.
+    #[expect(clippy::disallowed_methods, reason = "another process takes real time")]
+    fn looked(&mut self, used: impl Fn() -> u64) -> Result<bool, Broken> {
+        self.looks += 1;
+        let still = self.looks.is_multiple_of(PATIENCE) && self.check(used())?;
+        if self.looks > AT_ONCE {
+            std::thread::sleep(PAUSE);
+        }
+        Ok(still)
+    }
+
+    fn check(&mut self, used: u64) -> Result<bool, Broken> {
+        let (watch, first) = *self.begun.get_or_insert_with(|| (Stopwatch::start(), used));
+        if used.saturating_sub(first) > CPU_LIMIT {
+            return Err(Broken::Hangs("it runs without coming to rest".to_owned()));
+        }
+        if watch.elapsed() > TIME_LIMIT {
+            return Err(Broken::Hangs("it neither rests nor runs".to_owned()));
+        }
+        let (still, last) = *self.still.get_or_insert_with(|| (Stopwatch::start(), used));
+        if used != last {
+            self.still = Some((Stopwatch::start(), used));
+        } else if still.elapsed() > STALL_LIMIT {
+            return Err(Broken::Hangs("it sleeps where nothing can wake it".to_owned()));
+        }
+        Ok(used == last && still.elapsed() > STILL)
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::process::{Child, Command};
+
     use super::*;
 
     #[test]
-    fn a_stat_line_is_read_behind_the_name() {
-        let line = b"12 (a) R (b) S 1 2 3 4 5 6 7 8 9 10 31 11 0 0 20 0 4 0 99 100 5\n";
-        let stat = Stat {
-            state: b'S',
-            ticks: 42,
-            threads: 4,
+    fn what_the_kernel_shows_of_a_thread_is_read() {
+        let runs = Runs {
+            times: 8,
+            nanoseconds: 1_550_838,
         };
-        assert_eq!(parse(line), Some(stat));
-        assert_eq!(parse(b"12 (a"), None);
-        assert_eq!(parse(b"12 (a) S 1 2"), None);
+        assert_eq!(parse_runs(b"1550838 21462330 8\n"), Some(runs));
+        assert_eq!(parse_runs(b"1550838 21462330"), None);
+        assert_eq!(parse_place(b"poll_schedule_timeout.constprop.0"), Place::Polls);
+        assert_eq!(parse_place(b"futex_do_wait"), Place::Sleeps);
+        assert_eq!(parse_place(b"0"), Place::Busy);
+        assert_eq!(parse_letter(b"12 (a) R (b) S 1 2 3"), Some(b'S'));
+        assert_eq!(parse_letter(b"12 (a"), None);
+    }
+
+    fn start(program: &str, arguments: &[&str]) -> Option<Child> {
+        Command::new(program).args(arguments).spawn().ok()
     }
 
     #[test]
-    fn a_sleeping_process_rests_and_a_busy_one_does_not() {
-        let start = |program: &str| {
-            let mut shell = std::process::Command::new("sh");
-            shell.args(["-c", program]).spawn().expect("a shell")
-        };
-        let mut asleep = start("exec sleep 60");
-        assert_eq!(Sleepers::of(asleep.id()).wait(), Ok(true));
-        let mut busy = start("while :; do :; done");
-        let result = Sleepers::of(busy.id()).wait();
-        assert!(matches!(result, Err(Broken::Hangs(_))), "{result:?}");
-        let mut over = start("exit 0");
+    fn only_who_waits_for_something_to_happen_rests() {
+        // Whom an interpreter of scripts is missing loses that part.
+        let polls = start("perl", &["-e", "select(undef, undef, undef, 60)"]);
+        let busy = start("sh", &["-c", "while :; do :; done"]);
+        let mut over = start("sh", &["-c", "exit 0"]).expect("a shell");
+        let rest = |child: &Option<Child>| child.as_ref().map(|c| Sleepers::of(c.id()).wait(Whom::All));
+        assert!(matches!(rest(&polls), None | Some(Ok(true))));
+        let result = rest(&busy);
+        assert!(matches!(result, Some(Err(Broken::Hangs(_)))), "{result:?}");
         let mut sleepers = Sleepers::of(over.id());
-        while sleepers.wait().expect("it ends") {}
+        while sleepers.wait(Whom::NoMonitor).expect("it ends") {}
         over.wait().expect("it ended");
-        for child in [&mut asleep, &mut busy] {
+        for mut child in [polls, busy].into_iter().flatten() {
             child.kill().expect("it runs");
             child.wait().expect("it ends");
         }

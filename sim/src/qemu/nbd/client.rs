@@ -1,10 +1,12 @@
 //! Guests: a client of the daemon's NBD exports with any number of requests in flight.
 //!
-//! Rules: one connection per export, made with the first request; never blocks, so that the daemon can always send. A
-//! request that the daemon does not answer before it hangs up ends with ESHUTDOWN.
+//! Rules: one connection per export, made with the first request; never blocks, so that the daemon can always send. Every
+//! message waits for the one before to be on its way and the daemon to be at rest. A request that the daemon does not
+//! answer before it hangs up ends with ESHUTDOWN.
 //! A block status request is asked again for what an answer left out, until its range is covered or an answer makes
 //! no progress.
 
+use std::collections::VecDeque;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
@@ -89,16 +91,15 @@ struct Session {
     export: String,
     stream: UnixStream,
     input: Vec<u8>,
+    /// What is being sent.
     output: Vec<u8>,
     phase: Phase,
-    /// Requests that wait for the negotiation.
-    early: Vec<u8>,
+    /// Requests that wait for their turn.
+    waiting: VecDeque<Vec<u8>>,
     size: u64,
     contexts: [Option<u32>; 2],
     open: Vec<Open>,
     gone: bool,
-    /// Something was sent since this was last false.
-    sent: bool,
 }
 
 /// The guests.
@@ -137,6 +138,16 @@ impl Client {
             session.end(&mut self.answers);
         }
         self.sessions.retain(|s| s.export != export);
+    }
+
+    /// Hangs up on the export of the oldest connection and forgets its requests. False when there is none.
+    pub fn hang_up_one(&mut self) -> bool {
+        self.answers.clear();
+        let any = !self.sessions.is_empty();
+        if any {
+            self.sessions.remove(0);
+        }
+        any
     }
 
     /// Requests in flight on an export.
@@ -182,21 +193,18 @@ impl Client {
         }
         let stream = UnixStream::connect(&self.path)?;
         stream.set_nonblocking(true)?;
-        let mut session = Session {
+        self.sessions.push(Session {
             export: export.to_owned(),
             stream,
             input: Vec::new(),
             output: Vec::new(),
             phase: Phase::Greeting,
-            early: Vec::new(),
+            waiting: VecDeque::new(),
             size: 0,
             contexts: [None; 2],
             open: Vec::new(),
             gone: false,
-            sent: false,
-        };
-        session.negotiate();
-        self.sessions.push(session);
+        });
         Ok(self.sessions.len() - 1)
     }
 
@@ -255,26 +263,32 @@ impl Client {
         let session = &mut self.sessions[at];
         session.open.push(open);
         session.put(request, &data);
+        // The daemon is at rest when something is asked.
+        session.send();
         Ok(())
     }
 
-    /// Takes in what the daemon sent. Whether the daemon may have something to do now.
+    /// Takes in what the daemon sent and sends what is next, until one connection is reached over which the daemon may
+    /// have something to do now: true then.
     ///
     /// # Errors
     /// Nonsense from the daemon.
     pub fn pump(&mut self) -> Result<bool, String> {
-        let mut stirred = false;
-        for session in &mut self.sessions {
-            stirred |= session.receive(&mut self.scratch, &mut self.answers)?;
-            stirred |= send(&mut session.stream, &mut session.output);
+        let mut at = 0;
+        while let Some(session) = self.sessions.get_mut(at) {
+            let much = session.receive(&mut self.scratch, &mut self.answers)?;
             if session.gone {
                 session.end(&mut self.answers);
+                // The daemon notices when we hang up.
+                self.sessions.remove(at);
+                return Ok(true);
             }
+            if much || session.send() {
+                return Ok(true);
+            }
+            at += 1;
         }
-        // The daemon notices when we hang up.
-        stirred |= self.sessions.iter().any(|s| s.gone);
-        self.sessions.retain(|s| !s.gone);
-        Ok(stirred)
+        Ok(false)
     }
 }
 
@@ -294,18 +308,21 @@ impl Session {
         wire::put_option(out, option::SET_META_CONTEXT, &data);
         go.extend_from_slice(&0u16.to_be_bytes());
         wire::put_option(out, option::GO, &go);
-        send(&mut self.stream, &mut self.output);
+    }
+
+    /// Sends what is next, as far as it fits. Whether anything went.
+    fn send(&mut self) -> bool {
+        if self.output.is_empty() && self.phase == Phase::Open {
+            self.output = self.waiting.pop_front().unwrap_or_default();
+        }
+        send(&mut self.stream, &mut self.output)
     }
 
     fn put(&mut self, request: Request, data: &[u8]) {
-        let out = if self.phase == Phase::Open {
-            &mut self.output
-        } else {
-            &mut self.early
-        };
-        request.put(out);
+        let mut out = Vec::with_capacity(wire::REQUEST_SIZE + data.len());
+        request.put(&mut out);
         out.extend_from_slice(data);
-        self.sent |= send(&mut self.stream, &mut self.output);
+        self.waiting.push_back(out);
     }
 
     /// It is over: whatever was not answered is now.
@@ -328,7 +345,6 @@ impl Session {
         let got = receive(&mut self.stream, scratch, &mut self.input);
         self.gone |= got.is_none();
         let got = got.unwrap_or(0);
-        self.sent = false;
         if got > 0 {
             let input = std::mem::take(&mut self.input);
             let mut used = 0;
@@ -342,7 +358,7 @@ impl Session {
             self.input = input;
             self.input.drain(..used);
         }
-        Ok(got >= MUCH || self.sent)
+        Ok(got >= MUCH)
     }
 
     /// Takes one message off the front; 0 when there is none in full.
@@ -357,6 +373,7 @@ impl Session {
                     return Err("an NBD export does not greet".to_owned());
                 }
                 self.phase = Phase::Options;
+                self.negotiate();
                 Ok(18)
             }
             Phase::Options => self.option_reply(input),
@@ -394,9 +411,6 @@ impl Session {
             }
             (option::GO, reply::ACK) => {
                 self.phase = Phase::Open;
-                let early = std::mem::take(&mut self.early);
-                self.output.extend_from_slice(&early);
-                self.sent |= send(&mut self.stream, &mut self.output);
             }
             (option::GO, error) if error >> 31 == 1 => {
                 self.phase = Phase::Refused;

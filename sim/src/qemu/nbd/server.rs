@@ -180,16 +180,18 @@ impl Server {
         self.connections.len()
     }
 
-    /// Takes in what the daemon sent and answers negotiation. Whether the daemon may have something to do now.
+    /// Takes in what the daemon sent and answers negotiation, until one connection is reached over which the daemon may
+    /// have something to do now: true then. Whoever orders things waits for rest and asks again, since two
+    /// connections that stir at once may be seen in either order.
     ///
     /// # Errors
     /// Nonsense from the daemon.
     pub fn pump(&mut self) -> Result<bool, String> {
         self.accept();
-        let mut stirred = false;
         for at in 0..self.connections.len() {
-            stirred |= self.receive(at)?;
-            stirred |= self.connections[at].send();
+            if self.receive(at)? || self.connections[at].send() {
+                return Ok(true);
+            }
         }
         let held = &mut self.held;
         self.connections.retain(|c| {
@@ -198,7 +200,7 @@ impl Server {
             }
             !c.gone
         });
-        Ok(stirred)
+        Ok(false)
     }
 
     fn accept(&mut self) {

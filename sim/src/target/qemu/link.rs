@@ -1,0 +1,182 @@
+//! A running daemon and all our ends to it: what is sent, what is waited for, what is ours to ask.
+//!
+//! Rules: one thing is given at a time, and then the daemon comes to rest. Commands of our own are carried out to their
+//! end, releasing what they wait for in order.
+
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+
+use serde_json::{Map, Value, json};
+
+use super::Trouble;
+use crate::qemu::Broken;
+use crate::qemu::names::made_up_number;
+use crate::qemu::nbd::client::{Answer, Ask, Client};
+use crate::qemu::nbd::server::Server;
+use crate::qemu::process::Daemon;
+use crate::qemu::qmp::{Message, Monitor};
+use crate::qemu::settle::{Sleepers, Whom};
+
+/// Most that is read at once.
+const PIECE: u64 = 16 << 20;
+/// Nodes longer than this are not read (a null-co of a terabyte).
+pub(super) const LONGEST_NODE: u64 = 256 << 20;
+/// A daemon and all our ends to it.
+#[derive(Debug)]
+pub(super) struct Running {
+    // Before the daemon: hanging up is gentler than a kill.
+    pub(super) client: Client,
+    pub(super) monitor: Monitor,
+    pub(super) server: Server,
+    sleepers: Sleepers,
+    pub(super) daemon: Daemon,
+    pub(super) runs: u32,
+}
+
+impl Running {
+    pub(super) fn start(program: &Path) -> Result<Running, Trouble> {
+        let directory = Daemon::directory().map_err(unusable)?;
+        let server = Server::listen(&Daemon::storage_socket(directory.path())).map_err(unusable)?;
+        let client = Client::new(&Daemon::export_socket(directory.path()));
+        let (ours, theirs) = UnixStream::pair().map_err(unusable)?;
+        let monitor = Monitor::new(ours).map_err(unusable)?;
+        let daemon = Daemon::start(program, directory, theirs).map_err(unusable)?;
+        let mut running = Running {
+            client,
+            monitor,
+            server,
+            sleepers: Sleepers::of(daemon.pid()),
+            daemon,
+            runs: 0,
+        };
+        // It sleeps now and then while it starts: what counts is that it greets.
+        while running.monitor.greeting().is_none() {
+            running.settle().map_err(unusable)?;
+            std::thread::yield_now();
+        }
+        running.sleepers.started();
+        let agreed = running.ask("qmp_capabilities", &Map::new()).map_err(unusable)?;
+        agreed.map_err(|(_, refusal)| unusable(refusal))?;
+        Ok(running)
+    }
+
+    /// Waits until the daemon rests and everything it said is here.
+    pub(super) fn settle(&mut self) -> Result<(), Broken> {
+        loop {
+            let whom = if self.monitor.is_busy() || self.monitor.greeting().is_none() {
+                Whom::All
+            } else {
+                Whom::NoMonitor
+            };
+            let alive = self.sleepers.wait(whom)?;
+            // One after the other: what is sent at the same time may be seen in either order.
+            let stirred = self.monitor.pump()?
+                || self.server.pump().map_err(Broken::Nonsense)?
+                || self.client.pump().map_err(Broken::Nonsense)?;
+            if !alive || self.monitor.is_gone() {
+                return Err(self.daemon.ended());
+            }
+            if !stirred {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Carries out a command of ours to its end, releasing whatever it waits for. What else is said meanwhile is
+    /// dropped.
+    pub(super) fn ask(
+        &mut self,
+        execute: &str,
+        arguments: &Map<String, Value>,
+    ) -> Result<Result<Value, (String, String)>, Broken> {
+        let id = self.monitor.send(execute, arguments);
+        let mut answer = None;
+        self.until(&format!("{execute} is not answered"), |running| {
+            while let Some(message) = running.monitor.take() {
+                if let Message::Answer(number, result) = message
+                    && number == id
+                {
+                    answer = Some(result);
+                }
+            }
+            answer.is_some()
+        })?;
+        Ok(answer.expect("just came"))
+    }
+
+    /// Releases requests in order until `done`.
+    pub(super) fn until(
+        &mut self,
+        what: &str,
+        mut done: impl FnMut(&mut Running) -> bool,
+    ) -> Result<(), Broken> {
+        loop {
+            self.settle()?;
+            if done(self) {
+                return Ok(());
+            }
+            if self.server.held().is_empty() {
+                return Err(Broken::Hangs(format!("{what}, and nothing is held")));
+            }
+            self.server.release(0);
+        }
+    }
+
+    /// The number of the next name that the daemon makes up.
+    pub(super) fn next_made_up(&mut self) -> Result<u64, Broken> {
+        let object = |value: Value| match value {
+            Value::Object(object) => object,
+            _ => unreachable!("written as an object"),
+        };
+        let probe = json!({"driver": "raw", "node-name": "blkcheck-probe",
+            "file": {"driver": "null-co", "size": 512, "read-zeroes": true}});
+        let nonsense = |what: &str| Broken::Nonsense(format!("the daemon {what}"));
+        self.ask("blockdev-add", &object(probe))?
+            .map_err(|e| nonsense(&format!("refuses a node: {}", e.1)))?;
+        let graph = self
+            .ask("x-debug-query-block-graph", &Map::new())?
+            .map_err(|e| nonsense(&format!("shows no graph: {}", e.1)))?;
+        let number = graph["nodes"]
+            .as_array()
+            .and_then(|nodes| nodes.iter().find_map(|n| made_up_number(n["name"].as_str()?)))
+            .ok_or_else(|| nonsense("makes up no name"))?;
+        self.ask("blockdev-del", &object(json!({"node-name": "blkcheck-probe"})))?
+            .map_err(|e| nonsense(&format!("keeps a node: {}", e.1)))?;
+        Ok(number + 1)
+    }
+}
+
+impl Running {
+    /// A request of ours, to its end.
+    pub(super) fn request(&mut self, export: &str, ask: Ask) -> Result<Answer, Broken> {
+        const TOKEN: u32 = u32::MAX;
+        self.client
+            .submit(export, TOKEN, ask)
+            .map_err(|e| Broken::Nonsense(e.to_string()))?;
+        let mut answer = None;
+        self.until("a request is not answered", |running| {
+            answer = running.client.answers().find(|(token, _)| *token == TOKEN);
+            answer.is_some()
+        })?;
+        Ok(answer.expect("just came").1)
+    }
+
+    /// All bytes of an export; none when one cannot be read.
+    pub(super) fn read_whole(&mut self, export: &str) -> Result<Vec<u8>, Broken> {
+        let size = self.client.size(export).unwrap_or(0);
+        let mut bytes = Vec::new();
+        while size <= LONGEST_NODE && (bytes.len() as u64) < size {
+            let at = bytes.len() as u64;
+            match self.request(export, Ask::Read(at, PIECE.min(size - at)))? {
+                Answer::Read(Ok(piece)) => bytes.extend_from_slice(&piece),
+                _ => return Ok(Vec::new()),
+            }
+        }
+        Ok(bytes)
+    }
+}
+
+/// The environment is to blame.
+fn unusable(reason: impl std::fmt::Display) -> Trouble {
+    Trouble::Unusable(format!("qemu-storage-daemon: {reason}"))
+}

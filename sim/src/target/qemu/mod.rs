@@ -1,0 +1,321 @@
+//! The shipping `qemu-storage-daemon`, gated: the images are in our memory, every storage request of the daemon is held
+//! until the choice stream releases it.
+//!
+//! What it cannot do: drained sections of our own (a monitor has no command for them), events from inside (it is
+//! known by its answers, its QMP events and its graph when at rest), time (nothing in a scenario may be rate
+//! limited), alignments of storage.
+//! Rules: commands go to the daemon one at a time, the next one when the last was answered. After each command and each
+//! change of a job's status the graph is asked for, and told as events; where several things happened in one settling,
+//! the answer of a command is told after all that came with it, since the graph was looked at last.
+//! One daemon serves many runs; one that did not come back to an empty graph is replaced.
+
+mod finish;
+mod images;
+mod link;
+mod tell;
+
+use std::collections::VecDeque;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+
+use blkcheck_impl::Layer;
+use blkcheck_impl::event::Event;
+use blkcheck_impl::jobs::JobStatus;
+use serde_json::{Map, Value};
+
+use super::{Alternatives, Capabilities, ClosedFile, Leftovers, Move, NodeContent, Target, Trouble};
+use crate::choice::Key;
+use crate::history::{Outcome, Record, StepId};
+use crate::image::build::build;
+use crate::qemu::Broken;
+use crate::qemu::graph::Snapshot;
+use crate::qemu::names::Names;
+use crate::qemu::process::{Daemon, PROGRAM, Unavailable, Version, version};
+use crate::scenario::{Action, Disk, Format, Scenario};
+use images::{name_backing, room};
+use link::Running;
+
+/// Runs after which a daemon is replaced, so that what it leaks cannot add up.
+const RUNS: u32 = 2000;
+
+/// A command of a scenario.
+#[derive(Clone, Debug)]
+struct Pending {
+    step: StepId,
+    execute: String,
+    arguments: Map<String, Value>,
+}
+
+impl From<Broken> for Trouble {
+    fn from(broken: Broken) -> Trouble {
+        Trouble::Lost(broken.to_string())
+    }
+}
+
+/// The target.
+#[derive(Debug)]
+pub struct QemuTarget {
+    program: PathBuf,
+    version: Version,
+    running: Option<Running>,
+    /// The daemon's graph is empty and nothing is under way.
+    clean: bool,
+    trouble: Option<Broken>,
+    names: Names,
+    snapshot: Snapshot,
+    records: Vec<Record>,
+    files: Vec<(String, Format)>,
+    queue: VecDeque<Pending>,
+    under_way: Option<Pending>,
+    /// The main-context operation that was told to have begun.
+    main: Option<&'static str>,
+    /// The command that was answered in it.
+    finished: Option<(StepId, Outcome)>,
+    /// The graph was asked for, under this number.
+    looking: Option<u64>,
+    /// Jobs and their last status.
+    jobs: Vec<(Rc<str>, JobStatus)>,
+    /// Exports that were made: (id, name).
+    exports: Vec<(String, String)>,
+    /// Nodes that the monitor owns, oldest first.
+    nodes: Vec<String>,
+    /// What the daemon was last told, for people.
+    last: String,
+}
+
+impl QemuTarget {
+    /// Runs on this daemon; `None`: the one in PATH.
+    ///
+    /// # Errors
+    /// When there is none of version 10.
+    pub fn new(program: Option<&Path>) -> Result<QemuTarget, Unavailable> {
+        let program = program.unwrap_or(Path::new(PROGRAM)).to_owned();
+        let version = version(&program)?;
+        Ok(QemuTarget {
+            program,
+            version,
+            running: None,
+            clean: false,
+            trouble: None,
+            names: Names::default(),
+            snapshot: Snapshot::default(),
+            records: Vec::new(),
+            files: Vec::new(),
+            queue: VecDeque::new(),
+            under_way: None,
+            main: None,
+            finished: None,
+            looking: None,
+            jobs: Vec::new(),
+            exports: Vec::new(),
+            nodes: Vec::new(),
+            last: String::new(),
+        })
+    }
+
+    /// The daemon's version.
+    #[must_use]
+    pub fn version(&self) -> Version {
+        self.version
+    }
+
+    fn running(&mut self) -> &mut Running {
+        self.running.as_mut().expect("prepared")
+    }
+}
+
+/// The first step that this target cannot take.
+fn impossible(scenario: &Scenario) -> Option<String> {
+    let drained = |action: &Action| matches!(action, Action::DrainBegin { .. } | Action::DrainEnd { .. });
+    let at = scenario.steps.iter().position(|s| drained(&s.action))?;
+    Some(format!(
+        "step {at}: qemu-storage-daemon has no command for drained sections; --on qemu cannot run this scenario"
+    ))
+}
+
+impl Target for QemuTarget {
+    fn capabilities(&self) -> Capabilities {
+        Capabilities {
+            drain: false,
+            events: false,
+            deterministic: true,
+            block_status: true,
+            disk_options: false,
+        }
+    }
+
+    fn adapt(&self, scenario: &Scenario) -> Option<Scenario> {
+        let mut scenario = scenario.clone();
+        scenario.disk = Disk::default();
+        crate::generate::without_rates(&mut scenario.steps);
+        crate::generate::without_inline_backing(&mut scenario.steps);
+        Some(scenario)
+    }
+
+    fn prepare(&mut self, scenario: &Scenario) -> Result<(), Trouble> {
+        if let Some(why) = impossible(scenario) {
+            return Err(Trouble::Unusable(why));
+        }
+        self.trouble = None;
+        self.queue.clear();
+        (self.under_way, self.main, self.finished, self.looking) = (None, None, None, None);
+        self.records.clear();
+        self.snapshot.reset();
+        self.jobs.clear();
+        self.exports.clear();
+        self.nodes.clear();
+        self.last = "nothing yet".to_owned();
+        let used_up = |r: &Running| r.runs >= RUNS;
+        if !self.clean || self.running.as_ref().is_none_or(used_up) {
+            self.running = None;
+            self.running = Some(Running::start(&self.program)?);
+        }
+        // Clean again only when this run was taken down.
+        self.clean = false;
+        let running = self.running.as_mut().expect("just started");
+        running.runs += 1;
+        running.client.reset();
+        running.server.reset();
+        running.settle()?;
+        let before = running.next_made_up()?;
+        self.names.reset(Daemon::STORAGE, before);
+        self.files.clear();
+        for (index, image) in (0..).zip(&scenario.images) {
+            let mut image = image.clone();
+            image.backing_file = image.backing_file.map(|name| self.names.on_record(&name));
+            let mut bytes = Vec::new();
+            build(&image, index, scenario.grain, &mut bytes);
+            running.server.add(&image.file, bytes, room(&image));
+            self.files.push((image.file, image.format));
+        }
+        Ok(())
+    }
+
+    fn issue(&mut self, scenario: &Scenario, step: StepId) {
+        if self.trouble.is_some() {
+            return;
+        }
+        match &scenario.steps[step.0 as usize].action {
+            Action::Command { execute, arguments } => {
+                self.queue.push_back(Pending {
+                    step,
+                    execute: execute.clone(),
+                    arguments: arguments.clone(),
+                });
+                if self.under_way.is_none()
+                    && self.main.is_none()
+                    && let Err(broken) = self.send_next()
+                {
+                    self.trouble = Some(broken);
+                    return;
+                }
+            }
+            Action::Guest { export, op } => self.guest(export, *op, scenario.grain, step),
+            Action::DrainBegin { .. } | Action::DrainEnd { .. } => {
+                unreachable!("prepare refuses these scenarios")
+            }
+            Action::WaitJob { .. } | Action::Settle { .. } => {
+                unreachable!("steps that wait are the runner's own")
+            }
+        }
+        self.act();
+    }
+
+    fn alternatives(&mut self) -> Alternatives {
+        let held = match (&self.trouble, &self.running) {
+            (None, Some(running)) => running.server.held().len(),
+            _ => 0,
+        };
+        Alternatives {
+            // Trouble comes out as something that happens.
+            ready: u32::from(self.trouble.is_some()),
+            storage: u32::try_from(held).expect("few requests"),
+            timer: false,
+            external: false,
+        }
+    }
+
+    fn keys(&self, into: &mut Vec<Key>) {
+        if self.trouble.is_some() {
+            return into.push(Key::task(0, 0));
+        }
+        let held = self.running.as_ref().map_or(&[][..], |r| r.server.held());
+        into.extend(held.iter().map(|h| Key::request(0, h.identity)));
+    }
+
+    fn advance(&mut self, next: Move) -> Result<(), Trouble> {
+        match next {
+            Move::Storage(at) => {
+                self.running().server.release(at as usize);
+                self.act();
+            }
+            Move::Ready(_) | Move::Timer | Move::External => {}
+        }
+        match &self.trouble {
+            None => Ok(()),
+            Some(broken) => Err(broken.clone().into()),
+        }
+    }
+
+    fn take_records(&mut self, into: &mut Vec<Record>) {
+        into.append(&mut self.records);
+    }
+
+    fn layer(&self) -> Option<&Layer> {
+        None
+    }
+
+    fn contents(&mut self) -> Result<Vec<NodeContent>, Trouble> {
+        "the final reads".clone_into(&mut self.last);
+        Ok(self.read_all()?)
+    }
+
+    fn close(&mut self) -> Result<Leftovers, Trouble> {
+        "the shutdown".clone_into(&mut self.last);
+        self.tell(Event::MainBegin { what: "shutdown" });
+        let left = self.take_down()?;
+        self.tell(Event::MainEnd { what: "shutdown" });
+        self.clean = left == Leftovers::default();
+        Ok(left)
+    }
+
+    fn closed_files(&mut self) -> Vec<ClosedFile> {
+        let running = self.running.as_ref().expect("prepared");
+        let names = &mut self.names;
+        let disks = running.server.disks().iter().zip(&self.files);
+        disks
+            .map(|(disk, (name, format))| {
+                let mut bytes = disk.file().to_vec();
+                if *format == Format::Qcow2 {
+                    name_backing(&mut bytes, names);
+                }
+                ClosedFile {
+                    name: name.clone(),
+                    format: *format,
+                    bytes,
+                    contested: disk.contested(),
+                }
+            })
+            .collect()
+    }
+
+    fn describe(&self) -> Vec<String> {
+        let mut lines = vec![format!("last given to the daemon: {}", self.last)];
+        if let Some(pending) = &self.under_way {
+            lines.push(format!("not answered: {}", pending.execute));
+        }
+        lines.extend(self.queue.iter().map(|p| format!("not sent yet: {}", p.execute)));
+        let Some(running) = &self.running else {
+            return lines;
+        };
+        lines.extend(running.server.held().iter().map(|h| {
+            let (r, disk) = (h.request, running.server.disks()[h.disk].name());
+            format!("held: {:?} {:#x}+{:#x} of {disk}", r.command, r.offset, r.length)
+        }));
+        if self.trouble.is_some() {
+            let words = running.daemon.last_words();
+            lines.extend(words.into_iter().map(|l| format!("the daemon said: {l}")));
+        }
+        lines
+    }
+}
