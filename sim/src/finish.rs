@@ -155,7 +155,7 @@ pub(crate) fn closed(
 }
 
 /// Files of qcow2 images whose protocol node something else than a qcow2 node uses: its bytes are then open to guests.
-fn exposed(scenario: &Scenario) -> BTreeSet<&str> {
+pub(crate) fn exposed(scenario: &Scenario) -> BTreeSet<&str> {
     let mut exposed = BTreeSet::new();
     // (node-name of a protocol node, its file)
     let mut protocols: Vec<(&str, &str)> = Vec::new();

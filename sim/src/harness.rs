@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::rc::Rc;
 
 use crate::choice::{Chooser, Pct, Random, Recorded, Recording};
-use crate::cli::{CliError, Faults, On, Scheduler};
+use crate::cli::{CliError, Faults, On, Scheduler, Tier};
 use crate::generate::{Profile, Reach, add_faults, generate};
 use crate::guide::{Path, Tracking};
 use crate::history::Record;
@@ -14,7 +14,7 @@ use crate::run::{RunResult, Runner};
 use crate::scenario::Scenario;
 use crate::shrink::{Execute, Limits, Trial};
 use crate::target::real::{Medium, RealTarget};
-use crate::target::{QemuTarget, SimTarget, Target};
+use crate::target::{QemuTarget, SimTarget, StressTarget, Target};
 
 /// Records compared when a seed runs twice.
 const TRACE_KEPT: usize = 1 << 16;
@@ -32,6 +32,8 @@ pub struct Setup {
     pub faults: Faults,
     /// The daemon to run on; `None`: the one in PATH.
     pub qemu: Option<&'static std::path::Path>,
+    /// How that daemon is run.
+    pub tier: Tier,
 }
 
 impl Default for Setup {
@@ -42,11 +44,18 @@ impl Default for Setup {
             profile: Profile::Mixed,
             faults: Faults::None,
             qemu: None,
+            tier: Tier::Gated,
         }
     }
 }
 
 impl Setup {
+    /// The daemon as it comes: what it does is not a function of the seed.
+    #[must_use]
+    pub fn is_stress(&self) -> bool {
+        self.on == On::Qemu && self.tier == Tier::Stress
+    }
+
     /// Whether runs are deterministic and every event is seen.
     #[must_use]
     pub fn is_simulated(&self) -> bool {
@@ -60,6 +69,7 @@ impl Setup {
             On::Memory => "memory",
             On::File => "file",
             On::Loop => "loop",
+            On::Qemu if self.is_stress() => "qemu --tier stress",
             On::Qemu => "qemu",
         }
     }
@@ -100,6 +110,14 @@ impl Setup {
                 alignment: false,
                 fine_grain: true,
                 raw_tails: false,
+                rates: true,
+                inline_backing: true,
+            },
+            On::Qemu if self.is_stress() => Reach {
+                drain: false,
+                alignment: false,
+                fine_grain: true,
+                raw_tails: true,
                 rates: true,
                 inline_backing: true,
             },
@@ -208,11 +226,14 @@ impl Harness {
             On::Memory => Box::new(SimTarget::new()),
             On::File => Box::new(RealTarget::new(Medium::File).map_err(environment)?),
             On::Loop => Box::new(RealTarget::new(Medium::Loop).map_err(environment)?),
+            On::Qemu if setup.is_stress() => Box::new(StressTarget::new(setup.qemu).map_err(environment)?),
             On::Qemu => Box::new(QemuTarget::new(setup.qemu).map_err(environment)?),
         };
         let marks = Rc::<RefCell<Detector>>::default();
         let mut oracles = if target.capabilities().events {
             oracle::all()
+        } else if setup.is_stress() {
+            oracle::unordered()
         } else {
             oracle::outside()
         };

@@ -3,6 +3,8 @@
 //!
 //! One seed decides everything: a run is a pure function of (scenario, choices).
 
+#[cfg(target_os = "linux")]
+pub mod agree;
 pub mod campaign;
 pub mod choice;
 pub mod cli;
@@ -12,6 +14,8 @@ pub mod compare;
 pub mod disk;
 pub mod env;
 pub mod exec;
+#[cfg(target_os = "linux")]
+pub mod export;
 mod finish;
 pub mod follow;
 pub mod fuzzing;

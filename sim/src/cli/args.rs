@@ -33,6 +33,9 @@ pub(super) enum Command {
     /// Compares the model with the real qemu-storage-daemon 10.x, one step at a time.
     #[cfg(target_os = "linux")]
     Compare(CompareArgs),
+    /// Writes a stand-alone script that replays a scenario on a real QEMU.
+    #[cfg(target_os = "linux")]
+    Export(ExportArgs),
     /// Prints the JSON Schema of scenario files.
     Schema,
 }
@@ -54,6 +57,9 @@ pub(super) struct RunArgs {
     /// The daemon for `--on qemu` instead of the one in PATH.
     #[arg(long, value_name = "PATH")]
     pub(super) qemu: Option<PathBuf>,
+    /// How the daemon of `--on qemu` is run.
+    #[arg(long, value_enum, default_value_t = Tier::Gated)]
+    pub(super) tier: Tier,
     /// How choices are made: `random`, or `pct:D` (priorities with D change points).
     #[arg(long, default_value = "random", value_parser = parse_scheduler)]
     pub(super) scheduler: Scheduler,
@@ -87,6 +93,9 @@ pub(super) struct ReplayArgs {
     /// The daemon for `--on qemu` instead of the one in PATH.
     #[arg(long, value_name = "PATH")]
     pub(super) qemu: Option<PathBuf>,
+    /// How the daemon of `--on qemu` is run.
+    #[arg(long, value_enum, default_value_t = Tier::Gated)]
+    pub(super) tier: Tier,
     /// One JSON object on stdout, nothing else.
     #[arg(long)]
     pub(super) json: bool,
@@ -110,7 +119,7 @@ pub(super) struct ShowArgs {
 #[derive(Debug, Args)]
 pub(super) struct CompareArgs {
     /// Scenario files.
-    #[arg(value_name = "FILE", conflicts_with_all = ["seeds", "exhaustive"])]
+    #[arg(value_name = "FILE", conflicts_with_all = ["seeds", "exhaustive", "interleavings"])]
     pub(super) files: Vec<PathBuf>,
     /// Seeds whose scenarios to compare, first included, last excluded; without any request 0..1000.
     #[arg(long, value_name = "A..B", value_parser = parse_seeds, conflicts_with = "exhaustive")]
@@ -118,6 +127,9 @@ pub(super) struct CompareArgs {
     /// Every sequence of up to so many commands over a chain of three layers and a filter.
     #[arg(long, value_name = "DEPTH", value_parser = clap::value_parser!(u32).range(1..=4))]
     pub(super) exhaustive: Option<u32>,
+    /// So many interleavings of guest I/O, stream and copy-on-read, on the block layer here and on the gated daemon.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), conflicts_with = "exhaustive")]
+    pub(super) interleavings: Option<u64>,
     /// The daemon instead of the one in PATH.
     #[arg(long, value_name = "PATH")]
     pub(super) qemu: Option<PathBuf>,
@@ -127,6 +139,34 @@ pub(super) struct CompareArgs {
     /// One JSON object on stdout, nothing else.
     #[arg(long)]
     pub(super) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ExportArgs {
+    /// Scenario file.
+    pub(super) file: PathBuf,
+    /// Where to write the script (python3 standard library and qemu-utils only).
+    #[arg(short, long, value_name = "OUT")]
+    pub(super) output: PathBuf,
+    /// What is under the images.
+    #[arg(long, value_enum, default_value_t = ExportStorage::Auto)]
+    pub(super) storage: ExportStorage,
+    /// The daemon that gives the course of a scenario with choices, instead of the one in PATH.
+    #[arg(long, value_name = "PATH")]
+    pub(super) qemu: Option<PathBuf>,
+}
+
+/// Storage under the images of an exported script.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum ExportStorage {
+    /// Plain files where no choice is made, else the gate.
+    Auto,
+    /// Plain files.
+    File,
+    /// A server in the script, which carries out requests as they come.
+    Nbd,
+    /// A server in the script, which releases requests in the recorded order.
+    Gate,
 }
 
 /// Targets.
@@ -140,6 +180,15 @@ pub enum On {
     Loop,
     /// The shipping qemu-storage-daemon 10.x, its storage requests released by the choice stream; deterministic.
     Qemu,
+}
+
+/// How the daemon is run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Tier {
+    /// Its storage is held and released by the choice stream; deterministic.
+    Gated,
+    /// Real files, I/O threads, timers: not deterministic, nothing can be replayed.
+    Stress,
 }
 
 /// Fault injection.

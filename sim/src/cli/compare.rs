@@ -1,11 +1,8 @@
 //! `blkcheck compare`: the model against the shipping qemu-storage-daemon, one step at a time.
 
-use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::{Value, json};
+use std::path::PathBuf;
 
 use super::args::CompareArgs;
 use super::{CliError, Found, load, print_out};
@@ -17,6 +14,9 @@ use crate::compare::{Kind, What};
 const DEFAULT_SEEDS: std::ops::Range<u64> = 0..1000;
 
 pub(super) fn compare(args: &CompareArgs) -> Result<Found, CliError> {
+    if let Some(count) = args.interleavings {
+        return super::agree::agree(args, count);
+    }
     let work = if !args.files.is_empty() {
         let file = |path: &PathBuf| Ok((path.display().to_string(), load(path)?));
         Work::Files(args.files.iter().map(file).collect::<Result<_, CliError>>()?)
@@ -25,14 +25,7 @@ pub(super) fn compare(args: &CompareArgs) -> Result<Found, CliError> {
     } else {
         Work::Seeds(args.seeds.clone().unwrap_or(DEFAULT_SEEDS))
     };
-    let stop = Arc::new(AtomicBool::new(false));
-    let handler = Arc::clone(&stop);
-    // Only the first Ctrl-C asks nicely; whoever presses it again wants out now.
-    let _ = ctrlc::set_handler(move || {
-        if handler.swap(true, Ordering::Relaxed) {
-            std::process::exit(130);
-        }
-    });
+    let stop = super::stop_on_interrupt();
     let total = match &work {
         Work::Seeds(seeds) => Some(seeds.end - seeds.start),
         _ => None,

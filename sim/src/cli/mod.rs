@@ -3,19 +3,25 @@
 //! Rules: 0 nothing found, 1 a finding, 2 unusable request or environment (and stderr says why). With `--json`, stdout
 //! holds one JSON object and nothing else.
 
+#[cfg(target_os = "linux")]
+mod agree;
 mod args;
 #[cfg(target_os = "linux")]
 mod compare;
+#[cfg(target_os = "linux")]
+mod export;
 mod replay;
 mod run;
 mod shrink;
 
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::Parser;
 
-pub use args::{Faults, On, Scheduler};
+pub use args::{Faults, On, Scheduler, Tier};
 
 use crate::scenario::Scenario;
 
@@ -60,6 +66,8 @@ pub fn main() -> ExitCode {
         Some(args::Command::Show(a)) => show(&a.file),
         #[cfg(target_os = "linux")]
         Some(args::Command::Compare(a)) => compare::compare(&a),
+        #[cfg(target_os = "linux")]
+        Some(args::Command::Export(a)) => export::run(&a),
         Some(args::Command::Schema) => {
             print_out(
                 &serde_json::to_string_pretty(&crate::scenario::schema::schema()).expect("a schema is JSON"),
@@ -77,9 +85,30 @@ pub fn main() -> ExitCode {
     }
 }
 
+/// `--tier stress` is about the daemon.
+fn check_tier(on: On, tier: Tier) -> Result<(), CliError> {
+    if tier == Tier::Stress && on != On::Qemu {
+        let text = "--tier stress is a way to run the daemon; it needs --on qemu";
+        return Err(CliError::Request(text.to_owned()));
+    }
+    Ok(())
+}
+
 /// A path of the command line, which lasts as long as the command.
 pub(crate) fn lasting(path: &Path) -> &'static Path {
     Box::leak(path.to_owned().into_boxed_path())
+}
+
+/// Becomes true with the first Ctrl-C, which asks nicely; whoever presses it again wants out now.
+fn stop_on_interrupt() -> Arc<AtomicBool> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let handler = Arc::clone(&stop);
+    let _ = ctrlc::set_handler(move || {
+        if handler.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+    });
+    stop
 }
 
 /// Prints to stdout; a closed pipe is not an error of ours.

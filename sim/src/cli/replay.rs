@@ -8,12 +8,16 @@ use crate::harness::{Harness, Setup};
 use crate::report;
 
 pub(super) fn replay(args: &ReplayArgs) -> Result<Found, CliError> {
+    super::check_tier(args.on, args.tier)?;
     let scenario = load(&args.file)?;
-    let mut harness = Harness::new(&Setup {
+    let setup = Setup {
         on: args.on,
         qemu: args.qemu.as_deref().map(super::lasting),
+        tier: args.tier,
         ..Setup::default()
-    })?;
+    };
+    let stress = setup.is_stress();
+    let mut harness = Harness::new(&setup)?;
     let replayed = harness.replay(&scenario)?;
     let violation = replayed.violation.as_ref();
     if let Some(out) = &args.html {
@@ -21,6 +25,11 @@ pub(super) fn replay(args: &ReplayArgs) -> Result<Found, CliError> {
             .title
             .clone()
             .unwrap_or_else(|| args.file.display().to_string());
+        let title = if stress {
+            format!("{title} ({})", report::NOT_DETERMINISTIC)
+        } else {
+            title
+        };
         let page = report::html::page(&title, &replayed.scenario, &replayed.records, violation);
         std::fs::write(out, page).map_err(|source| CliError::File {
             path: out.display().to_string(),
@@ -34,7 +43,8 @@ pub(super) fn replay(args: &ReplayArgs) -> Result<Found, CliError> {
                 "oracle": violation.map(|v| v.oracle.as_str()),
                 "message": violation.map(|v| &v.message),
                 "step": violation.and_then(|v| v.step).map(|s| s.0),
-                "trace_hash": format!("{:016x}", replayed.trace_hash),
+                "trace_hash": (!stress).then(|| format!("{:016x}", replayed.trace_hash)),
+                "deterministic": !stress,
             })
             .to_string(),
         );
@@ -44,12 +54,15 @@ pub(super) fn replay(args: &ReplayArgs) -> Result<Found, CliError> {
             print_out(report::timeline::render(&lines, false, usize::MAX).trim_end());
         }
         match violation {
+            None if stress => print_out(&format!("pass  {}", report::NOT_DETERMINISTIC)),
             None => print_out(&format!("pass  trace {:016x}", replayed.trace_hash)),
-            Some(v) => print_out(&format!(
-                "FAIL  {}\n{}",
-                v.oracle.as_str(),
-                report::verdict(v).trim_end()
-            )),
+            Some(v) => {
+                let said = format!("FAIL  {}\n{}", v.oracle.as_str(), report::verdict(v).trim_end());
+                print_out(&said);
+                if stress {
+                    print_out(report::NOT_DETERMINISTIC);
+                }
+            }
         }
     }
     Ok(if violation.is_some() {

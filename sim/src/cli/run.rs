@@ -7,7 +7,7 @@ use std::time::Duration;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
 
-use super::args::{Faults, On, RunArgs, Scheduler};
+use super::args::{Faults, On, RunArgs, Scheduler, Tier};
 use super::{CliError, Found, print_out};
 use crate::campaign::{self, Options, Progress, Span, Summary};
 use crate::generate::Profile;
@@ -23,6 +23,7 @@ pub(super) fn default_campaign() -> Result<Found, CliError> {
         threads: 0,
         on: On::Memory,
         qemu: None,
+        tier: Tier::Gated,
         scheduler: Scheduler::Random,
         profile: Profile::Mixed,
         faults: Faults::None,
@@ -32,6 +33,7 @@ pub(super) fn default_campaign() -> Result<Found, CliError> {
 }
 
 pub(super) fn run(args: &RunArgs) -> Result<Found, CliError> {
+    super::check_tier(args.on, args.tier)?;
     match args.faults {
         Faults::None => {}
         Faults::Errors if args.on == On::Memory => {}
@@ -58,6 +60,7 @@ pub(super) fn run(args: &RunArgs) -> Result<Found, CliError> {
         profile: args.profile,
         faults: args.faults,
         qemu: args.qemu.as_deref().map(super::lasting),
+        tier: args.tier,
     };
     let options = Options {
         span,
@@ -66,21 +69,14 @@ pub(super) fn run(args: &RunArgs) -> Result<Found, CliError> {
         out: args.out.clone(),
     };
     announce(&options);
-    let stop = Arc::new(AtomicBool::new(false));
-    let handler = Arc::clone(&stop);
-    // Only the first Ctrl-C asks nicely; whoever presses it again wants out now.
-    let _ = ctrlc::set_handler(move || {
-        if handler.swap(true, Ordering::Relaxed) {
-            std::process::exit(130);
-        }
-    });
+    let stop = super::stop_on_interrupt();
     let progress = Arc::new(Progress::default());
     let line = ProgressLine::start(&options, &progress);
     let summary = campaign::run(&options, &stop, &progress);
     line.finish();
     let summary = summary?;
     if args.json {
-        print_out(&as_json(&summary).to_string());
+        print_out(&as_json(&options, &summary).to_string());
     } else {
         print_out(&as_text(&options, &summary));
     }
@@ -107,6 +103,9 @@ fn announce(options: &Options) {
         setup.scheduler_name(),
         setup.faults_name(),
     );
+    if setup.is_stress() {
+        eprintln!("{}", crate::report::NOT_DETERMINISTIC);
+    }
 }
 
 struct ProgressLine {
@@ -151,7 +150,8 @@ impl ProgressLine {
     }
 }
 
-fn as_json(summary: &Summary) -> serde_json::Value {
+fn as_json(options: &Options, summary: &Summary) -> serde_json::Value {
+    let stress = options.setup.is_stress();
     let findings: Vec<_> = summary
         .findings
         .iter()
@@ -172,7 +172,8 @@ fn as_json(summary: &Summary) -> serde_json::Value {
         "steps": summary.steps,
         "seconds": summary.seconds,
         "cpu_seconds": summary.cpu_seconds,
-        "trace_hash": format!("{:016x}", summary.trace_hash),
+        "trace_hash": (!stress).then(|| format!("{:016x}", summary.trace_hash)),
+        "deterministic": !stress,
         "coverage": summary.coverage,
         "unmet": summary.unmet.iter().map(|m| m.as_str()).collect::<Vec<_>>(),
         "findings": findings,
@@ -197,7 +198,11 @@ fn as_text(options: &Options, summary: &Summary) -> String {
         "time         {:>11.1}s   {:.1} CPU-seconds",
         summary.seconds, summary.cpu_seconds
     );
-    let _ = writeln!(out, "trace hash   {:016x}", summary.trace_hash);
+    if options.setup.is_stress() {
+        let _ = writeln!(out, "trace hash   none: {}", crate::report::NOT_DETERMINISTIC);
+    } else {
+        let _ = writeln!(out, "trace hash   {:016x}", summary.trace_hash);
+    }
     let _ = writeln!(
         out,
         "coverage     {:>12}   situations and operation x state pairs met",

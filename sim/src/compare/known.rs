@@ -9,7 +9,7 @@ use blkcheck_model::World;
 use serde_json::{Map, Value};
 
 use super::{Kind, What};
-use crate::scenario::{Action, Scenario};
+use crate::scenario::{Action, Format, Scenario};
 
 /// How sure we are that the daemon is wrong and not the model.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -258,6 +258,26 @@ pub static DEFECTS: &[Defect] = &[
                 && (case.model.contains("zeroes") || case.qemu == "not allocated")
                 && is_uneven(case.scenario)
                 && streams(case.scenario, case.step)
+        },
+        steer: None,
+    },
+    Defect {
+        id: "nbd-short-tail-hangs",
+        title: "a read of the end of an NBD export that is no whole number of sectors long is never answered",
+        qemu: "the request to the server is cut to the server's length, yet the answer is awaited in full when it is a \
+               simple reply: the padding never comes",
+        right: "the bytes that are there, and zeroes behind them, as with a server of structured replies",
+        sure: Sure::Certain,
+        scenario: files!("nbd-short-tail-hangs").0,
+        page: files!("nbd-short-tail-hangs").1,
+        matches: |case| {
+            case.failed == Some(Kind::Hang)
+                && case.qemu.contains("request is not answered")
+                && case
+                    .scenario
+                    .images
+                    .iter()
+                    .any(|i| i.format == Format::Raw && !i.size.is_multiple_of(512))
         },
         steer: None,
     },

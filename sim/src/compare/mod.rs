@@ -9,7 +9,7 @@
 //! * [`known`]: defects of the daemon that were reviewed and are held to be its own;
 //! * [`campaign`]: many scenarios; what is found is shrunk and saved.
 //!
-//! Not here: interleavings, which `run --on qemu` judges; failing storage; timers.
+//! Not here: interleavings, which `run --on qemu` judges and [`crate::agree`] compares; failing storage; timers.
 
 pub mod campaign;
 mod content;

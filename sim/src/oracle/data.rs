@@ -169,6 +169,20 @@ impl Data {
         self.disks[disk].as_ref().is_some_and(|d| !d.unknown)
     }
 
+    /// What each image shows at the start, grain by grain; none where nothing can be said.
+    pub(crate) fn initially(&self) -> Vec<Option<Vec<Option<Value>>>> {
+        let grain = |d: &Disk, g: usize| {
+            let at = g as u64 * self.grain;
+            let cut = d.cuts.iter().any(|c| (at..at + self.grain).contains(c));
+            (!d.loose[g] && !cut).then_some(d.initial[g])
+        };
+        let known = |d: &Disk| (0..d.initial.len()).map(|g| grain(d, g)).collect();
+        self.disks
+            .iter()
+            .map(|d| d.as_ref().filter(|d| !d.unknown).map(known))
+            .collect()
+    }
+
     /// The image on which a request of this step is under way.
     pub(crate) fn disk_under(&self, step: StepId) -> Option<usize> {
         self.open.get(step.0 as usize)?.map(|o| o.disk)

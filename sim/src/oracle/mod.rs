@@ -4,7 +4,7 @@
 //! Each lives in its own file with tests that show it firing on a deliberately wrong history.
 
 mod bottom;
-mod data;
+pub(crate) mod data;
 mod drain;
 mod frozen;
 mod graph;
@@ -16,6 +16,7 @@ mod modelled;
 mod permissions;
 mod refusals;
 mod status;
+mod unordered;
 
 pub use drain::Drain;
 pub use frozen::Frozen;
@@ -25,6 +26,7 @@ pub use liveness::Liveness;
 pub(crate) use mirror::Mirror;
 pub use modelled::Modelled;
 pub use permissions::Permissions;
+pub use unordered::Unordered;
 
 use blkcheck_impl::Layer;
 
@@ -200,6 +202,16 @@ pub fn outside() -> Vec<Box<dyn Oracle>> {
     vec![
         Box::new(Jobs::default()),
         Box::new(Modelled::outside()),
+        Box::new(Leaks::default()),
+    ]
+}
+
+/// Those that need no order: for a subject that nobody schedules and nobody looks into.
+#[must_use]
+pub fn unordered() -> Vec<Box<dyn Oracle>> {
+    vec![
+        Box::new(Jobs::default()),
+        Box::new(Unordered::default()),
         Box::new(Leaks::default()),
     ]
 }

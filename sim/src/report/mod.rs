@@ -13,6 +13,9 @@ use crate::oracle::Violation;
 use crate::scenario::Scenario;
 use fold::Fold;
 
+/// What every report of the stress tier says.
+pub const NOT_DETERMINISTIC: &str = "stress tier, NOT deterministic: real files, I/O threads and timers; the same seed gives another course each time";
+
 /// Lines of timeline shown with a finding.
 const TIMELINE: usize = 40;
 

@@ -15,6 +15,8 @@ mod ranges;
 #[cfg(target_os = "linux")]
 pub mod real;
 pub mod simulated;
+#[cfg(target_os = "linux")]
+pub mod stress;
 
 use blkcheck_impl::Layer;
 
@@ -29,6 +31,8 @@ pub use qemu::QemuTarget;
 #[cfg(target_os = "linux")]
 pub use real::RealTarget;
 pub use simulated::SimTarget;
+#[cfg(target_os = "linux")]
+pub use stress::StressTarget;
 
 /// What a target can do.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -30,10 +30,13 @@ use crate::image::build::build;
 use crate::qemu::Broken;
 use crate::qemu::graph::Snapshot;
 use crate::qemu::names::Names;
+use crate::qemu::nbd::server::Held;
+use crate::qemu::nbd::wire::Command;
 use crate::qemu::process::{Daemon, PROGRAM, Unavailable, Version, version};
 use crate::scenario::{Action, Disk, Format, Scenario};
 use images::{name_backing, room};
 use link::Running;
+pub(super) use tell::lasting;
 
 /// Runs after which a daemon is replaced, so that what it leaks cannot add up.
 const RUNS: u32 = 2000;
@@ -117,6 +120,27 @@ impl QemuTarget {
     #[must_use]
     pub fn version(&self) -> Version {
         self.version
+    }
+
+    /// The storage requests that the daemon waits for, oldest first: what, of which image, where.
+    #[must_use]
+    pub fn held(&self) -> Vec<String> {
+        let Some(running) = &self.running else {
+            return Vec::new();
+        };
+        let word = |held: &Held| {
+            let (r, disk) = (held.request, running.server.disks()[held.disk].name());
+            let what = match r.command {
+                Command::Read => "read",
+                Command::Write => "write",
+                Command::WriteZeroes => "zero",
+                Command::Trim => "discard",
+                Command::Flush => return format!("flush {disk}"),
+                Command::Disconnect | Command::Status => "other",
+            };
+            format!("{what} {disk} {:#x}+{:#x}", r.offset, r.length)
+        };
+        running.server.held().iter().map(word).collect()
     }
 
     fn running(&mut self) -> &mut Running {

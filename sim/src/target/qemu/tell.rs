@@ -19,7 +19,7 @@ use crate::scenario::{GuestOp, Range};
 use crate::stamp::{self, Source};
 
 /// A name that outlives everything: events have static ones. There are only as many as commands in use.
-fn lasting(name: &str) -> &'static str {
+pub(in crate::target) fn lasting(name: &str) -> &'static str {
     static NAMES: Mutex<BTreeSet<&'static str>> = Mutex::new(BTreeSet::new());
     let mut names = NAMES.lock().expect("nobody panics holding it");
     if let Some(known) = names.get(name) {

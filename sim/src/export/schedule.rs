@@ -1,0 +1,502 @@
+//! The course of a scenario with choices: which step was taken when, which storage request of the daemon was carried
+//! out between, how everything ended; as it was on the gated daemon, with the scenario's choices.
+//!
+//! Rules: a request is known by what it is (`read base.img 0x0+0x200`), and of equal ones the oldest goes first. Where all
+//! that was held was carried out in the order in which it came, the script says just that.
+//! What is right: for commands the daemon's own answer, unless an oracle objects to it; for reads the history of the
+//! disk, which the script keeps by itself. What other oracles say is told in the header, and not checked by the script.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::path::Path;
+use std::rc::Rc;
+
+use blkcheck_impl::Layer;
+
+use super::ExportError;
+use super::script::command;
+use super::text::{json as json_text, quoted};
+use super::values::Values;
+use crate::choice::{Key, Recorded};
+use crate::follow::Follower;
+use crate::history::{Outcome, Record, StepId};
+use crate::oracle::data::{Data, guest};
+use crate::oracle::{self, FinalContent, Oracle, OracleName, View, Violation};
+use crate::qemu::names::Names;
+use crate::run::Runner;
+use crate::scenario::{Action, Format, GuestOp, Range, Scenario};
+use crate::target::{
+    Alternatives, Capabilities, ClosedFile, Leftovers, Move, NodeContent, QemuTarget, Target, Trouble,
+};
+
+/// One thing that happened.
+#[derive(Clone, Debug)]
+enum Entry {
+    /// A step began.
+    Begun(StepId),
+    /// A storage request was carried out; it was the oldest; so many were held afterwards.
+    Released(String, bool, usize),
+    /// A step was over.
+    Over(StepId, Outcome),
+}
+
+/// A course.
+#[derive(Debug)]
+pub(super) struct Course {
+    scenario: Scenario,
+    entries: Vec<Entry>,
+    violation: Option<Violation>,
+    version: String,
+    watched: Rc<RefCell<Watched>>,
+}
+
+/// Runs the scenario on the daemon.
+pub(super) fn record(scenario: &Scenario, program: Option<&Path>) -> Result<Course, ExportError> {
+    let mut target = QemuTarget::new(program).map_err(|e| {
+        ExportError::Unusable(format!(
+            "the course of this scenario is decided by its choices: {e}"
+        ))
+    })?;
+    let (major, minor, micro) = target.version();
+    let watched = Rc::<RefCell<Watched>>::default();
+    let mut oracles: Vec<Box<dyn Oracle>> = vec![Box::new(Watcher(Rc::clone(&watched)))];
+    oracles.extend(oracle::outside());
+    let mut logged = Logged {
+        inner: &mut target,
+        entries: Vec::new(),
+    };
+    let mut runner = Runner::new();
+    let result = runner
+        .run(
+            scenario,
+            &mut Recorded::new(&scenario.choices),
+            &mut logged,
+            &mut oracles,
+        )
+        .map_err(ExportError::Unusable)?;
+    Ok(Course {
+        entries: logged.entries,
+        scenario: runner.scenario().clone(),
+        violation: result.violation,
+        version: format!("{major}.{minor}.{micro}"),
+        watched,
+    })
+}
+
+/// The daemon, and what was done with it.
+#[derive(Debug)]
+struct Logged<'a> {
+    inner: &'a mut QemuTarget,
+    entries: Vec<Entry>,
+}
+
+impl Target for Logged<'_> {
+    fn capabilities(&self) -> Capabilities {
+        self.inner.capabilities()
+    }
+    fn adapt(&self, scenario: &Scenario) -> Option<Scenario> {
+        self.inner.adapt(scenario)
+    }
+    fn prepare(&mut self, scenario: &Scenario) -> Result<(), Trouble> {
+        self.inner.prepare(scenario)
+    }
+    fn issue(&mut self, scenario: &Scenario, step: StepId) {
+        self.entries.push(Entry::Begun(step));
+        self.inner.issue(scenario, step);
+    }
+    fn alternatives(&mut self) -> Alternatives {
+        self.inner.alternatives()
+    }
+    fn keys(&self, into: &mut Vec<Key>) {
+        self.inner.keys(into);
+    }
+    fn advance(&mut self, next: Move) -> Result<(), Trouble> {
+        let held = self.inner.held();
+        let moved = self.inner.advance(next);
+        if let Move::Storage(at) = next {
+            let at = at as usize;
+            let left = self.inner.held().len();
+            self.entries
+                .push(Entry::Released(held[at].clone(), at == 0, left));
+        }
+        moved
+    }
+    fn endings(&mut self, storage: u32) -> u32 {
+        self.inner.endings(storage)
+    }
+    fn fail(&mut self, storage: u32, ending: u32) {
+        self.inner.fail(storage, ending);
+    }
+    fn take_records(&mut self, into: &mut Vec<Record>) {
+        let before = into.len();
+        self.inner.take_records(into);
+        let over = into[before..].iter().filter_map(|record| match record {
+            Record::Ended(step, outcome) => Some(Entry::Over(*step, outcome.clone())),
+            _ => None,
+        });
+        self.entries.extend(over);
+    }
+    fn layer(&self) -> Option<&Layer> {
+        None
+    }
+    fn contents(&mut self) -> Result<Vec<NodeContent>, Trouble> {
+        self.inner.contents()
+    }
+    fn close(&mut self) -> Result<Leftovers, Trouble> {
+        self.inner.close()
+    }
+    fn closed_files(&mut self) -> Vec<ClosedFile> {
+        self.inner.closed_files()
+    }
+    fn describe(&self) -> Vec<String> {
+        self.inner.describe()
+    }
+}
+
+/// Which disk each request and each node is about.
+#[derive(Debug, Default)]
+struct Watched {
+    follower: Follower,
+    data: Data,
+    disks: BTreeMap<StepId, usize>,
+    /// At the end: name, length, disk.
+    nodes: Vec<(String, u64, Option<usize>)>,
+}
+
+/// Follows a run with the books of the data oracle; never has a verdict.
+#[derive(Debug)]
+struct Watcher(Rc<RefCell<Watched>>);
+
+impl Oracle for Watcher {
+    fn name(&self) -> OracleName {
+        OracleName::Data
+    }
+    fn reset(&mut self, scenario: &Scenario) {
+        let mut watched = self.0.borrow_mut();
+        *watched = Watched::default();
+        watched.follower.reset(scenario);
+        watched.data.reset(scenario);
+    }
+    fn record(&mut self, view: &View<'_>, record: &Record) -> Result<(), Violation> {
+        let watched = &mut *self.0.borrow_mut();
+        let followed = watched.follower.record(view.scenario, record);
+        if followed.changed {
+            watched.data.sync(view.scenario, &watched.follower.world);
+        }
+        match record {
+            Record::Issued(step) => {
+                if let Some((export, op)) = guest(view.scenario, *step) {
+                    watched.data.issued(view, &watched.follower, *step, export, op);
+                    if let Some(disk) = watched.data.disk_under(*step) {
+                        watched.disks.insert(*step, disk);
+                    }
+                }
+            }
+            Record::Ended(step, outcome) => {
+                // Its verdict is another's to give.
+                let _ = watched.data.ended(view, *step, outcome);
+            }
+            Record::Layer(_) | Record::Fault(_) => {}
+        }
+        Ok(())
+    }
+    fn quiescent(&mut self, view: &View<'_>, contents: &[FinalContent<'_>]) -> Result<(), Violation> {
+        let watched = &mut *self.0.borrow_mut();
+        let world = &watched.follower.world;
+        let shown = contents.iter().map(|c| {
+            let node = world.graph.find(c.name);
+            let disk = node.and_then(|node| Data::disk_of(view.scenario, world, node));
+            (c.name.to_owned(), c.bytes.len() as u64, disk)
+        });
+        watched.nodes = shown.collect();
+        Ok(())
+    }
+}
+
+impl Course {
+    /// What the daemon did, in a sentence.
+    pub(super) fn verdict(&self) -> String {
+        match &self.violation {
+            None => format!(
+                "qemu-storage-daemon {} did nothing wrong in this course when this script was made.",
+                self.version
+            ),
+            Some(v) => {
+                let step = v.step.map_or_else(String::new, |s| format!("step {}, ", s.0));
+                let seen = matches!(
+                    v.oracle,
+                    OracleName::Data
+                        | OracleName::Transparency
+                        | OracleName::Daemon
+                        | OracleName::Refusals
+                        | OracleName::Liveness
+                        | OracleName::Image
+                );
+                let unchecked = if seen {
+                    ""
+                } else {
+                    "\nThis script repeats the course, but does not check that."
+                };
+                format!(
+                    "What qemu-storage-daemon {} did wrong in this course when this script was made ({step}{}): {}{unchecked}",
+                    self.version,
+                    v.oracle.as_str(),
+                    v.message
+                )
+            }
+        }
+    }
+
+    /// The body of `steps`.
+    pub(super) fn steps(&self, values: &Values, names: &Names, judged: bool) -> String {
+        let mut out = String::new();
+        let mut at = 0;
+        while at < self.entries.len() {
+            at = self.entry(&mut out, at, values, names, judged);
+        }
+        // A course that a verdict ended is over; what was not over then has to end all the same.
+        out.push_str("    run.release_all()\n");
+        let begun = self.entries.iter().filter_map(|e| match e {
+            Entry::Begun(step) => Some(*step),
+            _ => None,
+        });
+        let is_over = |step: &StepId| {
+            self.entries
+                .iter()
+                .any(|e| matches!(e, Entry::Over(s, _) if s == step))
+        };
+        for step in begun.filter(|s| !is_over(s)) {
+            let _ = writeln!(out, "    run.over(s{})", step.0);
+        }
+        let watched = self.watched.borrow();
+        if judged {
+            for (name, length, disk) in &watched.nodes {
+                if let Some(disk) = disk.filter(|d| watched.data.is_known(*d)) {
+                    let disk = quoted(&self.scenario.images[disk].file);
+                    let _ = writeln!(out, "    run.node_shows({}, {length:#x}, {disk})", quoted(name));
+                }
+            }
+        }
+        out
+    }
+
+    /// Writes the entry at `at`, and those that belong to it; where it goes on.
+    fn entry(&self, out: &mut String, at: usize, values: &Values, names: &Names, judged: bool) -> usize {
+        match &self.entries[at] {
+            Entry::Begun(step) => {
+                let actor = &self.scenario.steps[step.0 as usize].actor;
+                let _ = writeln!(out, "\n    # step {}, {actor}", step.0);
+                if let Some(next) = self.alone(out, at, *step, names) {
+                    return next;
+                }
+                self.begun(out, *step, values, names, judged);
+            }
+            Entry::Released(..) => {
+                let end = self.releases_end(at);
+                if self.in_order(at, end) {
+                    out.push_str("    run.release_all()\n");
+                    for entry in &self.entries[at..end] {
+                        self.over(out, entry);
+                    }
+                    return end;
+                }
+                if let Entry::Released(what, _, _) = &self.entries[at] {
+                    let _ = writeln!(out, "    run.release({})", quoted(what));
+                }
+            }
+            entry @ Entry::Over(..) => self.over(out, entry),
+        }
+        at + 1
+    }
+
+    /// Where releases, and what ended by them, end.
+    fn releases_end(&self, at: usize) -> usize {
+        let begun = |e: &Entry| matches!(e, Entry::Begun(_));
+        let rest = &self.entries[at..];
+        at + rest.iter().position(begun).unwrap_or(rest.len())
+    }
+
+    /// Everything that was held was carried out, the oldest first.
+    fn in_order(&self, at: usize, end: usize) -> bool {
+        let mut last = None;
+        for entry in &self.entries[at..end] {
+            if let Entry::Released(_, oldest, left) = entry {
+                if !oldest {
+                    return false;
+                }
+                last = Some(*left);
+            }
+        }
+        last == Some(0)
+    }
+
+    /// A command that was over before anything else was done takes one line.
+    fn alone(&self, out: &mut String, at: usize, step: StepId, names: &Names) -> Option<usize> {
+        let end = self.releases_end(at + 1);
+        let Action::Command { execute, arguments } = &self.scenario.steps[step.0 as usize].action else {
+            return None;
+        };
+        let quiet = end == at + 1 || self.in_order(at + 1, end) || {
+            let released = |e: &Entry| matches!(e, Entry::Released(..));
+            !self.entries[at + 1..end].iter().any(released)
+        };
+        let mut over = None;
+        for entry in &self.entries[at + 1..end] {
+            if let Entry::Over(other, outcome) = entry {
+                if *other != step {
+                    return None;
+                }
+                over = Some(outcome);
+            }
+        }
+        let outcome = over.filter(|_| quiet)?;
+        let text = json_text(&command(execute, arguments, Some(names)), 8);
+        match self.right(step, outcome) {
+            Some(why) => {
+                let _ = writeln!(out, "    run.refused({text},\n                {})", quoted(&why));
+            }
+            None => {
+                let _ = writeln!(out, "    run.accepted({text})");
+            }
+        }
+        Some(end)
+    }
+
+    /// Why a command has to be refused; none: it has to be accepted.
+    fn right(&self, step: StepId, outcome: &Outcome) -> Option<String> {
+        let objection = self
+            .violation
+            .as_ref()
+            .filter(|v| v.oracle == OracleName::Refusals && v.step == Some(step));
+        match (outcome, objection) {
+            (Outcome::Command(Err(refusal)), None) => Some(refusal.desc.clone()),
+            (Outcome::Command(Ok(_)), Some(objection)) => Some(objection.message.clone()),
+            _ => None,
+        }
+    }
+
+    fn begun(&self, out: &mut String, step: StepId, values: &Values, names: &Names, judged: bool) {
+        let number = step.0;
+        match &self.scenario.steps[number as usize].action {
+            Action::Command { execute, arguments } => {
+                let text = json_text(&command(execute, arguments, Some(names)), 8);
+                let _ = writeln!(out, "    s{number} = run.begin_command({text})");
+            }
+            Action::Guest { export, op } => {
+                let watched = self.watched.borrow();
+                let disk = watched
+                    .disks
+                    .get(&step)
+                    .filter(|d| judged && watched.data.is_known(**d));
+                let disk = disk.map_or_else(String::new, |d| {
+                    format!(", disk={}", quoted(&self.scenario.images[*d].file))
+                });
+                let (request, flags) = request(*op, step, values);
+                let _ = writeln!(
+                    out,
+                    "    s{number} = run.begin({}, {request}{disk}{flags})",
+                    quoted(export)
+                );
+            }
+            // Never given to a target.
+            Action::WaitJob { .. }
+            | Action::Settle { .. }
+            | Action::DrainBegin { .. }
+            | Action::DrainEnd { .. } => {}
+        }
+    }
+
+    fn over(&self, out: &mut String, entry: &Entry) {
+        let Entry::Over(step, outcome) = entry else { return };
+        let number = step.0;
+        let _ = match outcome {
+            Outcome::Command(_) => match self.right(*step, outcome) {
+                Some(why) => writeln!(out, "    run.over_refused(s{number}, {})", quoted(&why)),
+                None => writeln!(out, "    run.over_accepted(s{number})"),
+            },
+            Outcome::Read(Ok(_)) | Outcome::Done(Ok(())) | Outcome::Status(Ok(_)) => {
+                writeln!(out, "    run.over_done(s{number})")
+            }
+            Outcome::Read(Err(_)) | Outcome::Done(Err(_)) | Outcome::Status(Err(_)) | Outcome::NoExport => {
+                writeln!(out, "    run.over_fails(s{number})")
+            }
+            Outcome::Passed | Outcome::NoNode => Ok(()),
+        };
+    }
+
+    /// What is looked at once the daemon is gone.
+    pub(super) fn afterwards(&self, sound: &[&str]) -> String {
+        let mut out = String::new();
+        for image in &self.scenario.images {
+            if image.format == Format::Qcow2 && sound.contains(&image.file.as_str()) {
+                let _ = writeln!(out, "    sound({})", quoted(&image.file));
+            }
+        }
+        if out.is_empty() {
+            out.push_str("    pass\n");
+        }
+        out
+    }
+
+    /// What every disk shows at the start.
+    pub(super) fn initial(&self, values: &Values, judged: bool) -> String {
+        let mut out = String::from(
+            "\n\ndef initial():\n    \"\"\"What every disk shows at the start: (offset, bytes, whose); None: anything.\"\"\"\n    \
+             return {\n",
+        );
+        let watched = self.watched.borrow();
+        for (disk, grains) in watched
+            .data
+            .initially()
+            .into_iter()
+            .enumerate()
+            .filter(|_| judged)
+        {
+            let Some(grains) = grains else { continue };
+            let grain = u64::from(self.scenario.grain);
+            let mut runs: Vec<(u64, u64, Option<u64>)> = Vec::new();
+            for (at, value) in (0u64..).zip(grains) {
+                match runs.last_mut() {
+                    Some((_, length, same)) if *same == value => *length += grain,
+                    _ => runs.push((at * grain, grain, value)),
+                }
+            }
+            let runs: Vec<String> = runs
+                .iter()
+                .map(|(at, length, value)| format!("({at:#x}, {length:#x}, {})", values.of_number(*value)))
+                .collect();
+            let _ = writeln!(
+                out,
+                "        {}: [{}],",
+                quoted(&self.scenario.images[disk].file),
+                runs.join(", ")
+            );
+        }
+        out.push_str("    }\n");
+        out
+    }
+}
+
+/// A guest's request, and its flags.
+fn request(op: GuestOp, step: StepId, values: &Values) -> (String, &'static str) {
+    let plain = |kind: &str, r: Range| format!("Request(\"{kind}\", {:#x}, {:#x})", r.offset, r.length);
+    let write = |r: Range| {
+        format!(
+            "Request(\"write\", {:#x}, {:#x}, {})",
+            r.offset,
+            r.length,
+            values.of_step(step)
+        )
+    };
+    match op {
+        GuestOp::Read(r) => (plain("read", r), ""),
+        GuestOp::Write(r) => (write(r), ""),
+        GuestOp::WriteFua(r) => (write(r), ", flags=Guest.FUA"),
+        GuestOp::WriteZeroes(r) => (plain("write-zeroes", r), ", flags=Guest.NO_HOLE"),
+        GuestOp::WriteZeroesUnmap(r) => (plain("write-zeroes", r), ""),
+        GuestOp::Discard(r) => (plain("discard", r), ""),
+        GuestOp::Flush => ("Request(\"flush\", 0, 0)".to_owned(), ""),
+        GuestOp::BlockStatus(r) => (plain("status", r), ""),
+    }
+}

@@ -1,0 +1,84 @@
+//! What can be said of a subject of which nobody knows in which order things happened inside: `data`, `status` and
+//! `transparency`.
+//!
+//! The model follows the commands and the jobs' ends as far as it can. A register history needs no more order than
+//! "this was over before that began", and what nodes and images hold at the end needs none.
+//! Rules: where an answer is not what the model predicts (a job was over a moment sooner), the model has lost sight of the
+//! subject, and nothing more is said of that run; the same where two nodes write one image.
+//! Not here: refusals, graph and masks on the way, `bottom`, frozen links, drain: all need to know what came first.
+
+use super::data::{Data, guest};
+use super::{FinalContent, Oracle, OracleName, View, Violation};
+use crate::follow::Follower;
+use crate::history::{Outcome, Record};
+use crate::scenario::Scenario;
+
+/// See the module.
+#[derive(Debug, Default)]
+pub struct Unordered {
+    follower: Follower,
+    data: Data,
+    /// The model is not where the subject is.
+    lost: bool,
+}
+
+impl Oracle for Unordered {
+    fn name(&self) -> OracleName {
+        OracleName::Data
+    }
+
+    fn reset(&mut self, scenario: &Scenario) {
+        self.follower.reset(scenario);
+        self.data.reset(scenario);
+        self.lost = false;
+    }
+
+    fn record(&mut self, view: &View<'_>, record: &Record) -> Result<(), Violation> {
+        if self.lost {
+            return Ok(());
+        }
+        let followed = self.follower.record(view.scenario, record);
+        if followed.wrong.is_some() {
+            self.lost = true;
+            return Ok(());
+        }
+        if followed.changed
+            && (followed.executed.is_some() || followed.completed.is_some() || followed.settled)
+        {
+            self.data.sync(view.scenario, &self.follower.world);
+        }
+        match record {
+            Record::Issued(step) => {
+                if let Some((export, op)) = guest(view.scenario, *step) {
+                    self.data.issued(view, &self.follower, *step, export, op);
+                }
+                Ok(())
+            }
+            Record::Ended(_, Outcome::Command(got)) if followed.answered.is_some() => {
+                let predicted = self.follower.prediction().is_some_and(Result::is_ok);
+                self.lost = predicted != got.is_ok();
+                Ok(())
+            }
+            Record::Ended(step, outcome) => self.data.ended(view, *step, outcome),
+            Record::Fault(fault) => {
+                self.data.fault(fault);
+                Ok(())
+            }
+            Record::Layer(_) => Ok(()),
+        }
+    }
+
+    fn quiescent(&mut self, view: &View<'_>, contents: &[FinalContent<'_>]) -> Result<(), Violation> {
+        if self.lost {
+            return Ok(());
+        }
+        self.data.quiescent(view, &self.follower, contents)
+    }
+
+    fn closed(&mut self, view: &View<'_>, contents: &[FinalContent<'_>]) -> Result<(), Violation> {
+        if self.lost {
+            return Ok(());
+        }
+        self.data.closed(view, &self.follower, contents)
+    }
+}

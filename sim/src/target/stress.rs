@@ -1,0 +1,779 @@
+//! The shipping `qemu-storage-daemon` as it comes, for stress: images in real files, I/O threads, timers, and nobody who
+//! holds anything. **Not deterministic**: the same seed gives the same requests, and another course every time.
+//!
+//! Rules: commands go one at a time, guests as many as a scenario has. Everything that comes is told in the order in which
+//! it came; a guest's request lasts from before it is sent until after its answer is here, so that what a register
+//! history says of it holds whatever the order was. Exports are spread over the I/O threads and the main thread, but not
+//! in a scenario with a stream: a stream of a node in an I/O thread aborts the daemon (an assertion in
+//! `bdrv_insert_node`), which would hide everything else.
+//! Speed limits are raised to what real time can bear.
+//! What it cannot do: repeat anything, drained sections, say when what happened inside. Its graph is looked at at the end
+//! only. A daemon that does nothing for long, or works for long without an answer, hangs.
+
+use std::collections::VecDeque;
+use std::fs;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::time::Duration;
+
+use blkcheck_impl::Layer;
+use blkcheck_impl::event::Event;
+use blkcheck_impl::jobs::JobStatus;
+use blkcheck_impl::types::JobId;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use serde_json::{Map, Value, json};
+
+use super::{Alternatives, Capabilities, ClosedFile, Leftovers, Move, NodeContent, Target, Trouble};
+use crate::choice::Key;
+use crate::clock::Stopwatch;
+use crate::finish::STATUSES;
+use crate::history::{Outcome, Record, Refusal, StatusRun, StepId};
+use crate::image::build::build;
+use crate::qemu::Broken;
+use crate::qemu::nbd::client::{Answer, Ask, Client, Extent};
+use crate::qemu::process::{Daemon, PROGRAM, Unavailable, Version, version};
+use crate::qemu::qmp::{Message, Monitor};
+use crate::scenario::{Action, Disk, Format, GuestOp, Range, Scenario};
+use crate::stamp::{self, Source};
+
+/// I/O threads of a daemon.
+const IO_THREADS: usize = 2;
+/// A daemon that says nothing for so long although something is asked hangs, if it had the processor.
+const HANGS_AFTER: Duration = Duration::from_secs(20);
+/// The same on a machine where it had not.
+const GIVES_UP_AFTER: Duration = Duration::from_secs(300);
+/// Slowest speed limit, bytes per second.
+const SLOWEST: i64 = 64 << 10;
+/// Exports of ours, for the reads at the end.
+const OURS: &str = "blkcheck-read-";
+/// Nodes longer than this are not read.
+const LONGEST_NODE: u64 = 256 << 20;
+/// Most that is read at once.
+const PIECE: u64 = 16 << 20;
+/// Runs after which a daemon is replaced.
+const RUNS: u32 = 500;
+/// The token of requests of ours.
+const TOKEN: u32 = u32::MAX;
+
+/// A daemon and our ends to it.
+#[derive(Debug)]
+struct Running {
+    // Before the daemon: hanging up is gentler than a kill.
+    client: Client,
+    monitor: Monitor,
+    daemon: Daemon,
+    runs: u32,
+}
+
+/// A command of a scenario.
+#[derive(Clone, Debug)]
+struct Pending {
+    step: StepId,
+    execute: String,
+    arguments: Map<String, Value>,
+}
+
+/// The target.
+#[derive(Debug)]
+pub struct StressTarget {
+    program: PathBuf,
+    version: Version,
+    running: Option<Running>,
+    clean: bool,
+    trouble: Option<Broken>,
+    records: Vec<Record>,
+    files: Vec<(String, Format)>,
+    queue: VecDeque<Pending>,
+    under_way: Option<(u64, Pending)>,
+    in_flight: usize,
+    jobs: Vec<(Rc<str>, JobStatus)>,
+    exports: Vec<(String, String)>,
+    nodes: Vec<String>,
+    /// Exports may be in I/O threads.
+    threads: bool,
+    last: String,
+}
+
+/// Nodes by name, and edges: who is above (empty: nobody with a name), who is below.
+type Graph = (Vec<String>, Vec<(String, String)>);
+
+fn unusable(reason: impl std::fmt::Display) -> Trouble {
+    Trouble::Unusable(format!("qemu-storage-daemon: {reason}"))
+}
+
+fn object(value: Value) -> Map<String, Value> {
+    match value {
+        Value::Object(object) => object,
+        _ => unreachable!("written as an object"),
+    }
+}
+
+fn text<'a>(arguments: &'a Map<String, Value>, key: &str) -> Option<&'a str> {
+    arguments.get(key).and_then(Value::as_str)
+}
+
+impl Running {
+    fn start(program: &Path) -> Result<Running, Trouble> {
+        let directory = Daemon::directory().map_err(unusable)?;
+        let client = Client::new(&Daemon::export_socket(directory.path()));
+        let (ours, theirs) = UnixStream::pair().map_err(unusable)?;
+        let monitor = Monitor::new(ours).map_err(unusable)?;
+        let daemon = Daemon::start(program, directory, theirs).map_err(unusable)?;
+        let mut running = Running {
+            client,
+            monitor,
+            daemon,
+            runs: 0,
+        };
+        running
+            .until("no greeting", |r| r.monitor.greeting().is_some())
+            .map_err(unusable)?;
+        let agreed = running.ask("qmp_capabilities", &Map::new()).map_err(unusable)?;
+        agreed.map_err(|(_, refusal)| unusable(refusal))?;
+        for n in 0..IO_THREADS {
+            let thread = object(json!({"qom-type": "iothread", "id": format!("io{n}")}));
+            let made = running.ask("object-add", &thread).map_err(unusable)?;
+            made.map_err(|(_, refusal)| unusable(refusal))?;
+        }
+        Ok(running)
+    }
+
+    /// One look at every socket.
+    fn pump(&mut self) -> Result<(), Broken> {
+        self.monitor.pump()?;
+        self.client.pump().map_err(Broken::Nonsense)?;
+        if self.monitor.is_gone() {
+            return Err(self.daemon.ended());
+        }
+        Ok(())
+    }
+
+    /// Sleeps until the daemon says something, or for a moment.
+    fn doze(&self) {
+        let mut sockets = vec![PollFd::new(self.monitor.socket(), PollFlags::IN)];
+        sockets.extend(self.client.sockets().map(|c| PollFd::new(c, PollFlags::IN)));
+        let moment = Timespec {
+            tv_sec: 0,
+            tv_nsec: 50_000_000,
+        };
+        // Whatever this says, we look again.
+        let _ = poll(&mut sockets, Some(&moment));
+    }
+
+    /// Pumps until `done`.
+    fn until(&mut self, what: &str, mut done: impl FnMut(&mut Running) -> bool) -> Result<(), Broken> {
+        let watch = Stopwatch::start();
+        loop {
+            self.pump()?;
+            if done(self) {
+                return Ok(());
+            }
+            self.doze();
+            let waited = watch.elapsed();
+            let patient = waited < HANGS_AFTER || (waited < GIVES_UP_AFTER && !self.had_its_time());
+            if !patient {
+                return Err(Broken::Hangs(format!("{what} in {} s", waited.as_secs())));
+            }
+        }
+    }
+
+    /// All threads of the daemon sleep: whoever waits for it waits in vain.
+    fn had_its_time(&self) -> bool {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.daemon.pid()));
+        let mut states = tasks.into_iter().flatten().flatten().filter_map(|t| {
+            let stat = fs::read_to_string(t.path().join("stat")).ok()?;
+            stat.rsplit_once(") ")?.1.chars().next()
+        });
+        states.all(|s| s == 'S')
+    }
+
+    /// A command of ours. What else is said meanwhile is dropped.
+    fn ask(
+        &mut self,
+        execute: &str,
+        arguments: &Map<String, Value>,
+    ) -> Result<Result<Value, (String, String)>, Broken> {
+        let id = self.monitor.send(execute, arguments);
+        let mut answer = None;
+        self.until(&format!("{execute} is not answered"), |running| {
+            while let Some(message) = running.monitor.take() {
+                if let Message::Answer(number, result) = message
+                    && number == id
+                {
+                    answer = Some(result);
+                }
+            }
+            answer.is_some()
+        })?;
+        Ok(answer.expect("just came"))
+    }
+
+    /// A request of ours, to its end.
+    fn request(&mut self, export: &str, ask: Ask) -> Result<Answer, Broken> {
+        let submitted = self.client.submit(export, TOKEN, ask);
+        submitted.map_err(|e| Broken::Nonsense(e.to_string()))?;
+        let mut answer = None;
+        self.until("a request is not answered", |running| {
+            answer = running.client.answers().find(|(token, _)| *token == TOKEN);
+            answer.is_some()
+        })?;
+        Ok(answer.expect("just came").1)
+    }
+
+    /// All bytes of an export; none when one cannot be read.
+    fn read_whole(&mut self, export: &str, size: u64) -> Result<Vec<u8>, Broken> {
+        let mut bytes = Vec::new();
+        while size <= LONGEST_NODE && (bytes.len() as u64) < size {
+            let at = bytes.len() as u64;
+            match self.request(export, Ask::Read(at, PIECE.min(size - at)))? {
+                Answer::Read(Ok(piece)) => bytes.extend_from_slice(&piece),
+                _ => return Ok(Vec::new()),
+            }
+        }
+        Ok(bytes)
+    }
+}
+
+impl StressTarget {
+    /// Runs on this daemon; `None`: the one in PATH.
+    ///
+    /// # Errors
+    /// When there is none of version 10.
+    pub fn new(program: Option<&Path>) -> Result<StressTarget, Unavailable> {
+        let program = program.unwrap_or(Path::new(PROGRAM)).to_owned();
+        let version = version(&program)?;
+        Ok(StressTarget {
+            program,
+            version,
+            running: None,
+            clean: false,
+            trouble: None,
+            records: Vec::new(),
+            files: Vec::new(),
+            queue: VecDeque::new(),
+            under_way: None,
+            in_flight: 0,
+            jobs: Vec::new(),
+            exports: Vec::new(),
+            nodes: Vec::new(),
+            threads: false,
+            last: String::new(),
+        })
+    }
+
+    /// The daemon's version.
+    #[must_use]
+    pub fn version(&self) -> Version {
+        self.version
+    }
+
+    fn running(&mut self) -> &mut Running {
+        self.running.as_mut().expect("prepared")
+    }
+
+    fn failed(&mut self, broken: Broken) {
+        self.trouble.get_or_insert(broken);
+    }
+
+    fn tell(&mut self, event: Event) {
+        self.records.push(Record::Layer(event));
+    }
+
+    fn main(&mut self, what: &'static str, begins: bool) {
+        self.tell(if begins {
+            Event::MainBegin { what }
+        } else {
+            Event::MainEnd { what }
+        });
+    }
+
+    /// Tells what came.
+    fn take_in(&mut self) {
+        let answers: Vec<_> = self.running().client.answers().collect();
+        for (token, answer) in answers {
+            self.in_flight -= 1;
+            let outcome = match answer {
+                Answer::Read(result) => Outcome::Read(result.map(Rc::from)),
+                Answer::Done(result) => Outcome::Done(result),
+                Answer::Status(result) => Outcome::Status(result.map(|e| e.iter().map(run).collect())),
+                Answer::NoExport => Outcome::NoExport,
+            };
+            self.records.push(Record::Ended(StepId(token), outcome));
+        }
+        while let Some(message) = self.running().monitor.take() {
+            match message {
+                Message::Event(name, data) => self.event(&name, data),
+                Message::Answer(id, result) => self.answered(id, result),
+            }
+        }
+        self.send_next();
+    }
+
+    fn event(&mut self, name: &str, data: Value) {
+        let between = self.under_way.is_none();
+        if between {
+            self.main("job-exit", true);
+        }
+        if name == "JOB_STATUS_CHANGE" {
+            self.job_status(&data);
+        }
+        self.tell(Event::Qmp {
+            name: super::qemu::lasting(name),
+            data: Rc::new(data),
+        });
+        if between {
+            self.main("job-exit", false);
+        }
+    }
+
+    fn job_status(&mut self, data: &Value) {
+        let (Some(id), Some(status)) = (data["id"].as_str(), data["status"].as_str()) else {
+            return;
+        };
+        let Some(&(to, _)) = STATUSES.iter().find(|(_, name)| *name == status) else {
+            return;
+        };
+        let at = self.jobs.iter().rposition(|(i, _)| **i == *id);
+        let at = at.filter(|_| to != JobStatus::Created).unwrap_or_else(|| {
+            self.jobs.push((Rc::from(id), JobStatus::Undefined));
+            self.jobs.len() - 1
+        });
+        let job = JobId(u32::try_from(at).expect("few jobs"));
+        let (id, status) = &mut self.jobs[at];
+        let (id, from) = (Rc::clone(id), std::mem::replace(status, to));
+        self.tell(Event::JobStatus { job, id, from, to });
+    }
+
+    fn answered(&mut self, id: u64, result: Result<Value, (String, String)>) {
+        let Some((_, pending)) = self.under_way.take_if(|(number, _)| *number == id) else {
+            return self.failed(Broken::Nonsense("an answer without a question".to_owned()));
+        };
+        if result.is_ok() {
+            self.took_effect(&pending);
+        }
+        self.main(super::qemu::lasting(&pending.execute), false);
+        let result = result.map_err(|(class, desc)| Refusal { class, desc });
+        self.records
+            .push(Record::Ended(pending.step, Outcome::Command(result)));
+    }
+
+    /// Our own books of what has to be taken down at the end.
+    fn took_effect(&mut self, pending: &Pending) {
+        let of = |key: &str| text(&pending.arguments, key).map(str::to_owned);
+        match &*pending.execute {
+            "blockdev-add" => self.nodes.extend(of("node-name")),
+            "blockdev-del" => {
+                let name = of("node-name");
+                self.nodes.retain(|n| Some(n) != name.as_ref());
+            }
+            "block-export-add" => {
+                let id = of("id").unwrap_or_default();
+                let name = of("name").or_else(|| of("node-name")).unwrap_or_default();
+                self.exports.retain(|(i, _)| *i != id);
+                self.exports.push((id, name));
+            }
+            _ => {}
+        }
+    }
+
+    fn export_name(&self, export: &str) -> String {
+        let by_name = self.exports.iter().find(|(_, name)| name == export);
+        let found = by_name.or_else(|| self.exports.iter().find(|(id, _)| id == export));
+        found.map_or_else(|| export.to_owned(), |(_, name)| name.clone())
+    }
+
+    /// Sends the next command in line, if none is under way.
+    fn send_next(&mut self) {
+        if self.under_way.is_some() || self.trouble.is_some() {
+            return;
+        }
+        let Some(pending) = self.queue.pop_front() else {
+            return;
+        };
+        let mut arguments = pending.arguments.clone();
+        match &*pending.execute {
+            "block-export-add" => self.spread(&mut arguments),
+            // A guest that has nothing in flight does not stay connected to an export that goes.
+            "block-export-del" => {
+                let name = self.export_name(text(&arguments, "id").unwrap_or_default());
+                let client = &mut self.running().client;
+                if client.in_flight(&name) == 0 {
+                    client.hang_up(&name);
+                }
+            }
+            _ => {}
+        }
+        self.last = format!("{} {}", pending.execute, Value::Object(pending.arguments.clone()));
+        self.main(super::qemu::lasting(&pending.execute), true);
+        let id = self.running().monitor.send(&pending.execute, &arguments);
+        self.under_way = Some((id, pending));
+    }
+
+    /// Exports take the I/O threads in turn, then the main thread.
+    fn spread(&self, arguments: &mut Map<String, Value>) {
+        arguments.entry("allocation-depth").or_insert(Value::Bool(true));
+        let at = self.exports.len() % (IO_THREADS + 1);
+        if self.threads && at < IO_THREADS && !arguments.contains_key("iothread") {
+            arguments.insert("iothread".to_owned(), json!(format!("io{at}")));
+            // Not where another export has its node: then it stays there.
+            arguments.insert("fixed-iothread".to_owned(), json!(false));
+        }
+    }
+
+    fn guest(&mut self, export: &str, op: GuestOp, grain: u32, step: StepId) {
+        let write = |range: Range, fua| {
+            let mut data = vec![0; usize::try_from(range.length).expect("validated")];
+            stamp::fill(&mut data, range.offset, grain, Source::Step(step));
+            Ask::Write(range.offset, data, fua)
+        };
+        let ask = match op {
+            GuestOp::Read(r) => Ask::Read(r.offset, r.length),
+            GuestOp::Write(r) => write(r, false),
+            GuestOp::WriteFua(r) => write(r, true),
+            GuestOp::WriteZeroes(r) => Ask::WriteZeroes(r.offset, r.length, false),
+            GuestOp::WriteZeroesUnmap(r) => Ask::WriteZeroes(r.offset, r.length, true),
+            GuestOp::Discard(r) => Ask::Discard(r.offset, r.length),
+            GuestOp::Flush => Ask::Flush,
+            GuestOp::BlockStatus(r) => Ask::Status(r.offset, r.length),
+        };
+        let name = self.export_name(export);
+        self.last = format!("step {}: {op:?} on {name}", step.0);
+        self.in_flight += 1;
+        if let Err(error) = self.running().client.submit(&name, step.0, ask) {
+            self.failed(Broken::Nonsense(format!(
+                "the daemon takes no connection: {error}"
+            )));
+        }
+    }
+
+    /// Jobs that the daemon still works on by itself.
+    fn is_busy(&self) -> bool {
+        let works = |s: JobStatus| {
+            !matches!(
+                s,
+                JobStatus::Paused
+                    | JobStatus::Pending
+                    | JobStatus::Concluded
+                    | JobStatus::Null
+                    | JobStatus::Ready
+                    | JobStatus::Standby
+            )
+        };
+        self.in_flight > 0 || self.under_way.is_some() || self.jobs.iter().any(|(_, s)| works(*s))
+    }
+
+    /// Waits until something came.
+    fn wait(&mut self) -> Result<(), Broken> {
+        let told = self.records.len();
+        let watch = Stopwatch::start();
+        while self.records.len() == told {
+            self.running().pump()?;
+            self.take_in();
+            if let Some(broken) = self.trouble.clone() {
+                return Err(broken);
+            }
+            if self.records.len() > told {
+                break;
+            }
+            let running = self.running();
+            running.doze();
+            let waited = watch.elapsed();
+            if waited > GIVES_UP_AFTER || (waited > HANGS_AFTER && running.had_its_time()) {
+                return Err(Broken::Hangs(format!("nothing comes in {} s", waited.as_secs())));
+            }
+        }
+        Ok(())
+    }
+
+    /// Nodes as the daemon shows them, and who is above whom.
+    fn look(&mut self) -> Result<Graph, Broken> {
+        let graph = self.running().ask("x-debug-query-block-graph", &Map::new())?;
+        let graph = graph.map_err(|e| Broken::Nonsense(format!("no graph: {}", e.1)))?;
+        let list = |key: &str| graph[key].as_array().cloned().unwrap_or_default();
+        let all: Vec<(u64, String, bool)> = list("nodes")
+            .iter()
+            .filter_map(|n| {
+                let is_node = n["type"] == "block-driver";
+                Some((n["id"].as_u64()?, n["name"].as_str()?.to_owned(), is_node))
+            })
+            .collect();
+        let name = |id: &Value| all.iter().find(|(n, ..)| Some(*n) == id.as_u64());
+        let edges = list("edges");
+        let edges = edges.iter().filter_map(|e| {
+            let (_, parent, is_node) = name(&e["parent"])?;
+            let above = if *is_node { parent.clone() } else { String::new() };
+            Some((above, name(&e["child"])?.1.clone()))
+        });
+        let edges = edges.collect();
+        let nodes = all
+            .into_iter()
+            .filter(|(.., is_node)| *is_node)
+            .map(|(_, n, _)| n);
+        Ok((nodes.collect(), edges))
+    }
+
+    /// Reads every node that somebody could read.
+    fn read_all(&mut self) -> Result<Vec<NodeContent>, Broken> {
+        let (nodes, edges) = self.look()?;
+        let mut found = Vec::new();
+        for name in nodes {
+            let has_children = edges.iter().any(|(above, _)| *above == name);
+            let is_alone = !edges.iter().any(|(_, below)| *below == name);
+            // Whoever has a made-up name is not known by it.
+            if name.starts_with('#') || !(has_children || is_alone) {
+                continue;
+            }
+            let export = format!("{OURS}{}", found.len());
+            let add = object(
+                json!({"type": "nbd", "id": export, "name": export, "node-name": name,
+                "allocation-depth": true}),
+            );
+            let running = self.running();
+            if running.ask("block-export-add", &add)?.is_err() {
+                continue;
+            }
+            let connected = running.client.connect(&export);
+            connected.map_err(|e| Broken::Nonsense(e.to_string()))?;
+            running.until("an export does not open", |r| r.client.size(&export).is_some())?;
+            let size = running.client.size(&export).expect("just opened");
+            let allocated = match running.request(&export, Ask::Status(0, size.min(LONGEST_NODE)))? {
+                Answer::Status(Ok(extents)) => extents.iter().map(|e| (e.bytes, e.depth == 1)).collect(),
+                _ => Vec::new(),
+            };
+            let content = NodeContent {
+                name,
+                bytes: Vec::new(),
+                allocated,
+                zeroes: Vec::new(),
+            };
+            found.push((export, size, content));
+        }
+        for (export, size, content) in &mut found {
+            content.bytes = self.running().read_whole(export, *size)?;
+        }
+        for (export, ..) in &found {
+            let running = self.running();
+            running.client.hang_up(export);
+            let delete = object(json!({"id": export, "mode": "hard"}));
+            let deleted = running.ask("block-export-del", &delete)?;
+            deleted.map_err(|e| Broken::Nonsense(format!("an export stays: {}", e.1)))?;
+        }
+        let contents = found.into_iter().map(|(.., content)| content);
+        Ok(contents.filter(|c| !c.bytes.is_empty()).collect())
+    }
+
+    fn take_down(&mut self) -> Result<Leftovers, Broken> {
+        self.running().client.reset();
+        for (id, _) in std::mem::take(&mut self.exports) {
+            // Some are gone already.
+            let delete = object(json!({"id": id, "mode": "hard"}));
+            let _ = self.running().ask("block-export-del", &delete)?;
+        }
+        // An export that goes takes its time.
+        let watch = Stopwatch::start();
+        loop {
+            let exports = self.running().ask("query-block-exports", &Map::new())?;
+            let none = matches!(&exports, Ok(Value::Array(exports)) if exports.is_empty());
+            if none || watch.elapsed() > HANGS_AFTER {
+                break;
+            }
+        }
+        loop {
+            let before = self.nodes.len();
+            for name in std::mem::take(&mut self.nodes).into_iter().rev() {
+                let delete = object(json!({ "node-name": name }));
+                if self.running().ask("blockdev-del", &delete)?.is_err() {
+                    self.nodes.insert(0, name);
+                }
+            }
+            if self.nodes.is_empty() || self.nodes.len() == before {
+                break;
+            }
+        }
+        let (nodes, _) = self.look()?;
+        let mut tasks = Vec::new();
+        let jobs = self.running().ask("query-jobs", &Map::new())?;
+        if !matches!(&jobs, Ok(Value::Array(jobs)) if jobs.is_empty()) {
+            tasks.push("a job");
+        }
+        Ok(Leftovers {
+            tasks,
+            storage: Vec::new(),
+            graph: nodes.into_iter().map(|n| format!("node {n}")).collect(),
+        })
+    }
+}
+
+/// Block status with the flags that the layer has.
+fn run(extent: &Extent) -> StatusRun {
+    StatusRun {
+        flags: u8::from(extent.data) | u8::from(extent.zero) << 1 | u8::from(extent.depth > 0) << 4,
+        bytes: extent.bytes,
+        depth: extent.depth,
+    }
+}
+
+impl Target for StressTarget {
+    fn capabilities(&self) -> Capabilities {
+        Capabilities {
+            drain: false,
+            events: false,
+            deterministic: false,
+            block_status: true,
+            disk_options: false,
+        }
+    }
+
+    fn adapt(&self, scenario: &Scenario) -> Option<Scenario> {
+        let mut scenario = scenario.clone();
+        scenario.disk = Disk::default();
+        for step in &mut scenario.steps {
+            if let Action::Command { arguments, .. } = &mut step.action
+                && let Some(speed) = arguments.get_mut("speed")
+                && speed.as_i64().is_some_and(|s| s > 0 && s < SLOWEST)
+            {
+                *speed = json!(SLOWEST);
+            }
+        }
+        Some(scenario)
+    }
+
+    fn prepare(&mut self, scenario: &Scenario) -> Result<(), Trouble> {
+        let drained = |a: &Action| matches!(a, Action::DrainBegin { .. } | Action::DrainEnd { .. });
+        if let Some(at) = scenario.steps.iter().position(|s| drained(&s.action)) {
+            return Err(Trouble::Unusable(format!(
+                "step {at}: qemu-storage-daemon has no command for drained sections; --on qemu cannot run this scenario"
+            )));
+        }
+        self.trouble = None;
+        self.queue.clear();
+        (self.under_way, self.in_flight) = (None, 0);
+        self.records.clear();
+        self.jobs.clear();
+        self.exports.clear();
+        self.nodes.clear();
+        self.last = "nothing yet".to_owned();
+        self.threads = !scenario.steps.iter().any(|s| {
+            let streams = |execute: &str| execute == "block-stream" || execute == "transaction";
+            matches!(&s.action, Action::Command { execute, .. } if streams(execute))
+        });
+        let used_up = |r: &Running| r.runs >= RUNS;
+        if !self.clean || self.running.as_ref().is_none_or(used_up) {
+            self.running = None;
+            self.running = Some(Running::start(&self.program)?);
+        }
+        // Clean again only when this run was taken down.
+        self.clean = false;
+        self.files.clear();
+        let running = self.running.as_mut().expect("just started");
+        running.runs += 1;
+        running.client.reset();
+        for (index, image) in (0..).zip(&scenario.images) {
+            let mut bytes = Vec::new();
+            build(image, index, scenario.grain, &mut bytes);
+            fs::write(running.daemon.path().join(&image.file), bytes).map_err(unusable)?;
+            self.files.push((image.file.clone(), image.format));
+        }
+        Ok(())
+    }
+
+    fn issue(&mut self, scenario: &Scenario, step: StepId) {
+        if self.trouble.is_some() {
+            return;
+        }
+        match &scenario.steps[step.0 as usize].action {
+            Action::Command { execute, arguments } => {
+                let pending = Pending {
+                    step,
+                    execute: execute.clone(),
+                    arguments: arguments.clone(),
+                };
+                self.queue.push_back(pending);
+                self.send_next();
+            }
+            Action::Guest { export, op } => self.guest(export, *op, scenario.grain, step),
+            Action::DrainBegin { .. } | Action::DrainEnd { .. } => {
+                unreachable!("prepare refuses these scenarios")
+            }
+            Action::WaitJob { .. } | Action::Settle { .. } => {
+                unreachable!("steps that wait are the runner's own")
+            }
+        }
+    }
+
+    fn alternatives(&mut self) -> Alternatives {
+        let broken = self.trouble.is_some();
+        Alternatives {
+            // Trouble comes out as something that happens.
+            ready: u32::from(broken),
+            storage: 0,
+            timer: false,
+            external: !broken && self.is_busy(),
+        }
+    }
+
+    fn keys(&self, into: &mut Vec<Key>) {
+        if self.trouble.is_some() {
+            into.push(Key::task(0, 0));
+        }
+    }
+
+    fn advance(&mut self, next: Move) -> Result<(), Trouble> {
+        if let (Move::External, None) = (next, &self.trouble)
+            && let Err(broken) = self.wait()
+        {
+            self.failed(broken);
+        }
+        match &self.trouble {
+            None => Ok(()),
+            Some(broken) => Err(broken.clone().into()),
+        }
+    }
+
+    fn take_records(&mut self, into: &mut Vec<Record>) {
+        into.append(&mut self.records);
+    }
+
+    fn layer(&self) -> Option<&Layer> {
+        None
+    }
+
+    fn contents(&mut self) -> Result<Vec<NodeContent>, Trouble> {
+        "the final reads".clone_into(&mut self.last);
+        Ok(self.read_all()?)
+    }
+
+    fn close(&mut self) -> Result<Leftovers, Trouble> {
+        "the shutdown".clone_into(&mut self.last);
+        let left = self.take_down()?;
+        self.clean = left == Leftovers::default();
+        Ok(left)
+    }
+
+    fn closed_files(&mut self) -> Vec<ClosedFile> {
+        let path = self.running.as_ref().expect("prepared").daemon.path();
+        let files = self.files.iter().map(|(name, format)| ClosedFile {
+            name: name.clone(),
+            format: *format,
+            bytes: fs::read(path.join(name)).expect("a file of our own"),
+            contested: false,
+        });
+        files.collect()
+    }
+
+    fn describe(&self) -> Vec<String> {
+        let mut lines = vec![format!("last given to the daemon: {}", self.last)];
+        lines.extend(
+            self.under_way
+                .iter()
+                .map(|(_, p)| format!("not answered: {}", p.execute)),
+        );
+        lines.extend(self.queue.iter().map(|p| format!("not sent yet: {}", p.execute)));
+        if let (Some(running), true) = (&self.running, self.trouble.is_some()) {
+            let words = running.daemon.last_words();
+            lines.extend(words.into_iter().map(|l| format!("the daemon said: {l}")));
+        }
+        lines
+    }
+}
