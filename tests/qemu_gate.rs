@@ -190,3 +190,161 @@ fn processes_name(path: &Path) -> bool {
     let mut lines = processes.filter_map(|p| std::fs::read(p.path().join("cmdline")).ok());
     lines.any(|line| String::from_utf8_lossy(&line).contains(&*path))
 }
+
+#[test]
+fn known_defects_that_need_an_order_are_reproduced_and_recognised() {
+    if !has_daemon("known_defects_that_need_an_order_are_reproduced_and_recognised") {
+        return;
+    }
+    let tmp = tempfile::tempdir().expect("a directory");
+    let findings = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/findings");
+    let replay = |name: &str| {
+        let file = findings.join(name);
+        let file = file.to_str().expect("a name");
+        json(&blkcheck(tmp.path(), &["replay", "--on", "qemu", file, "--json"]))
+    };
+    for defect in blkcheck_sim::compare::known_run::GATED {
+        let replayed = replay(&format!("{}.json", defect.id));
+        assert_eq!(replayed["verdict"], "fail", "{}: {replayed}", defect.id);
+        assert_eq!(replayed["known"], defect.id, "{replayed}");
+    }
+    let freed = replay("zeroes-under-write-frees.json");
+    assert_eq!(freed["oracle"], "image", "{freed}");
+    assert_eq!(freed["known"], "zeroes-under-write", "{freed}");
+}
+
+/// The profile that has everything in it: graph changes, jobs, filters, guests; compressed clusters too, which
+/// the daemon unpacks in a thread of its own.
+#[test]
+fn mixed_seeds_repeat_bit_by_bit_with_any_number_of_threads() {
+    if !has_daemon("mixed_seeds_repeat_bit_by_bit_with_any_number_of_threads") {
+        return;
+    }
+    let tmp = tempfile::tempdir().expect("a directory");
+    let run = |threads| {
+        let span = [
+            "run",
+            "--on",
+            "qemu",
+            "--seeds",
+            "0..96",
+            "--json",
+            "--threads",
+            threads,
+        ];
+        json(&blkcheck(tmp.path(), &span))
+    };
+    let first = run("1");
+    assert!(first["steps"].as_u64().expect("a number") > 2000, "{first}");
+    for threads in ["2", "5", "1"] {
+        let again = run(threads);
+        assert_eq!(first["trace_hash"], again["trace_hash"], "{threads} threads");
+        assert_eq!(first["known"], again["known"], "{threads} threads");
+        assert_eq!(first["known_counts"], again["known_counts"], "{threads} threads");
+        let found = |run: &Value| run["findings"].as_array().expect("a list").len();
+        assert_eq!(found(&first), found(&again), "{threads} threads");
+    }
+}
+
+/// A daemon that is none: it says the right version and greets, and then does what `BLKCHECK_FAKE` says.
+const FAKE: &str = r#"#!/usr/bin/env python3
+import os, select, socket, sys
+if "--version" in sys.argv:
+    print("qemu-storage-daemon version 10.0.2 (a fake)")
+    sys.exit(0)
+mode = os.environ["BLKCHECK_FAKE"]
+if mode == "exits":
+    sys.exit(3)
+monitor = socket.socket(fileno=os.dup(0))
+poll = select.poll()
+poll.register(monitor, select.POLLIN)
+say = lambda text: monitor.sendall(text.encode())
+if mode != "never-greets":
+    say('{"QMP": {"version": {}, "capabilities": []}}\n')
+asked = 0
+while True:
+    poll.poll()
+    if not monitor.recv(65536):
+        sys.exit(0)
+    asked += 1
+    if asked == 1:
+        say('{"return": {}}\n')
+    elif mode == "nonsense":
+        say('Segmentation fault, or so\n')
+    elif mode == "unasked":
+        say('{"return": {}}\n{"return": {}}\n')
+    elif mode == "mid-message":
+        say('{"retu')
+        os._exit(4)
+    elif mode == "not-a-graph":
+        say('{"return": 7}\n')
+    elif mode == "aborts":
+        print("fake: Assertion `mode' failed.", file=sys.stderr, flush=True)
+        os.abort()
+"#;
+
+#[test]
+fn a_daemon_that_talks_nonsense_dies_or_hangs_is_a_finding_and_one_that_never_starts_is_refused() {
+    if !has_daemon(
+        "a_daemon_that_talks_nonsense_dies_or_hangs_is_a_finding_and_one_that_never_starts_is_refused",
+    ) {
+        return;
+    }
+    let tmp = tempfile::tempdir().expect("a directory");
+    let fake = tmp.path().join("fake");
+    std::fs::write(&fake, FAKE).expect("written");
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    std::fs::set_permissions(&fake, mode).expect("ours");
+    let run = |mode: &str| {
+        let fake = fake.to_str().expect("a name");
+        Command::new(BLKCHECK)
+            .args([
+                "run",
+                "--on",
+                "qemu",
+                "--qemu",
+                fake,
+                "--seeds",
+                "1..3",
+                "--threads",
+                "1",
+                "--json",
+            ])
+            .env("TMPDIR", tmp.path())
+            .env("BLKCHECK_FAKE", mode)
+            .current_dir(tmp.path())
+            .output()
+            .expect("the command starts")
+    };
+    for (mode, says) in [
+        ("nonsense", "not QMP: Segmentation fault, or so"),
+        ("unasked", "an answer to no command"),
+        ("mid-message", "the daemon exited with code 4"),
+        ("not-a-graph", "makes up no name"),
+        (
+            "aborts",
+            "the daemon died of SIGABRT: fake: Assertion `mode' failed.",
+        ),
+        ("silent", "blockdev-add is not answered, and nothing is held"),
+    ] {
+        let output = run(mode);
+        assert_eq!(output.status.code(), Some(1), "{mode}: {}", stderr(&output));
+        let found = json(&output);
+        let findings = found["findings"].as_array().expect("a list");
+        assert_eq!(findings.len(), 2, "{mode}: the campaign goes on: {found}");
+        for finding in findings {
+            assert_eq!(finding["oracle"], "daemon", "{mode}");
+            let message = finding["message"].as_str().expect("a text");
+            assert!(message.contains(says), "{mode}: {message}");
+        }
+    }
+    for (mode, says) in [
+        ("exits", "the daemon exited with code 3"),
+        ("never-greets", "no greeting"),
+    ] {
+        let output = run(mode);
+        assert_eq!(output.status.code(), Some(2), "{mode}: {}", stdout(&output));
+        assert!(stderr(&output).contains(says), "{mode}: {}", stderr(&output));
+    }
+    assert_eq!(left_in(tmp.path()), Vec::<PathBuf>::new());
+}

@@ -5,6 +5,7 @@
 //! agree. A campaign over everything also fails when a situation that must occur never did (`marks`).
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -90,6 +91,8 @@ pub struct Summary {
     pub findings: Vec<Finding>,
     /// Findings beyond those kept.
     pub more_findings: u64,
+    /// What reviewed defects of the subject explain: how often, and the first seed's.
+    pub known: BTreeMap<&'static str, (u64, Finding)>,
     /// Stopped before its end.
     pub interrupted: bool,
 }
@@ -182,9 +185,10 @@ fn work(
             let run = harness.seed(seed, seed.is_multiple_of(RECHECK))?;
             progress.seeds.fetch_add(1, Ordering::Relaxed);
             progress.operations.fetch_add(run.operations, Ordering::Relaxed);
-            progress
-                .findings
-                .fetch_add(u64::from(run.violation.is_some()), Ordering::Relaxed);
+            progress.findings.fetch_add(
+                u64::from(run.violation.is_some() && run.known.is_none()),
+                Ordering::Relaxed,
+            );
             tally.add(seed, run);
         }
     }
@@ -202,6 +206,7 @@ struct Tally {
     counts: Counts,
     findings: BTreeMap<u64, Violation>,
     more_findings: u64,
+    known: BTreeMap<&'static str, (u64, Finding)>,
 }
 
 impl Tally {
@@ -213,10 +218,34 @@ impl Tally {
             .trace_hash
             .wrapping_add(crate::rng::mix(seed ^ crate::rng::mix(run.trace_hash)));
         if let Some(violation) = run.violation {
+            if let Some(defect) = run.known {
+                let finding = Finding {
+                    seed,
+                    violation,
+                    file: None,
+                    shrunk_steps: None,
+                };
+                return self.note_known(defect.id, 1, finding);
+            }
             if self.findings.len() < KEPT {
                 self.findings.insert(seed, violation);
             } else {
                 self.more_findings += 1;
+            }
+        }
+    }
+
+    fn note_known(&mut self, id: &'static str, count: u64, finding: Finding) {
+        match self.known.entry(id) {
+            Entry::Vacant(entry) => {
+                entry.insert((count, finding));
+            }
+            Entry::Occupied(mut entry) => {
+                let (sum, first) = entry.get_mut();
+                *sum += count;
+                if finding.seed < first.seed {
+                    *first = finding;
+                }
             }
         }
     }
@@ -229,6 +258,9 @@ impl Tally {
         self.counts.merge(&other.counts);
         self.findings.extend(other.findings);
         self.more_findings += other.more_findings;
+        for (id, (count, finding)) in other.known {
+            self.note_known(id, count, finding);
+        }
     }
 
     fn summary(self, options: &Options) -> Summary {
@@ -256,6 +288,7 @@ impl Tally {
                 })
                 .collect(),
             more_findings: self.more_findings,
+            known: self.known,
             ..Summary::default()
         }
     }
@@ -328,6 +361,7 @@ fn save_finding(
         finding.violation = shrunk.violation;
         finding.shrunk_steps = Some(scenario.steps.len());
     }
+    harness.look_closely(&scenario, &mut finding.violation)?;
     let path = out.join(format!("seed-{}-{}.json", finding.seed, oracle.as_str()));
     crate::cli::save(&path, &scenario)?;
     finding.file = Some(path);

@@ -5,6 +5,8 @@ use std::rc::Rc;
 
 use crate::choice::{Chooser, Pct, Random, Recorded, Recording};
 use crate::cli::{CliError, Faults, On, Scheduler, Tier};
+use crate::compare::known::Defect;
+use crate::compare::known_run;
 use crate::generate::{Profile, Reach, add_faults, generate};
 use crate::guide::{Path, Tracking};
 use crate::history::Record;
@@ -18,6 +20,9 @@ use crate::target::{QemuTarget, SimTarget, StressTarget, Target};
 
 /// Records compared when a seed runs twice.
 const TRACE_KEPT: usize = 1 << 16;
+
+/// One seed in this many is not steered around the known defects of the daemon.
+const UNSTEERED: u64 = 16;
 
 /// What a worker runs and how.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -156,6 +161,8 @@ impl Setup {
         if self.faults == Faults::Errors {
             add_faults(&mut scenario, seed);
         }
+        // Some meet the known defects all the same: they should still be there.
+        scenario.steer = self.on == On::Qemu && !self.is_stress() && !seed.is_multiple_of(UNSTEERED);
         scenario
     }
 
@@ -178,6 +185,8 @@ pub struct SeedRun {
     pub steps: u64,
     /// What failed.
     pub violation: Option<Violation>,
+    /// The reviewed defect of the subject that explains it.
+    pub known: Option<&'static Defect>,
 }
 
 /// What a replay gave.
@@ -187,6 +196,8 @@ pub struct Replayed {
     pub trace_hash: u64,
     /// What failed.
     pub violation: Option<Violation>,
+    /// The reviewed defect of the subject that explains it.
+    pub known: Option<&'static Defect>,
     /// Everything that happened.
     pub records: Vec<Record>,
     /// The scenario with the runner's own steps at its end.
@@ -243,10 +254,13 @@ impl Harness {
             marks: Rc::clone(&marks),
             allocation: Rc::clone(&allocation),
         }));
+        let mut runner = Runner::new();
+        // What a finding is known for can be seen in what happened.
+        runner.keep_records(setup.on == On::Qemu);
         Ok(Harness {
             setup: *setup,
             target,
-            runner: Runner::new(),
+            runner,
             oracles,
             marks,
             allocation,
@@ -264,6 +278,7 @@ impl Harness {
         let deterministic = self.target.capabilities().deterministic;
         let result = self.once(&scenario, &mut *chooser)?;
         let mut violation = result.violation.clone();
+        let known = self.known(violation.as_ref());
         if twice && violation.is_none() && deterministic {
             let mut again = self.setup.chooser(seed);
             let second = self.once(&scenario, &mut *again)?;
@@ -276,7 +291,16 @@ impl Harness {
             operations: result.operations,
             steps: result.steps,
             violation,
+            known,
         })
+    }
+
+    /// The reviewed defect that explains what the last run found.
+    fn known(&self, violation: Option<&Violation>) -> Option<&'static Defect> {
+        if self.setup.on != On::Qemu {
+            return None;
+        }
+        known_run::explain(self.runner.scenario(), violation?, self.runner.records())
     }
 
     /// The scenario of a seed with the choices that its run makes.
@@ -300,15 +324,37 @@ impl Harness {
     pub fn replay(&mut self, scenario: &Scenario) -> Result<Replayed, CliError> {
         self.runner.keep_records(true);
         let result = self.once(scenario, &mut Recorded::new(&scenario.choices));
-        self.runner.keep_records(false);
-        let result = result?;
+        self.runner.keep_records(self.setup.on == On::Qemu);
+        let mut result = result?;
+        if let Some(violation) = &mut result.violation {
+            self.look_closely(scenario, violation)?;
+        }
+        let known = self.known(result.violation.as_ref());
         Ok(Replayed {
             trace_hash: result.trace_hash,
+            known,
             violation: result.violation,
             records: self.runner.records().to_vec(),
             scenario: self.runner.scenario().clone(),
             allocation: self.allocation.borrow().clone(),
         })
+    }
+
+    /// Finds out more about a subject that died or hangs, by another run with everything watched.
+    ///
+    /// # Errors
+    /// When the environment fails.
+    pub fn look_closely(&mut self, scenario: &Scenario, violation: &mut Violation) -> Result<(), CliError> {
+        if violation.oracle != OracleName::Daemon || self.setup.is_stress() {
+            return Ok(());
+        }
+        self.target.look_closely(true);
+        let again = self.once(scenario, &mut Recorded::new(&scenario.choices));
+        self.target.look_closely(false);
+        if let Some(seen) = again?.violation.filter(|v| v.message == violation.message) {
+            violation.evidence = seen.evidence;
+        }
+        Ok(())
     }
 
     /// Runs a scenario under any chooser.

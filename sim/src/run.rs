@@ -18,7 +18,7 @@ use crate::finish;
 use crate::history::{Outcome, Record, StepId};
 use crate::oracle::{Oracle, OracleName, View, Violation};
 use crate::scenario::{Action, Scenario, Step};
-use crate::target::{Alternatives, Move, Target, Trouble};
+use crate::target::{Alternatives, Move, Steering, Target, Trouble};
 use crate::trace::{Fold, Trace};
 use jobs::Jobs;
 
@@ -232,7 +232,7 @@ impl Runner {
     ) -> Result<(), Stop> {
         let mut waited = 0;
         loop {
-            self.find_issuable();
+            self.find_issuable(target);
             let can = target.alternatives();
             let actors = u32::try_from(self.issuable.len()).expect("few actors");
             let total = can.ready + can.storage + actors + u32::from(can.timer);
@@ -268,7 +268,16 @@ impl Runner {
                 }
                 Move::Storage(storage)
             } else if chosen < can.ready + can.storage + actors {
-                let (step, _) = self.issuable[(chosen - can.ready - can.storage) as usize];
+                let (step, actor) = self.issuable[(chosen - can.ready - can.storage) as usize];
+                if self.scenario.steer
+                    && matches!(
+                        target.steering(&self.scenario, StepId(step)),
+                        Steering::PassOver(_)
+                    )
+                {
+                    self.actors[actor as usize].next = self.following[step as usize];
+                    continue;
+                }
                 self.issue(StepId(step), target);
                 self.digest(target, oracles)?;
                 continue;
@@ -329,11 +338,13 @@ impl Runner {
 
     /// The actors that can take a step, by that step's place in the file. A step of the actor `setup` is a barrier: it
     /// starts when every earlier step has started and nothing later starts before it is done.
-    fn find_issuable(&mut self) {
+    fn find_issuable(&mut self, target: &dyn Target) {
         self.issuable.clear();
         let barrier = self.barrier();
+        let steer = self.scenario.steer;
+        let waits = |step| steer && target.steering(&self.scenario, StepId(step)) == Steering::Wait;
         for (actor, state) in (0..).zip(&self.actors) {
-            if state.waiting.is_none() && state.next < barrier {
+            if state.waiting.is_none() && state.next < barrier && !waits(state.next) {
                 self.issuable.push((state.next, actor));
             }
         }

@@ -43,6 +43,7 @@ pub(super) fn replay(args: &ReplayArgs) -> Result<Found, CliError> {
                 "oracle": violation.map(|v| v.oracle.as_str()),
                 "message": violation.map(|v| &v.message),
                 "step": violation.and_then(|v| v.step).map(|s| s.0),
+                "known": replayed.known.map(|d| d.id),
                 "trace_hash": (!stress).then(|| format!("{:016x}", replayed.trace_hash)),
                 "deterministic": !stress,
             })
@@ -63,6 +64,9 @@ pub(super) fn replay(args: &ReplayArgs) -> Result<Found, CliError> {
                     print_out(report::NOT_DETERMINISTIC);
                 }
             }
+        }
+        if let Some(defect) = replayed.known {
+            print_out(&format!("known  {}: {}", defect.id, defect.title));
         }
     }
     Ok(if violation.is_some() {

@@ -10,6 +10,7 @@ use serde_json::json;
 use super::args::{Faults, On, RunArgs, Scheduler, Tier};
 use super::{CliError, Found, print_out};
 use crate::campaign::{self, Options, Progress, Span, Summary};
+use crate::compare::known_run;
 use crate::generate::Profile;
 use crate::harness::Setup;
 
@@ -166,6 +167,25 @@ fn as_json(options: &Options, summary: &Summary) -> serde_json::Value {
             })
         })
         .collect();
+    let known: Vec<_> = summary
+        .known
+        .iter()
+        .map(|(id, (_, f))| {
+            json!({
+                "id": id,
+                "title": known_run::title(id),
+                "seed": f.seed,
+                "oracle": f.violation.oracle.as_str(),
+                "message": f.violation.message,
+                "step": f.violation.step.map(|s| s.0),
+            })
+        })
+        .collect();
+    let counts: serde_json::Map<String, serde_json::Value> = summary
+        .known
+        .iter()
+        .map(|(id, (count, _))| ((*id).to_owned(), json!(count)))
+        .collect();
     json!({
         "seeds": summary.seeds,
         "operations": summary.operations,
@@ -178,6 +198,8 @@ fn as_json(options: &Options, summary: &Summary) -> serde_json::Value {
         "unmet": summary.unmet.iter().map(|m| m.as_str()).collect::<Vec<_>>(),
         "findings": findings,
         "more_findings": summary.more_findings,
+        "known": known,
+        "known_counts": counts,
         "interrupted": summary.interrupted,
     })
 }
@@ -219,6 +241,14 @@ fn as_text(options: &Options, summary: &Summary) -> String {
     }
     let found = summary.findings.len() as u64 + summary.more_findings;
     let _ = writeln!(out, "findings     {found:>12}");
+    for (id, (count, first)) in &summary.known {
+        let title = known_run::title(id);
+        let _ = writeln!(
+            out,
+            "known        {count:>12}   {id}: {title} (seed {} first)",
+            first.seed
+        );
+    }
     if summary.interrupted {
         let _ = writeln!(out, "interrupted");
     }

@@ -66,13 +66,13 @@ pub struct Defect {
     pub scenario: &'static str,
     /// The page that explains it.
     pub page: &'static str,
-    matches: fn(&Case<'_>) -> bool,
+    pub(super) matches: fn(&Case<'_>) -> bool,
     /// The command would run into it.
-    steer: Option<fn(&Around<'_>) -> bool>,
+    pub(super) steer: Option<fn(&Around<'_>) -> bool>,
 }
 
 /// A command about to be sent.
-struct Around<'a> {
+pub(super) struct Around<'a> {
     world: &'a World,
     leftovers: &'a [String],
     execute: &'a str,
@@ -305,7 +305,7 @@ pub(super) fn explain(case: &Case<'_>) -> Option<&'static Defect> {
 }
 
 /// The entry that a command would run into.
-pub(super) fn steers_around(
+pub(crate) fn steers_around(
     world: &World,
     leftovers: &[String],
     execute: &str,
@@ -322,7 +322,7 @@ pub(super) fn steers_around(
         .find(|defect| defect.steer.is_some_and(|steer| steer(&around)))
 }
 
-fn has_negative_null_co(options: &Map<String, Value>) -> bool {
+pub(super) fn has_negative_null_co(options: &Map<String, Value>) -> bool {
     let negative = options.get("driver").is_some_and(|d| d == "null-co")
         && options
             .get("size")
@@ -336,7 +336,7 @@ fn has_negative_null_co(options: &Map<String, Value>) -> bool {
 }
 
 /// Some copy-on-read filter that is to be added has a `bottom` that exists, is no filter and not below it.
-fn has_bottom_outside(world: &World, execute: &str, options: &Map<String, Value>) -> bool {
+pub(super) fn has_bottom_outside(world: &World, execute: &str, options: &Map<String, Value>) -> bool {
     let inner = || options.values().filter_map(Value::as_object);
     if execute != "blockdev-add" {
         return false;
@@ -363,7 +363,7 @@ fn has_bottom_outside(world: &World, execute: &str, options: &Map<String, Value>
 }
 
 /// Some copy-on-read filter that is to be added has the end of its chain for `bottom`, right below itself.
-fn bottoms_out(world: &World, options: &Map<String, Value>) -> bool {
+pub(super) fn bottoms_out(world: &World, options: &Map<String, Value>) -> bool {
     let inner = || {
         options
             .values()
@@ -387,7 +387,7 @@ fn bottoms_out(world: &World, options: &Map<String, Value>) -> bool {
 
 /// There is a filter whose bottom is the very layer that it filters. A stream's own filter is one, too, when its base is
 /// right below its device.
-fn has_bottom_on_top(world: &World) -> bool {
+pub(super) fn has_bottom_on_top(world: &World) -> bool {
     let graph = &world.graph;
     graph
         .nodes()
@@ -403,7 +403,7 @@ fn names_any(arguments: &Map<String, Value>, nodes: &[String]) -> bool {
     })
 }
 
-fn is_uneven(scenario: &Scenario) -> bool {
+pub(super) fn is_uneven(scenario: &Scenario) -> bool {
     scenario.images.iter().any(|i| i.size != scenario.images[0].size)
 }
 

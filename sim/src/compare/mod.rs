@@ -16,6 +16,7 @@ mod content;
 pub mod exhaustive;
 pub mod generate;
 pub mod known;
+pub mod known_run;
 pub mod lockstep;
 pub mod peer;
 mod state;

@@ -14,6 +14,7 @@ use serde_json::Value;
 
 use super::What;
 use crate::image::read::Qcow2;
+use crate::qemu::names::plain;
 
 /// An edge: (above, name, below), and the masks.
 type Links = Vec<(String, String, String, u8, u8)>;
@@ -267,18 +268,6 @@ impl State {
 }
 
 const BACKEND: &str = "backend";
-
-/// The file name in a description of a node.
-fn plain(name: &str) -> String {
-    let described = name.strip_prefix("json:").and_then(|json| {
-        let mut node: Value = serde_json::from_str(json).ok()?;
-        while let Some(file) = node.get_mut("file") {
-            node = file.take();
-        }
-        Some(node.get("filename")?.as_str()?.to_owned())
-    });
-    described.unwrap_or_else(|| name.to_owned())
-}
 
 /// What only the one and only the other has, counting.
 fn only<T: PartialEq + Clone>(a: &[T], b: &[T]) -> (Vec<T>, Vec<T>) {

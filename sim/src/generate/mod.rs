@@ -89,6 +89,7 @@ pub fn generate_from(rng: &mut Rng, profile: Profile, reach: Reach) -> Scenario 
         images: chain.images,
         steps,
         choices: Vec::new(),
+        steer: false,
         expect: None,
     }
 }

@@ -7,12 +7,14 @@
 //!   (a client with many requests in flight).
 //! * [`names`]: a scenario's file names as the daemon has them, and back.
 //! * [`graph`]: the daemon's block graph as events.
+//! * [`debugger`]: where it died.
 //!
 //! Rules: one thread, non-blocking sockets, read in one fixed order and only while the daemon sleeps; so that what it
 //! does is a function of what it was given. No worker thread, no file system and no timer takes part: there is no
 //! file node, no iothread and no rate limit.
 //! Not here: which of the held requests is next ([`crate::target::qemu`] offers them, the runner chooses).
 
+pub mod debugger;
 pub mod graph;
 pub mod names;
 pub mod nbd;

@@ -204,6 +204,20 @@ pub fn no_such_file(desc: &str, file: &str) -> String {
     desc.replace("Requested export not available", &ours)
 }
 
+/// The file name in a description of a node (`json:{…}`, in a scenario's words), which the daemon records where a plain name
+/// would open something else; any other name as it is.
+#[must_use]
+pub fn plain(name: &str) -> String {
+    let described = name.strip_prefix("json:").and_then(|json| {
+        let mut node: Value = serde_json::from_str(json).ok()?;
+        while let Some(file) = node.get_mut("file") {
+            node = file.take();
+        }
+        Some(node.get("filename")?.as_str()?.to_owned())
+    });
+    described.unwrap_or_else(|| name.to_owned())
+}
+
 /// The number in a name that a daemon made up.
 #[must_use]
 pub fn made_up_number(name: &str) -> Option<u64> {

@@ -86,6 +86,9 @@ pub fn listing(scenario: &Scenario) -> String {
             "\nchoices  {count} recorded, {switches} of them not 0 (out of order{faults})"
         );
     }
+    if scenario.steer {
+        let _ = writeln!(out, "steered around known defects");
+    }
     if let Some(oracle) = &scenario.expect {
         let _ = writeln!(out, "expect   {oracle}");
     }

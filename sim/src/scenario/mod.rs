@@ -44,6 +44,9 @@ pub struct Scenario {
     /// The recorded choices; missing ones are 0.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub choices: Vec<u32>,
+    /// Where the subject has known defects, steps that would meet one are passed over, or put off until they do not.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub steer: bool,
     /// What replay is expected to find: an oracle's name, or absent for a pass.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expect: Option<String>,
@@ -61,6 +64,7 @@ impl Default for Scenario {
             images: Vec::new(),
             steps: Vec::new(),
             choices: Vec::new(),
+            steer: false,
             expect: None,
         }
     }

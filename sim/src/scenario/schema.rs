@@ -35,6 +35,10 @@ pub fn schema() -> Value {
                 "items": {"type": "integer", "minimum": 0, "maximum": u32::MAX},
                 "description": "Recorded choices; missing ones are 0."
             },
+            "steer": {
+                "type": "boolean",
+                "description": "Pass over, or put off, steps that would meet a known defect of the subject."
+            },
             "expect": {"type": "string", "description": "The oracle that replay finds failing; absent for a pass."}
         },
         "$defs": defs()

@@ -88,6 +88,17 @@ pub enum Trouble {
     Unusable(String),
 }
 
+/// How a step goes with the known defects of a subject.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Steering {
+    /// It meets none.
+    Go,
+    /// It would meet one with what is under way now.
+    Wait,
+    /// It would meet this one.
+    PassOver(&'static str),
+}
+
 /// Content of an open node.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct NodeContent {
@@ -144,6 +155,14 @@ pub trait Target: std::fmt::Debug {
     /// Starts a step's operation. Its [`Record::Ended`] comes through [`Target::take_records`], now or later. Steps
     /// that wait (`wait-job`, `settle`) are the runner's own and never come here.
     fn issue(&mut self, scenario: &Scenario, step: StepId);
+
+    /// Whether a step would meet a known defect if it were started now. Asked only in scenarios that are steered.
+    fn steering(&self, _scenario: &Scenario, _step: StepId) -> Steering {
+        Steering::Go
+    }
+
+    /// From the next [`Target::prepare`] on: collect what helps to understand a failure, at any price.
+    fn look_closely(&mut self, _closely: bool) {}
 
     /// What can happen next.
     fn alternatives(&mut self) -> Alternatives;

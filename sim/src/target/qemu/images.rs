@@ -1,6 +1,6 @@
 //! Images as the daemon gets them and leaves them.
 
-use crate::qemu::names::Names;
+use crate::qemu::names::{Names, plain};
 use crate::scenario::{Format, Image};
 
 /// Room behind an image for whatever a format may append.
@@ -27,7 +27,11 @@ pub(super) fn name_backing(bytes: &mut [u8], names: &mut Names) {
     let Some(range) = at.checked_add(length).and_then(|end| bytes.get(at..end)) else {
         return;
     };
-    let Some(ours) = std::str::from_utf8(range).ok().and_then(|name| names.text(name)) else {
+    let Some(ours) = std::str::from_utf8(range)
+        .ok()
+        .and_then(|name| names.text(name))
+        .map(|n| plain(&n))
+    else {
         return;
     };
     if at == 0 || ours.len() > length {

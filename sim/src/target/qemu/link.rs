@@ -5,11 +5,14 @@
 
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::Duration;
 
 use serde_json::{Map, Value, json};
 
 use super::Trouble;
+use crate::clock::Stopwatch;
 use crate::qemu::Broken;
+use crate::qemu::debugger::Debugger;
 use crate::qemu::names::made_up_number;
 use crate::qemu::nbd::client::{Answer, Ask, Client};
 use crate::qemu::nbd::server::Server;
@@ -17,6 +20,8 @@ use crate::qemu::process::Daemon;
 use crate::qemu::qmp::{Message, Monitor};
 use crate::qemu::settle::{Sleepers, Whom};
 
+/// How long a daemon may take to greet: it may have to be loaded from a disk.
+const GREETING_LIMIT: Duration = Duration::from_secs(10);
 /// Most that is read at once.
 const PIECE: u64 = 16 << 20;
 /// Nodes longer than this are not read (a null-co of a terabyte).
@@ -29,8 +34,12 @@ pub(super) struct Running {
     pub(super) monitor: Monitor,
     pub(super) server: Server,
     sleepers: Sleepers,
+    // Before the daemon too: who is traced is not buried by its parent.
+    debugger: Option<Debugger>,
     pub(super) daemon: Daemon,
     pub(super) runs: u32,
+    /// Where it died or hangs, for people.
+    pub(super) backtrace: Vec<String>,
 }
 
 impl Running {
@@ -48,10 +57,17 @@ impl Running {
             sleepers: Sleepers::of(daemon.pid()),
             daemon,
             runs: 0,
+            debugger: None,
+            backtrace: Vec::new(),
         };
         // It sleeps now and then while it starts: what counts is that it greets.
+        let watch = Stopwatch::start();
         while running.monitor.greeting().is_none() {
             running.settle().map_err(unusable)?;
+            if watch.elapsed() > GREETING_LIMIT {
+                let limit = GREETING_LIMIT.as_secs();
+                return Err(unusable(format!("no greeting in {limit} s; is it one?")));
+            }
             std::thread::yield_now();
         }
         running.sleepers.started();
@@ -60,8 +76,25 @@ impl Running {
         Ok(running)
     }
 
+    /// From now on, under a debugger, if there is one.
+    pub(super) fn look_closely(&mut self) {
+        self.debugger = Debugger::attach(self.daemon.pid(), self.daemon.path());
+    }
+
+    /// What a debugger has to say about this.
+    fn look_into(&mut self, broken: Broken) -> Broken {
+        if let Some(debugger) = self.debugger.take() {
+            self.backtrace = debugger.backtrace(!matches!(broken, Broken::Died(_)));
+        }
+        broken
+    }
+
     /// Waits until the daemon rests and everything it said is here.
     pub(super) fn settle(&mut self) -> Result<(), Broken> {
+        self.try_settle().map_err(|broken| self.look_into(broken))
+    }
+
+    fn try_settle(&mut self) -> Result<(), Broken> {
         loop {
             let whom = if self.monitor.is_busy() || self.monitor.greeting().is_none() {
                 Whom::All
@@ -116,7 +149,8 @@ impl Running {
                 return Ok(());
             }
             if self.server.held().is_empty() {
-                return Err(Broken::Hangs(format!("{what}, and nothing is held")));
+                let broken = Broken::Hangs(format!("{what}, and nothing is held"));
+                return Err(self.look_into(broken));
             }
             self.server.release(0);
         }

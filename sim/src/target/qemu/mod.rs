@@ -12,6 +12,7 @@
 mod finish;
 mod images;
 mod link;
+mod steer;
 mod tell;
 
 use std::collections::VecDeque;
@@ -23,7 +24,9 @@ use blkcheck_impl::event::Event;
 use blkcheck_impl::jobs::JobStatus;
 use serde_json::{Map, Value};
 
-use super::{Alternatives, Capabilities, ClosedFile, Leftovers, Move, NodeContent, Target, Trouble};
+use super::{
+    Alternatives, Capabilities, ClosedFile, Leftovers, Move, NodeContent, Steering, Target, Trouble,
+};
 use crate::choice::Key;
 use crate::history::{Outcome, Record, StepId};
 use crate::image::build::build;
@@ -36,6 +39,7 @@ use crate::qemu::process::{Daemon, PROGRAM, Unavailable, Version, version};
 use crate::scenario::{Action, Disk, Format, Scenario};
 use images::{name_backing, room};
 use link::Running;
+use steer::Steerer;
 pub(super) use tell::lasting;
 
 /// Runs after which a daemon is replaced, so that what it leaks cannot add up.
@@ -84,6 +88,9 @@ pub struct QemuTarget {
     nodes: Vec<String>,
     /// What the daemon was last told, for people.
     last: String,
+    steering: Option<Steerer>,
+    /// The next daemon is started under a debugger.
+    closely: bool,
 }
 
 impl QemuTarget {
@@ -113,6 +120,8 @@ impl QemuTarget {
             exports: Vec::new(),
             nodes: Vec::new(),
             last: String::new(),
+            steering: None,
+            closely: false,
         })
     }
 
@@ -189,10 +198,14 @@ impl Target for QemuTarget {
         self.exports.clear();
         self.nodes.clear();
         self.last = "nothing yet".to_owned();
+        self.steering = scenario.steer.then(|| Steerer::new(scenario));
         let used_up = |r: &Running| r.runs >= RUNS;
-        if !self.clean || self.running.as_ref().is_none_or(used_up) {
+        if self.closely || !self.clean || self.running.as_ref().is_none_or(used_up) {
             self.running = None;
-            self.running = Some(Running::start(&self.program)?);
+            let running = self.running.insert(Running::start(&self.program)?);
+            if self.closely {
+                running.look_closely();
+            }
         }
         // Clean again only when this run was taken down.
         self.clean = false;
@@ -215,9 +228,21 @@ impl Target for QemuTarget {
         Ok(())
     }
 
+    fn steering(&self, scenario: &Scenario, step: StepId) -> Steering {
+        let steerer = self.steering.as_ref();
+        steerer.map_or(Steering::Go, |s| s.steering(scenario, step))
+    }
+
+    fn look_closely(&mut self, closely: bool) {
+        self.closely = closely;
+    }
+
     fn issue(&mut self, scenario: &Scenario, step: StepId) {
         if self.trouble.is_some() {
             return;
+        }
+        if let Some(steerer) = &mut self.steering {
+            steerer.issued(scenario, step);
         }
         match &scenario.steps[step.0 as usize].action {
             Action::Command { execute, arguments } => {
@@ -282,6 +307,9 @@ impl Target for QemuTarget {
     }
 
     fn take_records(&mut self, into: &mut Vec<Record>) {
+        if let Some(steerer) = &mut self.steering {
+            steerer.follow(&self.records);
+        }
         into.append(&mut self.records);
     }
 
@@ -340,6 +368,7 @@ impl Target for QemuTarget {
             let words = running.daemon.last_words();
             lines.extend(words.into_iter().map(|l| format!("the daemon said: {l}")));
         }
+        lines.extend(running.backtrace.iter().map(|l| format!("backtrace: {l}")));
         lines
     }
 }

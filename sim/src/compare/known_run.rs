@@ -1,0 +1,358 @@
+//! The known defects as they show in gated runs, and those that only show there: who is first decides.
+//!
+//! Rules: as in [`super::known`]. A run ends at its first finding, so that a finding is one defect's. What explains it is
+//! looked for in what happened before: a matcher wants the oracle, what it says, and the cause in the run.
+//! An entry of [`GATED`] is reproduced by `blkcheck replay --on qemu`.
+
+use blkcheck_model::{Command, World};
+use serde_json::{Map, Value};
+
+use super::known::{self, DEFECTS, Defect, Sure};
+use crate::follow::Follower;
+use crate::history::{Outcome, Record, StepId};
+use crate::oracle::{OracleName, Violation};
+use crate::scenario::{Action, Format, GuestOp, Range, Scenario};
+
+/// Defects that need an order of storage requests to show.
+pub static GATED: &[Defect] = &[Defect {
+    id: "zeroes-under-write",
+    title: "zeroing or discarding a cluster does not wait for a write that is allocating it: zeroes are lost, and a \
+            cluster that was freed is used",
+    qemu: "writes that allocate wait for each other, but zero writes and discards look at the table alone, which the \
+           write changes only when its data is there",
+    right: "a request that changes a cluster's entry waits for the write that is going to change it: bytes that only \
+            the zero write covers are zero, and what is in use has a reference",
+    sure: Sure::Certain,
+    scenario: include_str!("../../../docs/findings/zeroes-under-write.json"),
+    page: include_str!("../../../docs/findings/zeroes-under-write.md"),
+    matches: |_| false,
+    steer: None,
+}];
+
+/// The entry of this name.
+#[must_use]
+pub fn find(id: &str) -> Option<&'static Defect> {
+    DEFECTS.iter().chain(GATED).find(|d| d.id == id)
+}
+
+/// Its title.
+#[must_use]
+pub fn title(id: &str) -> &'static str {
+    find(id).map_or("", |d| d.title)
+}
+
+/// A finding of a gated run.
+struct Found<'a> {
+    scenario: &'a Scenario,
+    records: &'a [Record],
+    violation: &'a Violation,
+    /// The model at the end.
+    world: World,
+}
+
+/// A command and its arguments.
+type Given<'a> = (&'a str, &'a Map<String, Value>);
+type Matcher = fn(&Found<'_>) -> bool;
+
+const MATCHERS: &[(&str, Matcher)] = &[
+    ("null-co-size", null_co_size),
+    ("cor-bottom-outside-chain", bottom_outside_chain),
+    ("cor-bottom-crash", bottom_crash),
+    ("cor-copies-below-bottom", copies_below_bottom),
+    ("refused-stream-keeps-root", keeps_root),
+    ("backing-format-of-overlay", backing_format),
+    ("stream-uncovers-base", uncovers_base),
+    ("zeroes-under-write", zeroes_under_write),
+];
+
+/// The reviewed defect that explains a finding.
+#[must_use]
+pub fn explain(scenario: &Scenario, violation: &Violation, records: &[Record]) -> Option<&'static Defect> {
+    let mut follower = Follower::default();
+    follower.reset(scenario);
+    for record in records {
+        follower.record(scenario, record);
+    }
+    let found = Found {
+        scenario,
+        records,
+        violation,
+        world: follower.world,
+    };
+    let (id, _) = MATCHERS.iter().find(|(_, matches)| matches(&found))?;
+    find(id)
+}
+
+impl<'a> Found<'a> {
+    fn command(&self, step: StepId) -> Option<Given<'a>> {
+        match &self.scenario.steps[step.0 as usize].action {
+            Action::Command { execute, arguments } => Some((execute, arguments)),
+            _ => None,
+        }
+    }
+
+    /// Commands that were issued and not answered.
+    fn unanswered(&self) -> impl Iterator<Item = Given<'a>> {
+        let issued = self.records.iter().filter_map(|r| match r {
+            Record::Issued(step) => Some(*step),
+            _ => None,
+        });
+        let open = issued.filter(|step| {
+            let ends = |r: &Record| matches!(r, Record::Ended(s, _) if s == step);
+            !self.records.iter().any(ends)
+        });
+        open.filter_map(|step| self.command(step))
+    }
+
+    /// The command that was answered last, and its answer.
+    fn last_answer(&self) -> Option<(Given<'a>, Option<&'a str>)> {
+        self.records.iter().rev().find_map(|r| match r {
+            Record::Ended(step, Outcome::Command(result)) => {
+                let refusal = result.as_ref().err().map(|refusal| &*refusal.desc);
+                Some((self.command(*step)?, refusal))
+            }
+            _ => None,
+        })
+    }
+
+    /// Some command of this name was accepted.
+    fn accepted(&self, name: &str) -> bool {
+        self.records.iter().any(|r| match r {
+            Record::Ended(step, Outcome::Command(Ok(_))) => {
+                self.command(*step).is_some_and(|(execute, _)| execute == name)
+            }
+            _ => false,
+        })
+    }
+
+    /// Some command of this name was given.
+    fn issued(&self, name: &str) -> bool {
+        self.records.iter().any(|r| match r {
+            Record::Issued(step) => self.command(*step).is_some_and(|(execute, _)| execute == name),
+            _ => false,
+        })
+    }
+
+    fn says(&self, oracles: &[OracleName], text: &str) -> bool {
+        oracles.contains(&self.violation.oracle) && self.violation.message.contains(text)
+    }
+}
+
+fn text<'a>(arguments: &'a Map<String, Value>, key: &str) -> Option<&'a str> {
+    arguments.get(key).and_then(Value::as_str)
+}
+
+fn null_co_size(found: &Found<'_>) -> bool {
+    let negative = |(_, arguments): Given<'_>| known::has_negative_null_co(arguments);
+    found.says(&[OracleName::Daemon], "SIGABRT") && found.unanswered().any(negative)
+}
+
+fn bottom_outside_chain(found: &Found<'_>) -> bool {
+    let outside =
+        |(execute, arguments): Given<'_>| known::has_bottom_outside(&found.world, execute, arguments);
+    found.says(&[OracleName::Daemon], "without coming to rest") && found.unanswered().any(outside)
+}
+
+fn bottom_crash(found: &Found<'_>) -> bool {
+    let adds = |(_, arguments): Given<'_>| known::bottoms_out(&found.world, arguments);
+    found.says(&[OracleName::Daemon], "SIGSEGV")
+        && (known::has_bottom_on_top(&found.world) || found.unanswered().any(adds))
+}
+
+/// A filter was put right on top of its bottom, by a user or for a stream, and the damage is in that bottom.
+fn copies_below_bottom(found: &Found<'_>) -> bool {
+    let node = found.violation.message.split('\'').nth(1).unwrap_or_default();
+    let filters = |action: &Action| match action {
+        Action::Command { execute, arguments } if execute == "blockdev-add" => {
+            text(arguments, "driver") == Some("copy-on-read") && text(arguments, "bottom") == Some(node)
+        }
+        Action::Command { execute, arguments } if execute == "block-stream" => {
+            let down_to = ["base", "base-node", "bottom"]
+                .iter()
+                .any(|key| arguments.contains_key(*key));
+            text(arguments, "device") == Some(node) && down_to
+        }
+        _ => false,
+    };
+    found.violation.oracle == OracleName::Bottom
+        && found.scenario.steps.iter().any(|step| filters(&step.action))
+}
+
+/// One parent more than expected on the device of a stream that was refused last, because of a writer below.
+fn keeps_root(found: &Found<'_>) -> bool {
+    let node = found.violation.message.split('\'').nth(1).unwrap_or_default();
+    let count = |with: &str| {
+        found
+            .violation
+            .evidence
+            .iter()
+            .filter(|l| l.starts_with(with))
+            .count()
+    };
+    let refused = |((execute, arguments), refusal): (Given<'_>, Option<&str>)| {
+        let conflict = refusal.is_some_and(|desc| desc.starts_with("Permission conflict on node"));
+        execute == "block-stream" && conflict && text(arguments, "device") == Some(node)
+    };
+    found.says(&[OracleName::Graph], "has other parents than it should have")
+        && count("found: a backend") == count("expected: a backend") + 1
+        && found.last_answer().is_some_and(refused)
+}
+
+/// The name on record is right and the format is not.
+fn backing_format(found: &Found<'_>) -> bool {
+    let line = |with: &str| found.violation.evidence.iter().find_map(|l| l.strip_prefix(with));
+    let name = |line: Option<&str>| line.and_then(|l| l.split('"').nth(1)).map(str::to_owned);
+    let (expected, got) = (line("expected:"), line("found:"));
+    found.says(&[OracleName::Image], "names another backing file")
+        && name(expected).is_some()
+        && name(expected) == name(got)
+        && found.accepted("change-backing-file")
+}
+
+fn uncovers_base(found: &Found<'_>) -> bool {
+    let oracles = [OracleName::Data, OracleName::Transparency];
+    found.says(&oracles, "holds fill")
+        && found.says(&oracles, "expected zeroes")
+        && known::is_uneven(found.scenario)
+        && found.issued("block-stream")
+}
+
+/// A zero write or discard and another write of the same cluster were in flight together, and then data or tables are not
+/// as they should be.
+fn zeroes_under_write(found: &Found<'_>) -> bool {
+    let seen = match found.violation.oracle {
+        OracleName::Data | OracleName::Transparency | OracleName::Status => true,
+        OracleName::Image => found.violation.message.contains("is corrupt"),
+        _ => false,
+    };
+    if !seen {
+        return false;
+    }
+    let cluster = largest_cluster(found.scenario);
+    let mut flying: Vec<(StepId, GuestOp)> = Vec::new();
+    for record in found.records {
+        match record {
+            Record::Issued(step) => {
+                if let Action::Guest { op, .. } = &found.scenario.steps[step.0 as usize].action {
+                    if flying.iter().any(|(_, other)| collide(*op, *other, cluster)) {
+                        return true;
+                    }
+                    flying.push((*step, *op));
+                }
+            }
+            Record::Ended(step, _) => flying.retain(|(s, _)| s != step),
+            _ => {}
+        }
+    }
+    false
+}
+
+/// The largest cluster of any image, in bytes.
+pub(crate) fn largest_cluster(scenario: &Scenario) -> u64 {
+    let formatted = scenario.images.iter().filter(|i| i.format == Format::Qcow2);
+    formatted.map(|i| u64::from(i.cluster_size)).max().unwrap_or(512)
+}
+
+/// Whether two requests in flight meet the defect `zeroes-under-write`: both change a cluster, one of them by zeroing it
+/// or giving it back.
+pub(crate) fn collide(a: GuestOp, b: GuestOp, cluster: u64) -> bool {
+    let (Some((a, zeroing)), Some((b, other))) = (changes(a), changes(b)) else {
+        return false;
+    };
+    let first = |range: Range| range.offset / cluster;
+    let last = |range: Range| (range.offset + range.length).div_ceil(cluster);
+    (zeroing || other) && first(a) < last(b) && first(b) < last(a)
+}
+
+/// What a request changes, and whether by zeroing it or giving it back.
+fn changes(op: GuestOp) -> Option<(Range, bool)> {
+    match op {
+        GuestOp::Write(range) | GuestOp::WriteFua(range) => Some((range, false)),
+        GuestOp::WriteZeroes(range) | GuestOp::WriteZeroesUnmap(range) | GuestOp::Discard(range) => {
+            Some((range, true))
+        }
+        GuestOp::Read(_) | GuestOp::Flush | GuestOp::BlockStatus(_) => None,
+    }
+}
+
+/// The known defect that a command would meet.
+pub(crate) fn meets(world: &World, execute: &str, arguments: &Map<String, Value>) -> Option<&'static str> {
+    if let Some(defect) = known::steers_around(world, &[], execute, arguments) {
+        return Some(defect.id);
+    }
+    if execute != "block-stream" {
+        return None;
+    }
+    let given = Value::Object(arguments.clone());
+    let refusal = world.check(&Command::new(execute, &given)).err()?;
+    refusal
+        .desc
+        .starts_with("Permission conflict on node")
+        .then_some("refused-stream-keeps-root")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::scenario::parse;
+
+    #[test]
+    fn every_entry_has_a_scenario_and_a_page() {
+        for defect in GATED {
+            let scenario = parse::parse(defect.id, defect.scenario.as_bytes());
+            assert!(scenario.is_ok(), "{}: {scenario:?}", defect.id);
+            assert!(defect.page.starts_with("# "), "{}", defect.id);
+            assert!(
+                defect.page.contains(&format!("{}.json", defect.id)),
+                "{}",
+                defect.id
+            );
+        }
+        for (id, _) in MATCHERS {
+            assert!(find(id).is_some(), "{id} is not in a list");
+        }
+    }
+
+    #[test]
+    fn only_what_changes_a_cluster_by_zeroing_collides() {
+        let range = |offset, length| Range { offset, length };
+        let write = GuestOp::Write(range(0, 512));
+        let zeroes = |offset| GuestOp::WriteZeroes(range(offset, 512));
+        assert!(collide(write, zeroes(0), 512));
+        assert!(!collide(write, zeroes(512), 512), "another cluster");
+        assert!(collide(write, zeroes(512), 1024), "the same one");
+        assert!(!collide(write, write, 512), "writes wait for each other");
+        assert!(!collide(GuestOp::Read(range(0, 512)), zeroes(0), 512));
+        assert!(collide(GuestOp::Discard(range(0, 64)), zeroes(256), 512));
+    }
+
+    fn explained(oracle: OracleName, message: &str, steps: &str, records: &[Record]) -> Option<&'static str> {
+        let text = format!(
+            r#"{{"version":1,"grain":512,"images":[{{"file":"a","format":"qcow2","size":4096,"cluster-size":512}}],
+            "steps":[{steps}]}}"#
+        );
+        let scenario: Scenario = serde_json::from_str(&text).expect("a scenario");
+        let violation = Violation {
+            oracle,
+            message: message.to_owned(),
+            step: None,
+            evidence: Vec::new(),
+        };
+        explain(&scenario, &violation, records).map(|d| d.id)
+    }
+
+    #[test]
+    fn a_finding_needs_its_cause_in_the_run() {
+        let steps = r#"{"actor":"a","export":"x","do":{"write":{"offset":0,"length":512}}},
+            {"actor":"b","export":"x","do":{"discard":{"offset":0,"length":512}}}"#;
+        let lost = "at the end, n at 0x0 holds fill 0 of image a, expected zeroes";
+        let (first, second) = (Record::Issued(StepId(0)), Record::Issued(StepId(1)));
+        let ended = Record::Ended(StepId(0), Outcome::Done(Ok(())));
+        let together = [first.clone(), second.clone(), ended.clone()];
+        let apart = [first, ended, second];
+        let of = |oracle, records| explained(oracle, lost, steps, records);
+        assert_eq!(of(OracleName::Data, &together), Some("zeroes-under-write"));
+        assert_eq!(of(OracleName::Data, &apart), None);
+        assert_eq!(of(OracleName::Graph, &together), None);
+    }
+}

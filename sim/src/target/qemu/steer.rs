@@ -1,0 +1,64 @@
+//! Around the known defects: which step would meet one.
+//!
+//! Rules: the model follows the run and says what a command would do; guests' requests in flight are on a list. A command
+//! that would meet a defect is passed over, a request waits until nothing is in flight that it would meet one with.
+//! A command is judged when it is started; one that is carried out later, behind others, may meet a defect all the same.
+
+use crate::compare::known_run::{collide, largest_cluster, meets};
+use crate::follow::Follower;
+use crate::history::{Record, StepId};
+use crate::scenario::{Action, GuestOp, Scenario};
+use crate::target::Steering;
+
+/// Looks ahead in one run.
+#[derive(Debug)]
+pub(super) struct Steerer {
+    follower: Follower,
+    /// With the runner's own steps, as far as they were issued.
+    scenario: Scenario,
+    cluster: u64,
+    flying: Vec<(StepId, GuestOp)>,
+}
+
+impl Steerer {
+    pub(super) fn new(scenario: &Scenario) -> Steerer {
+        let mut follower = Follower::default();
+        follower.reset(scenario);
+        Steerer {
+            follower,
+            scenario: scenario.clone(),
+            cluster: largest_cluster(scenario),
+            flying: Vec::new(),
+        }
+    }
+
+    pub(super) fn steering(&self, scenario: &Scenario, step: StepId) -> Steering {
+        match &scenario.steps[step.0 as usize].action {
+            Action::Guest { op, .. } if self.flying.iter().any(|(_, o)| collide(*op, *o, self.cluster)) => {
+                Steering::Wait
+            }
+            Action::Command { execute, arguments } => {
+                meets(&self.follower.world, execute, arguments).map_or(Steering::Go, Steering::PassOver)
+            }
+            _ => Steering::Go,
+        }
+    }
+
+    pub(super) fn issued(&mut self, scenario: &Scenario, step: StepId) {
+        let known = self.scenario.steps.len();
+        self.scenario.steps.extend_from_slice(&scenario.steps[known..]);
+        self.follower.record(&self.scenario, &Record::Issued(step));
+        if let Action::Guest { op, .. } = &scenario.steps[step.0 as usize].action {
+            self.flying.push((step, *op));
+        }
+    }
+
+    pub(super) fn follow(&mut self, records: &[Record]) {
+        for record in records {
+            self.follower.record(&self.scenario, record);
+            if let Record::Ended(step, _) = record {
+                self.flying.retain(|(s, _)| s != step);
+            }
+        }
+    }
+}
