@@ -89,7 +89,7 @@ impl Layer {
     pub(crate) async fn block_stream(&self, args: StreamArgs) -> Result<(), QmpError> {
         let plan = self.stream_plan(&args)?;
         let was_read_only = !self.node(plan.bs).is_writable();
-        let followed = self.follows_read_only(plan.bs);
+        let before = self.before_writable(plan.bs);
         if was_read_only {
             self.freeze_chain(plan.bs, Some(plan.above_base))?;
             let reopened = self.set_read_only(plan.bs, false).await;
@@ -99,7 +99,7 @@ impl Layer {
         let started = self.stream_start(args, &plan, was_read_only).await;
         if started.is_err() && was_read_only {
             // As it was before; QEMU ignores a failure here as well.
-            drop(self.undo_writable(plan.bs, followed).await);
+            drop(self.undo_writable(plan.bs, Some(before)).await);
         }
         started
     }

@@ -191,13 +191,14 @@ impl Layer {
             )));
         }
         let was_read_only = !self.node(image).is_writable();
-        let followed = self.follows_read_only(image);
+        let before = self.before_writable(image);
         if was_read_only {
             self.set_read_only(image, false).await?;
         }
         let written = self.write_backing_file(image, file).await;
         let restored = if was_read_only {
-            self.undo_writable(image, followed && written.is_err()).await
+            self.undo_writable(image, written.is_err().then_some(before))
+                .await
         } else {
             Ok(())
         };

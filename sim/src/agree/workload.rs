@@ -205,8 +205,8 @@ impl Draw {
             let id = format!("j{job}");
             let mut arguments = json!({"job-id": id, "device": format!("n{device}"),
                 "filter-node-name": format!("stream{job}"), "auto-dismiss": self.rng.chance(1, 2)});
-            // Everything, or down to a layer that is not right below.
-            if device >= 2 && self.rng.chance(1, 2) {
+            // Everything, or down to a layer that is not right below; the layer that a first stream kept is, afterwards.
+            if job == 0 && device >= 2 && self.rng.chance(1, 2) {
                 let below = self.rng.below(u32::try_from(device - 1).expect("few"));
                 if self.rng.chance(1, 2) {
                     arguments["base-node"] = json!(format!("n{below}"));

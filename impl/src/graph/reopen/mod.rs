@@ -24,6 +24,15 @@ use crate::graph::node::Node;
 use crate::types::{NodeId, OpenFlags};
 use queue::Entry;
 
+/// A node before it was made writable for a command.
+#[derive(Debug)]
+pub(crate) struct BeforeWritable {
+    /// It followed the one that opened it: no option `read-only` of its own.
+    followed: bool,
+    /// Of it and what follows it: not even allowed to become writable.
+    barred: Vec<Rc<Node>>,
+}
+
 impl Layer {
     /// `blockdev-reopen`: all of these nodes, or none. Main lock held, options checked against the schema. An empty list is
     /// nothing to do.
@@ -56,17 +65,37 @@ impl Layer {
         self.reopen(&queue).await
     }
 
-    /// The node follows the one that opened it: no option `read-only` of its own.
-    pub(crate) fn follows_read_only(&self, node: NodeId) -> bool {
-        !self.node(node).options.borrow().contains_key("read-only")
+    /// What [`Layer::undo_writable`] has to know of a node that a command is about to make writable.
+    pub(crate) fn before_writable(&self, node: NodeId) -> BeforeWritable {
+        let mut options = options::Flat::new();
+        options.insert("read-only".to_owned(), false.into());
+        let mut queue = Vec::new();
+        self.queue_reopen(&mut queue, self.node(node), options, true);
+        let barred = queue
+            .iter()
+            .filter(|e| !e.node.flags.get().contains(OpenFlags::ALLOW_RDWR));
+        BeforeWritable {
+            followed: !self.node(node).options.borrow().contains_key("read-only"),
+            barred: barred.map(|e| Rc::clone(&e.node)).collect(),
+        }
     }
 
-    /// Read-only again after a command that failed: as if it had never been writable. `followed`: what
-    /// [`Layer::follows_read_only`] said before. QEMU leaves the option behind.
-    pub(crate) async fn undo_writable(&self, node: NodeId, followed: bool) -> Result<(), QmpError> {
+    /// Read-only again after a command. `failed`: it did, and all is as if the node had never been writable. QEMU leaves
+    /// the option behind, and that the node may be made writable.
+    pub(crate) async fn undo_writable(
+        &self,
+        node: NodeId,
+        failed: Option<BeforeWritable>,
+    ) -> Result<(), QmpError> {
         self.set_read_only(node, true).await?;
-        if followed {
-            self.node(node).options.borrow_mut().remove("read-only");
+        if let Some(before) = failed {
+            if before.followed {
+                self.node(node).options.borrow_mut().remove("read-only");
+            }
+            for node in before.barred {
+                let flags = node.flags.get();
+                node.flags.set(flags - OpenFlags::ALLOW_RDWR);
+            }
         }
         Ok(())
     }
