@@ -61,6 +61,10 @@ fn classify(command: &str) -> Result<Class, String> {
             Err(format!("unknown cargo command: {command}"))
         };
     }
+    // What a script does is tested in export.rs.
+    if program == "python3" && words == ["repro.py"] {
+        return Ok(Class::Cargo);
+    }
     if program != "blkcheck" {
         return Err(format!("neither blkcheck nor cargo: {command}"));
     }
@@ -72,7 +76,7 @@ fn classify(command: &str) -> Result<Class, String> {
         "compare" => Ok(Class::WithDaemon(words)),
         "run" if words.windows(2).any(|w| w == ["--on", "qemu"]) => Ok(Class::WithDaemon(words)),
         // The debug build under test is slower than the release build that the README speaks of.
-        "run" | "replay" | "show" | "schema" => Ok(Class::Run(words)),
+        "run" | "replay" | "show" | "schema" | "export" => Ok(Class::Run(words)),
         "shrink" if words.contains(&"FILE".to_owned()) => Ok(Class::Run(words)),
         other => Err(format!("unknown subcommand {other}: {command}")),
     }
