@@ -86,10 +86,12 @@ fn every_known_defect_is_reproduced_by_its_script() {
     if !usable("every_known_defect_is_reproduced_by_its_script") {
         return;
     }
-    for defect in DEFECTS {
-        let path = root().join("docs/findings").join(format!("{}.py", defect.id));
+    // The last one needs an I/O thread, which no scenario has.
+    let ids = DEFECTS.iter().map(|d| d.id).chain(["stream-in-iothread-aborts"]);
+    for id in ids {
+        let path = root().join("docs/findings").join(format!("{id}.py"));
         let output = python(&path, &["--limit", "4"]);
-        assert_eq!(output.status.code(), Some(1), "{}: {}", defect.id, told(&output));
+        assert_eq!(output.status.code(), Some(1), "{id}: {}", told(&output));
         assert!(stdout(&output).contains("\nREPRODUCED: "), "{}", told(&output));
     }
 }
