@@ -33,9 +33,12 @@ const TIME_LIMIT: Duration = Duration::from_secs(300);
 const STILL: Duration = Duration::from_millis(300);
 /// Looks between two looks at a clock.
 const PATIENCE: u32 = 512;
-/// Looks without a pause in between: most of what a daemon does takes no longer.
-const AT_ONCE: u32 = 4;
-/// Then this long. Whoever sleeps is woken soon on a busy machine too; whoever only yields comes last.
+/// Looks after each of which the processor is given up and no more: the daemon has the same one, so that it goes on at
+/// once, and most of what it does takes no longer.
+const AT_ONCE: u32 = 200;
+/// Looks between two looks at whether it has ended.
+const ENDED: u32 = 16;
+/// Later, the time between two looks.
 const PAUSE: Duration = Duration::from_micros(20);
 
 /// Whose rest is looked for.
@@ -260,7 +263,7 @@ impl Sleepers {
 
     /// A process that nobody asked for its end still has a first thread. Not looked for at once: it takes time.
     fn has_ended(&self, limits: &Limits) -> bool {
-        if limits.looks % AT_ONCE != AT_ONCE - 1 {
+        if limits.looks % ENDED != ENDED - 1 {
             return false;
         }
         // Other threads may keep its sockets open a little longer.
@@ -289,6 +292,8 @@ impl Limits {
         let still = self.looks.is_multiple_of(PATIENCE) && self.check(used())?;
         if self.looks > AT_ONCE {
             std::thread::sleep(PAUSE);
+        } else {
+            std::thread::yield_now();
         }
         Ok(still)
     }

@@ -7,6 +7,7 @@
 //! no progress.
 
 use std::collections::VecDeque;
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
@@ -289,6 +290,14 @@ impl Client {
             at += 1;
         }
         Ok(false)
+    }
+}
+
+impl Drop for Session {
+    /// Hangs up at once. Closing alone does not: a process that another worker is just starting has every file of ours
+    /// until it runs its own program.
+    fn drop(&mut self) {
+        let _ = self.stream.shutdown(Shutdown::Both);
     }
 }
 

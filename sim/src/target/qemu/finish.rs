@@ -8,7 +8,7 @@ use crate::qemu::Broken;
 use crate::qemu::nbd::client::{Answer, Ask};
 
 /// Exports of ours.
-const OURS: &str = "blkcheck-read-";
+const OURS: &str = "blk-";
 
 impl QemuTarget {
     /// Exports every node that somebody could read, and reads it. Allocation comes first: reading through copy-on-read
@@ -55,7 +55,7 @@ impl QemuTarget {
             let running = self.running();
             running.client.hang_up(export);
             running.settle()?;
-            let delete = json!({"id": export, "mode": "hard"});
+            let delete = json!({"id": export});
             self.own("block-export-del", &delete)?
                 .map_err(|e| Broken::Nonsense(format!("an export stays: {}", e.1)))?;
         }

@@ -3,9 +3,13 @@
 //! Rules: one thing is given at a time, and then the daemon comes to rest. Commands of our own are carried out to their
 //! end, releasing what they wait for in order.
 
+use std::cell::Cell;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
+
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 use serde_json::{Map, Value, json};
 
@@ -42,8 +46,32 @@ pub(super) struct Running {
     pub(super) backtrace: Vec<String>,
 }
 
+/// Puts this thread, and every process that it starts from now on, on one processor: the daemon and whoever waits for it
+/// take turns, and handing over costs least where nobody else has to be woken. Workers are spread over what there is.
+fn share_a_processor() {
+    static WORKERS: AtomicUsize = AtomicUsize::new(0);
+    thread_local! {
+        static DONE: Cell<bool> = const { Cell::new(false) };
+    }
+    if DONE.replace(true) {
+        return;
+    }
+    let Ok(allowed) = sched_getaffinity(None) else {
+        return;
+    };
+    let processors: Vec<usize> = (0..CpuSet::MAX_CPU).filter(|cpu| allowed.is_set(*cpu)).collect();
+    if processors.is_empty() {
+        return;
+    }
+    let mut one = CpuSet::new();
+    one.set(processors[WORKERS.fetch_add(1, Ordering::Relaxed) % processors.len()]);
+    // Where it may not, it is only slower.
+    let _ = sched_setaffinity(None, &one);
+}
+
 impl Running {
     pub(super) fn start(program: &Path) -> Result<Running, Trouble> {
+        share_a_processor();
         let directory = Daemon::directory().map_err(unusable)?;
         let server = Server::listen(&Daemon::storage_socket(directory.path())).map_err(unusable)?;
         let client = Client::new(&Daemon::export_socket(directory.path()));
