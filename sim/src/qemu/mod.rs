@@ -10,8 +10,8 @@
 //! * [`debugger`]: where it died.
 //!
 //! Rules: one thread, non-blocking sockets, read in one fixed order and only while the daemon sleeps; so that what it
-//! does is a function of what it was given. No worker thread, no file system and no timer takes part: there is no
-//! file node, no iothread and no rate limit.
+//! does is a function of what it was given. No file system and no timer takes part: there is no file node, no
+//! iothread and no rate limit. One thread of its pool does, which unpacks compressed clusters, and is waited for.
 //! Not here: which of the held requests is next ([`crate::target::qemu`] offers them, the runner chooses).
 
 pub mod debugger;
