@@ -297,7 +297,13 @@ impl Tally {
 /// Marks that this campaign owed and did not meet.
 fn unmet(counts: &Counts, options: &Options) -> Vec<Mark> {
     let faults = options.setup.faults != crate::cli::Faults::None;
-    let owed = |m: &Mark| faults || !m.needs_faults();
+    let owed = |m: &Mark| {
+        if faults {
+            !m.needs_sound_storage()
+        } else {
+            !m.needs_faults()
+        }
+    };
     crate::marks::unmet(counts).into_iter().filter(owed).collect()
 }
 

@@ -101,7 +101,11 @@ impl Setup {
 
     fn reach(&self) -> Reach {
         match self.on {
-            On::Memory => Reach::all(),
+            On::Memory => Reach {
+                // What a snapshot leaves behind that storage failed is not told by the model.
+                snapshots: matches!(self.faults, Faults::None),
+                ..Reach::all()
+            },
             On::File => Reach {
                 drain: true,
                 alignment: false,
@@ -109,6 +113,9 @@ impl Setup {
                 raw_tails: true,
                 rates: true,
                 inline_backing: true,
+                reopen: true,
+                snapshots: true,
+                resize: true,
             },
             On::Loop => Reach {
                 drain: true,
@@ -117,6 +124,9 @@ impl Setup {
                 raw_tails: false,
                 rates: true,
                 inline_backing: true,
+                reopen: true,
+                snapshots: true,
+                resize: false,
             },
             On::Qemu if self.is_stress() => Reach {
                 drain: false,
@@ -125,6 +135,9 @@ impl Setup {
                 raw_tails: true,
                 rates: true,
                 inline_backing: true,
+                reopen: false,
+                snapshots: false,
+                resize: false,
             },
             On::Qemu => Reach {
                 drain: false,
@@ -133,6 +146,9 @@ impl Setup {
                 raw_tails: false,
                 rates: false,
                 inline_backing: false,
+                reopen: false,
+                snapshots: false,
+                resize: false,
             },
         }
     }

@@ -6,6 +6,7 @@
 //! Detection goes by events, so a target that tells none has no marks.
 //! Not here: judging. A mark never fails a run.
 
+mod changes;
 mod counts;
 
 pub use counts::{Counts, Mark, State, unmet};
@@ -67,6 +68,7 @@ pub struct Detector {
     created: Vec<String>,
     discarded: Vec<(u64, u64)>,
     longest: u64,
+    change: changes::Change,
     run: Run,
 }
 
@@ -97,6 +99,7 @@ impl Detector {
         self.created.clear();
         self.discarded.clear();
         (self.sections, self.main) = (0, 0);
+        self.change = changes::Change::default();
         self.longest = scenario.images.iter().map(|i| i.size).max().unwrap_or(0);
         let longest = self.longest;
         self.run.short_ends.clear();
@@ -248,8 +251,14 @@ impl Detector {
                     return;
                 };
                 match result {
-                    Ok(_) => self.accepted(execute, arguments),
-                    Err(refusal) => self.refused(&refusal.desc),
+                    Ok(_) => {
+                        self.changed(execute);
+                        self.accepted(execute, arguments);
+                    }
+                    Err(refusal) => {
+                        self.change_refused(execute);
+                        self.refused(&refusal.desc);
+                    }
                 }
             }
             Outcome::Read(Err(_)) | Outcome::Done(Err(_)) | Outcome::Status(Err(_)) => {
@@ -325,6 +334,7 @@ impl Detector {
     }
 
     fn event(&mut self, event: &Event) {
+        self.change(event);
         match event {
             Event::MainBegin { .. } => self.main += 1,
             Event::MainEnd { .. } => self.main = self.main.saturating_sub(1),

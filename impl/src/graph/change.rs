@@ -181,6 +181,8 @@ impl Layer {
                 ));
             }
         };
+        // Asked before the old link goes: the same child may come back, and still inherits then.
+        let heir = child.filter(|child| self.is_heir(parent, *child));
         if let Some(old) = old {
             let below = self.child(old.id).expect("a slot has a child");
             assert!(
@@ -192,7 +194,10 @@ impl Layer {
         }
         if let Some(child) = child {
             self.attach_noperm(parent, child, name, role, tran)?;
-            self.adopt_heir(parent, child, tran);
+        }
+        if let Some(heir) = heir {
+            // From now on it inherits directly.
+            self.set_inherits_from(&self.node(heir), Some(parent.id), tran);
         }
         Ok(())
     }
@@ -385,18 +390,18 @@ impl Layer {
         }
     }
 
-    /// A new child that inherits from `parent` over others now inherits directly.
-    fn adopt_heir(&self, parent: &Node, child: NodeId, tran: &mut Tran) {
-        let child = self.node(child);
-        let mut at = Some(Rc::clone(&child));
+    /// Whether a node inherits from `parent`, directly or over others.
+    fn is_heir(&self, parent: &Node, child: NodeId) -> bool {
+        let mut at = Some(self.node(child));
         while let Some(node) = at {
             let Some(from) = node.inherits_from.get() else {
-                return;
+                return false;
             };
             if from == parent.id {
-                return self.set_inherits_from(&child, Some(from), tran);
+                return true;
             }
             at = self.inner.graph.borrow().try_node(from).cloned();
         }
+        false
     }
 }

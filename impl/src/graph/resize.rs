@@ -8,7 +8,7 @@ use crate::error::QmpError;
 use crate::graph::blockers::OpType;
 use crate::io::backend::Backend;
 use crate::qmp::args::Args;
-use crate::types::{Perm, ReqFlags};
+use crate::types::{Perm, ReqFlags, Role};
 
 impl Layer {
     /// Executes the command. Main lock held.
@@ -29,8 +29,25 @@ impl Layer {
             let _read = self.graph_read().await;
             self.truncate(edge, size, false, ReqFlags::empty()).await
         };
+        if result.is_ok() {
+            self.changed_lengths_follow(node);
+        }
         drop(drained);
         backend.remove().await;
         result
+    }
+
+    /// The length changed at the node, or far below it through what passes it on.
+    fn changed_lengths_follow(&self, node: crate::types::NodeId) {
+        let mut at = self.node(node);
+        while let Some(child) = at
+            .file
+            .get()
+            .filter(|e| !self.edge(*e).role.contains(Role::METADATA))
+        {
+            let Some(child) = self.child(child) else { break };
+            at = child;
+        }
+        self.lengths_follow(at.id);
     }
 }

@@ -64,6 +64,9 @@ impl Layer {
         for (node, overlay) in snapshots.iter().rev() {
             self.refresh_open_limits(&self.node(*overlay));
             self.refresh_open_limits(&self.node(*node));
+            // The overlay may be longer or shorter, and it is back where it was after a refusal.
+            self.lengths_follow(*overlay);
+            self.lengths_follow(*node);
         }
         drop(write);
         if result.is_ok() {
@@ -98,6 +101,7 @@ impl Layer {
         self.append_in(&overlay, node, &mut prepared.log)?;
         prepared.snapshots.push((node, overlay.id));
         self.refresh_open_limits(&overlay);
+        self.lengths_follow(overlay.id);
         Ok(())
     }
 

@@ -368,9 +368,10 @@ impl Backend {
     /// Status of the chain below (`block_status_above` to the end). Not counted by the backend, only by the nodes.
     ///
     /// # Errors
-    /// `ENOMEDIUM` without a root, or what the layers below say.
+    /// As [`Backend::read`].
     pub async fn block_status(&self, offset: u64, bytes: u64) -> Result<BlockStatus, Errno> {
         let _lock = self.layer.graph_read().await;
+        self.checked(offset, bytes)?;
         let root = self.root().ok_or(Errno::ENOMEDIUM)?;
         self.layer.block_status_above(root, None, offset, bytes).await
     }

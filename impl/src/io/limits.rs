@@ -25,6 +25,21 @@ impl Layer {
             .map_err(|e| QmpError::errno("Could not refresh total sector count", e))
     }
 
+    /// A node has another length: filters and windows above it follow. QEMU leaves them with the old one.
+    pub(crate) fn lengths_follow(&self, node: NodeId) {
+        let parents = self.node(node).parents.borrow().clone();
+        for edge in parents.into_iter().map(|e| self.edge(e)) {
+            let crate::event::Parent::Node(parent) = edge.parent else {
+                continue;
+            };
+            let shows = edge.role.contains(Role::PRIMARY) && !edge.role.contains(Role::METADATA);
+            if shows && self.node(parent).driver_opt().is_some() {
+                let _unchanged_on_error = self.refresh_length(parent);
+                self.lengths_follow(parent);
+            }
+        }
+    }
+
     /// The length of a node, bytes, a multiple of 512; asked anew where it may change behind our back.
     ///
     /// # Errors

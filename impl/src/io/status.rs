@@ -237,9 +237,11 @@ impl Layer {
                 "RAW names a place"
             );
             let file = self.node(status.file.expect("RAW names a node"));
-            status = self
-                .boxed_layer(&file, want_zero, status.map, status.pnum)
-                .await?;
+            let (at, bytes) = (status.map, status.pnum);
+            status = self.boxed_layer(&file, want_zero, at, bytes).await?;
+            if !node.facts.is_filter && !status.is_allocated() {
+                status = self.whole_chain(&file, at, status.pnum).await?;
+            }
         } else {
             self.conclude(node, &mut status, want_zero, offset).await?;
         }
@@ -248,6 +250,24 @@ impl Layer {
             status.flags |= StatusFlags::EOF;
         }
         Ok(status)
+    }
+
+    /// What a node that is no filter shows of the chain below its file: for whoever is above, that is its own. QEMU says that
+    /// nobody holds it, and a stream then loses it.
+    fn whole_chain<'a>(
+        &'a self,
+        file: &'a Rc<Node>,
+        offset: u64,
+        bytes: u64,
+    ) -> Fut<'a, Result<BlockStatus, Errno>> {
+        Box::pin(async move {
+            let below = self.block_status_above(file.id, None, offset, bytes).await?;
+            Ok(BlockStatus {
+                flags: below.flags | StatusFlags::ALLOCATED,
+                depth: 0,
+                ..below
+            })
+        })
     }
 
     /// `one_layer` once more, for the recursion into the node that an answer names.

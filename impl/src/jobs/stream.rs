@@ -296,7 +296,12 @@ impl Layer {
         if windowed("offset") || windowed("size") {
             return None;
         }
-        (!self.backing_overridden(node))
+        // A raw node over anything but a file is more than its name says.
+        let over_file = || {
+            let file = subject.file.get().and_then(|e| self.child(e));
+            file.is_some_and(|file| file.facts.is_protocol)
+        };
+        (!self.backing_overridden(node) && (subject.facts.is_protocol || over_file()))
             .then(|| self.node_filename(node))
             .filter(|name| !name.is_empty())
     }

@@ -95,6 +95,8 @@ fn carry_out(world: &mut World, actions: &[Action<'_>]) -> Result<(), Refusal> {
             Action::Snapshot(snapshot) => snapshotted.push(prepare(world, snapshot)?),
         }
     }
+    // An overlay may be longer or shorter than what it is put on.
+    world.graph.lengths_follow();
     for node in snapshotted.into_iter().rev() {
         let _ = world.graph.attempt(|graph| graph.set_read_only(node, true));
     }

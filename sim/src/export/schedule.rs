@@ -21,6 +21,7 @@ use super::values::Values;
 use crate::choice::{Key, Recorded};
 use crate::follow::Follower;
 use crate::history::{Outcome, Record, StepId};
+use crate::oracle::bottom::Bottom;
 use crate::oracle::data::{Data, guest};
 use crate::oracle::{self, FinalContent, Oracle, OracleName, View, Violation};
 use crate::qemu::names::Names;
@@ -159,6 +160,7 @@ impl Target for Logged<'_> {
 struct Watched {
     follower: Follower,
     data: Data,
+    bottom: Bottom,
     disks: BTreeMap<StepId, usize>,
     /// At the end: name, length, disk.
     nodes: Vec<(String, u64, Option<usize>)>,
@@ -177,24 +179,35 @@ impl Oracle for Watcher {
         *watched = Watched::default();
         watched.follower.reset(scenario);
         watched.data.reset(scenario);
+        watched.bottom.reset(scenario);
     }
     fn record(&mut self, view: &View<'_>, record: &Record) -> Result<(), Violation> {
         let watched = &mut *self.0.borrow_mut();
         let followed = watched.follower.record(view.scenario, record);
-        if followed.changed {
-            watched.data.sync(view.scenario, &watched.follower.world);
+        let bottom = &mut watched.bottom;
+        if followed.executed.is_some() && followed.changed {
+            bottom.executed(view.scenario, &watched.follower.world);
+        }
+        watched
+            .data
+            .follow(view.scenario, &watched.follower, &followed, bottom, view.now);
+        if followed.settled {
+            watched.data.end_change(bottom);
         }
         match record {
             Record::Issued(step) => {
                 if let Some((export, op)) = guest(view.scenario, *step) {
-                    watched.data.issued(view, &watched.follower, *step, export, op);
+                    let beside = (&watched.follower, &watched.bottom);
+                    watched.data.issued(view, beside, *step, export, op);
                     if let Some(disk) = watched.data.disk_under(*step) {
+                        watched.bottom.issued(*step, disk, op);
                         watched.disks.insert(*step, disk);
                     }
                 }
             }
             Record::Ended(step, outcome) => {
                 // Its verdict is another's to give.
+                watched.bottom.ended(*step, outcome);
                 let _ = watched.data.ended(view, *step, outcome);
             }
             Record::Layer(_) | Record::Fault(_) => {}

@@ -29,6 +29,8 @@ pub(super) struct NamedExport {
 pub(super) struct Chain {
     /// Base first.
     pub(super) images: Vec<Image>,
+    /// Images that are open beside the chain, to become its top: o0, o1, …
+    pub(super) overlays: Vec<Image>,
     /// Nodes with a known name, base first, the filter last.
     pub(super) nodes: Vec<NamedNode>,
     /// Exports that the setup makes.
@@ -54,6 +56,7 @@ impl Chain {
             (swarm.cor_node && swarm.cor_bottom && named_lower).then(|| rng.below(swarm.layers) as usize);
         let mut chain = Chain {
             images,
+            overlays: Vec::new(),
             nodes: Vec::new(),
             exports: Vec::new(),
             named_lower,
@@ -74,7 +77,54 @@ impl Chain {
             });
         }
         chain.draw_exports(rng, swarm, top);
+        for number in 0..swarm.overlays {
+            let overlay = overlay(rng, swarm, number, &chain.images[top]);
+            chain.overlays.push(overlay);
+        }
         chain
+    }
+
+    /// Layers that have a name.
+    pub(super) fn layers(&self) -> std::ops::Range<usize> {
+        let top = self.images.len();
+        if self.named_lower { 0..top } else { top - 1..top }
+    }
+
+    pub(super) fn overlay_names(&self) -> Vec<String> {
+        (0..self.overlays.len()).map(|n| format!("o{n}")).collect()
+    }
+
+    /// Whether a layer has a backing link, or could have.
+    pub(super) fn has_backing(&self, layer: usize) -> bool {
+        self.images[layer].format == Format::Qcow2
+    }
+
+    /// A layer by its name.
+    pub(super) fn reference(&self, layer: usize) -> Value {
+        json!(format!("n{layer}"))
+    }
+
+    /// What a layer was opened with, but for its backing file.
+    pub(super) fn definition(&self, layer: usize, swarm: &Swarm) -> Map<String, Value> {
+        let mut node = self.format_node(layer, swarm);
+        let file = if self.inline {
+            self.inline_file(layer, swarm)
+        } else {
+            json!(format!("f{layer}"))
+        };
+        node.insert("file".to_owned(), file);
+        node
+    }
+
+    /// What the file of a layer was opened with, if it has a name.
+    pub(super) fn file_definition(&self, layer: usize, swarm: &Swarm) -> Option<Map<String, Value>> {
+        if self.inline {
+            return None;
+        }
+        let Value::Object(node) = self.file_node(layer, Some(&format!("f{layer}")), swarm) else {
+            unreachable!("an object")
+        };
+        Some(node)
     }
 
     fn draw_exports(&mut self, rng: &mut Rng, swarm: &Swarm, top: usize) {
@@ -131,6 +181,14 @@ impl Chain {
             }
             steps.push(command(SETUP, "blockdev-add", filter));
         }
+        for (number, image) in self.overlays.iter().enumerate() {
+            let mut add = json!({"driver": "qcow2", "node-name": format!("o{number}"), "backing": null,
+                "file": {"driver": "file", "filename": image.file}});
+            if swarm.discard_unmap {
+                add["discard"] = json!("unmap");
+            }
+            steps.push(command(SETUP, "blockdev-add", add));
+        }
         for export in &self.exports {
             let node = export.name.trim_start_matches("x-");
             let add = json!({"type": "nbd", "id": export.name, "name": export.name, "node-name": node,
@@ -183,11 +241,15 @@ impl Chain {
         node
     }
 
-    fn inline_node(&self, swarm: &Swarm, layer: usize) -> Value {
-        let mut node = self.format_node(layer, swarm);
+    fn inline_file(&self, layer: usize, swarm: &Swarm) -> Value {
         let mut file = self.file_node(layer, None, swarm);
         file.as_object_mut().expect("an object").remove("read-only");
-        node.insert("file".to_owned(), file);
+        file
+    }
+
+    fn inline_node(&self, swarm: &Swarm, layer: usize) -> Value {
+        let mut node = self.format_node(layer, swarm);
+        node.insert("file".to_owned(), self.inline_file(layer, swarm));
         if layer > 0 && self.named_lower {
             node.insert("backing".to_owned(), self.inline_node(swarm, layer - 1));
         }
@@ -242,6 +304,29 @@ fn image(rng: &mut Rng, swarm: &Swarm, layer: usize, largest: u64, below: Option
         (image.cluster_size, image.compat) = (65536, 3);
     }
     for _ in 0..rng.below(5) {
+        image.fill.push(fill(rng, swarm, &image));
+    }
+    image
+}
+
+/// An image to put above `top`: its header names what is to be below, and now and then it holds something already.
+fn overlay(rng: &mut Rng, swarm: &Swarm, number: u32, top: &Image) -> Image {
+    let mut size = top.size.next_multiple_of(512);
+    if swarm.uneven && rng.chance(1, 2) {
+        size = u64::from(swarm.cluster) * u64::from(1 + rng.below(swarm.clusters + swarm.clusters / 2));
+    }
+    let mut image = Image {
+        file: format!("o{number}.img"),
+        format: Format::Qcow2,
+        size,
+        cluster_size: swarm.cluster,
+        compat: 3,
+        refcount_bits: 16,
+        backing_file: Some(top.file.clone()),
+        backing_format: Some(if top.format == Format::Raw { "raw" } else { "qcow2" }.to_owned()),
+        fill: Vec::new(),
+    };
+    if rng.chance(1, 4) {
         image.fill.push(fill(rng, swarm, &image));
     }
     image

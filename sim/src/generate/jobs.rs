@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use super::chain::Chain;
 use super::{Swarm, command};
 use crate::rng::Rng;
-use crate::scenario::Step;
+use crate::scenario::{Action, Step};
 
 #[derive(Default)]
 pub(super) struct Jobs {
@@ -74,6 +74,15 @@ impl Jobs {
         }
         if rng.chance(1, 48) {
             arguments["bottom"] = json!(below);
+        }
+    }
+}
+
+/// A stream of everything that is below.
+pub(super) fn to_the_end(stream: &mut Step) {
+    if let Action::Command { arguments, .. } = &mut stream.action {
+        for key in ["base", "base-node", "bottom"] {
+            arguments.shift_remove(key);
         }
     }
 }

@@ -4,10 +4,12 @@
 //! Rules: draws only from the workload stream; stays within the target's capabilities; always yields a scenario that
 //! `validate` accepts. Nothing here looks at outcomes: a generated command may well be refused, and refusals are
 //! checked like results. A profile narrows the swarm, it never adds a feature of its own.
-//! What may fail is drawn apart, by [`add_faults`]; whether it does is a choice. Not covered: power loss.
+//! What may fail is drawn apart, by [`add_faults`]; whether it does is a choice. Not covered: power loss; snapshots on failing
+//! storage, for which the model has no list of what may be left.
 
 mod chain;
 mod faults;
+mod graph;
 mod guests;
 mod jobs;
 mod monitor;
@@ -34,6 +36,12 @@ pub struct Reach {
     pub rates: bool,
     /// Backing nodes given inline over a file name in the header.
     pub inline_backing: bool,
+    /// `blockdev-reopen`.
+    pub reopen: bool,
+    /// `blockdev-snapshot` and `transaction`.
+    pub snapshots: bool,
+    /// `block_resize`.
+    pub resize: bool,
 }
 
 impl Reach {
@@ -47,6 +55,9 @@ impl Reach {
             raw_tails: true,
             rates: true,
             inline_backing: true,
+            reopen: true,
+            snapshots: true,
+            resize: true,
         }
     }
 }
@@ -75,6 +86,8 @@ pub fn generate_from(rng: &mut Rng, profile: Profile, reach: Reach) -> Scenario 
     if !reach.inline_backing {
         without_inline_backing(&mut steps);
     }
+    let mut images = chain.images;
+    images.extend(chain.overlays);
     Scenario {
         version: VERSION,
         title: None,
@@ -86,7 +99,7 @@ pub fn generate_from(rng: &mut Rng, profile: Profile, reach: Reach) -> Scenario 
             unmap: swarm.unmap,
             ..Disk::default()
         },
-        images: chain.images,
+        images,
         steps,
         choices: Vec::new(),
         steer: false,

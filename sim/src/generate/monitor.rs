@@ -5,15 +5,17 @@
 use serde_json::json;
 
 use super::chain::Chain;
-use super::jobs::{Jobs, job_verb};
+use super::graph::Changes;
+use super::jobs::{self, Jobs, job_verb};
 use super::{Swarm, command};
 use crate::rng::Rng;
 use crate::scenario::{Action, Step, WaitJob};
 
-const MONITOR: &str = "monitor";
+pub(super) const MONITOR: &str = "monitor";
 
 pub(super) struct Monitor {
     jobs: Jobs,
+    changes: Changes,
     added: u32,
 }
 
@@ -21,6 +23,7 @@ impl Monitor {
     pub(super) fn new(_rng: &mut Rng, _swarm: &Swarm, _chain: &Chain) -> Monitor {
         Monitor {
             jobs: Jobs::default(),
+            changes: Changes::default(),
             added: 0,
         }
     }
@@ -47,7 +50,19 @@ impl Monitor {
             4 => self.export(rng, chain, steps),
             5 => steps.push(self.change_backing_file(rng, chain)),
             6 => steps.push(query(rng)),
-            _ => steps.push(self.jobs.stream(rng, swarm, chain, MONITOR)),
+            7 => {
+                let streams = self.jobs.started > 0;
+                self.changes.reopen(rng, swarm, chain, streams, steps);
+            }
+            8 => steps.push(self.changes.snapshot(rng, chain, MONITOR)),
+            9 => steps.push(self.changes.resize(rng, swarm, chain, MONITOR)),
+            _ => {
+                let mut stream = self.jobs.stream(rng, swarm, chain, MONITOR);
+                if self.changes.unnamed {
+                    jobs::to_the_end(&mut stream);
+                }
+                steps.push(stream);
+            }
         }
     }
 

@@ -115,8 +115,11 @@ pub struct Swarm {
     pub reach_clusters: u32,
     /// Monitor turns.
     pub monitor_ops: u32,
-    /// Weights of stream, job verb, wait, add/del node, add/del export, change-backing-file, query.
-    pub monitor_weights: [u32; 7],
+    /// Weights of stream, job verb, wait, add/del node, add/del export, change-backing-file, query, reopen, snapshot,
+    /// resize.
+    pub monitor_weights: [u32; 10],
+    /// Images that are open beside the chain, to become its top.
+    pub overlays: u32,
     /// Explicit drained sections.
     pub drains: u32,
 }
@@ -185,7 +188,11 @@ impl Swarm {
                 rng.below(2),
                 rng.below(2),
                 rng.below(2),
+                3 * rng.below(3),
+                2 * rng.below(2),
+                rng.below(2),
             ],
+            overlays: 0,
             drains: if reach.drain && rng.chance(1, 2) {
                 1 + rng.below(3)
             } else {
@@ -193,6 +200,13 @@ impl Swarm {
             },
         };
         swarm.narrow(rng, profile, reach);
+        let can = [reach.reopen, reach.snapshots, reach.resize];
+        for (weight, can) in swarm.monitor_weights[7..].iter_mut().zip(can) {
+            *weight *= u32::from(can);
+        }
+        if swarm.monitor_ops > 0 && swarm.monitor_weights[8] > 0 {
+            swarm.overlays = 1 + rng.below(2);
+        }
         if !reach.raw_tails {
             swarm.odd_tails = false;
         }
@@ -206,7 +220,7 @@ impl Swarm {
             Profile::Stream => {
                 self.layers = self.layers.max(2);
                 self.monitor_ops = 2 + rng.below(8);
-                self.monitor_weights = [8, 5, 3, 0, 0, 0, 0];
+                self.monitor_weights = [8, 5, 3, 0, 0, 0, 0, 0, 0, 0];
             }
             Profile::CopyOnRead => {
                 self.cor_node = true;
@@ -216,7 +230,7 @@ impl Swarm {
             Profile::Graph => {
                 self.guest_ops = rng.below(8);
                 self.monitor_ops = 6 + rng.below(20);
-                self.monitor_weights = [4, 2, 1, 6, 3, 2, 1];
+                self.monitor_weights = [4, 2, 1, 6, 3, 2, 1, 8, 4, 2];
             }
         }
     }
@@ -252,7 +266,8 @@ impl Swarm {
             guest_weights: [6, 6, 0, 1, 0, 1, 1, 0],
             reach_clusters: 2,
             monitor_ops: 1,
-            monitor_weights: [1, 0, 0, 0, 0, 0, 0],
+            monitor_weights: [1, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+            overlays: 0,
             drains: 0,
         }
     }

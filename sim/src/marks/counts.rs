@@ -132,6 +132,16 @@ marks! {
     NameReused = "node name used again",
     /// A flush runs beside a write.
     FlushBesideWrite = "flush beside a write in flight",
+    /// A reopen changes a backing link, and a guest write was in flight when it began.
+    ReopenMeetsWrite = "reopen of a link meets a guest write in flight",
+    /// A reopen is refused while a job is under way.
+    ReopenRefusedBesideJob = "reopen refused while a job runs",
+    /// A snapshot is taken, and a guest write was in flight when it began.
+    SnapshotMeetsWrite = "snapshot meets a guest write in flight",
+    /// A transaction is refused after a snapshot of it was in place.
+    TransactionRolledBack = "transaction takes a snapshot back",
+    /// A node gets another length, and a guest request was in flight when that began.
+    ResizeMeetsRequest = "resize meets a guest request in flight",
 }
 
 /// What was going on when an operation was issued.
@@ -163,7 +173,7 @@ pub(super) const STATES: [(State, &str); 7] = [
     (State::Changing, "changing"),
 ];
 
-pub(super) const OPERATIONS: [&str; 26] = [
+pub(super) const OPERATIONS: [&str; 30] = [
     "read",
     "write",
     "write-fua",
@@ -180,6 +190,10 @@ pub(super) const OPERATIONS: [&str; 26] = [
     "block-export-del",
     "block-stream",
     "change-backing-file",
+    "blockdev-reopen",
+    "blockdev-snapshot",
+    "transaction",
+    "block_resize",
     "pause",
     "resume",
     "cancel",
@@ -269,6 +283,14 @@ impl Mark {
                 | Mark::FaultyFlush
                 | Mark::NoSpace
         )
+    }
+}
+
+impl Mark {
+    /// Whether it belongs to commands that are not generated where storage fails.
+    #[must_use]
+    pub fn needs_sound_storage(self) -> bool {
+        matches!(self, Mark::SnapshotMeetsWrite | Mark::TransactionRolledBack)
     }
 }
 

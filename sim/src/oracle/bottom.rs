@@ -9,7 +9,7 @@
 //!
 //! Allocation is followed per cluster as "may" and "must"; a cluster that was discarded or zeroed by a guest is only
 //! "may" from then on.
-//! Unchecked: filters without `bottom` (they may copy anything), ranges over windows and `null-co`, which part of a
+//! Unchecked: filters without `bottom` (they may copy anything), ranges over windows, `null-co`, and `raw` over a format, which part of a
 //! cluster was fetched from where, disks whose bytes were written below their format.
 
 use std::rc::Rc;
@@ -151,6 +151,44 @@ impl Bottom {
         self.layers.extend(scenario.images.iter().map(Layer::new));
         self.streams.clear();
         self.writes.clear();
+    }
+
+    /// Whether a layer surely holds all of [start, end) itself, and whether it may hold any of it.
+    pub(crate) fn holds(&self, disk: usize, start: u64, end: u64) -> (bool, bool) {
+        let layer = &self.layers[disk];
+        if layer.format == Some(Format::Raw) {
+            return (true, true);
+        }
+        let clusters = layer.clusters(start, end);
+        let surely = clusters.clone().all(|c| layer.must[c] && !layer.wild[c]);
+        let copied = self.outside && self.copies.iter().any(|(to, _)| *to == disk);
+        (surely, copied || Layer::holds(&layer.may, clusters))
+    }
+
+    /// A write under way may have reached this image as well, or instead.
+    pub(crate) fn crossed(&mut self, step: StepId, disk: usize, range: crate::scenario::Range) {
+        self.writes.retain(|w| w.0 != step);
+        let layer = &mut self.layers[disk];
+        let clusters = layer.clusters(range.offset, range.offset.saturating_add(range.length));
+        layer.may[clusters].fill(true);
+    }
+
+    /// An image was given another length. What grows may be zeroed by the layer, and so is the rest of the last cluster.
+    pub(crate) fn resized(&mut self, disk: usize, length: u64) {
+        let layer = &mut self.layers[disk];
+        let old = std::mem::replace(&mut layer.size, length);
+        if layer.format == Some(Format::Raw) {
+            layer.cluster = length.max(1);
+            return;
+        }
+        let clusters = index(length.div_ceil(layer.cluster));
+        let seam = index(old.min(length) / layer.cluster);
+        for flags in [&mut layer.may, &mut layer.wild] {
+            flags.resize(clusters, true);
+            flags[seam.min(clusters)..].fill(true);
+        }
+        layer.must.resize(clusters, false);
+        layer.must[seam.min(clusters)..].fill(false);
     }
 
     /// A command was executed by the model; a stream may be new.
@@ -393,6 +431,11 @@ fn range_of(scenario: &Scenario, world: &World, node: NodeId, bottom: NodeId) ->
     let mut at = node;
     while at != bottom {
         at = graph.backing_chain_next(at)?;
+        let is_format = |node| !graph.node(node).driver.is_protocol();
+        if graph.node(at).driver == Driver::Raw && graph.primary_child(at).is_some_and(is_format) {
+            // For those above it holds everything itself.
+            return None;
+        }
         range.push(Data::disk_of(scenario, world, at)?);
     }
     Some(range)

@@ -17,9 +17,10 @@
 //! twice or was written below its format (contents then have no meaning), durability.
 
 use blkcheck_model::layer::Format as LayerFormat;
-use blkcheck_model::register::{Effect, OpId, Registers, Value, Violation as Unexplained};
+use blkcheck_model::register::{self, Effect, OpId, Registers, Value};
 use blkcheck_model::{Driver, NodeId, World};
 
+use super::bottom::Bottom;
 use super::{FinalContent, OracleName, View, Violation, status, violation};
 use crate::follow::Follower;
 use crate::history::{Fault, FaultKind, Outcome, StepId};
@@ -27,6 +28,7 @@ use crate::image::build;
 use crate::scenario::{Action, Format, GuestOp, Image, Range, Scenario};
 use crate::stamp::{self, Content, Source};
 
+use change::{Other, Window};
 use grains::{collect, content_text, explain, history, seen, texts, torn_between_writes};
 
 const SECTOR: u64 = 512;
@@ -66,6 +68,8 @@ struct Disk {
     /// Per grain: decided by this image from the start.
     own: Vec<bool>,
     log: Vec<Logged>,
+    /// What grains held by way of layers that are not below any more.
+    former: Vec<(usize, Value)>,
     /// When the last flush began that succeeded.
     flushed: u64,
     /// Nothing can be said.
@@ -82,6 +86,11 @@ struct Open {
     first: usize,
     last: usize,
     start: u64,
+    effect: Effect,
+    /// The disk that its export shows since, which it may have reached instead.
+    other: Option<Other>,
+    /// It may have reached a disk where it cannot be followed: what it says is not judged.
+    blind: bool,
     /// A status query: its length, and whether "no layer decides" promises zeroes.
     status: Option<(u64, bool)>,
 }
@@ -109,7 +118,16 @@ pub(crate) struct Data {
     exports: Vec<(String, usize)>,
     values: Vec<Option<Value>>,
     buffer: Vec<u8>,
+    /// A command that changes what disks show is under way.
+    window: Option<Window>,
+    /// Writes that may have reached another disk too, not told yet.
+    crossed: Vec<(StepId, usize)>,
+    /// Requests under way that lie past the end of what their export shows.
+    outside: Vec<StepId>,
 }
+
+/// A grain that nothing explains: what the register says, or content that is none.
+type Unexplained = (usize, Result<register::Violation, Content>);
 
 fn index(v: u64) -> usize {
     usize::try_from(v).expect("small disks")
@@ -154,6 +172,9 @@ impl Data {
         self.flushes.clear();
         self.lost.clear();
         self.exports.clear();
+        self.window = None;
+        self.crossed.clear();
+        self.outside.clear();
     }
 
     /// Storage failed a request.
@@ -228,8 +249,10 @@ impl Data {
         }
     }
 
-    /// The graph of the model changed: disks appear, chains get shorter.
-    pub(crate) fn sync(&mut self, scenario: &Scenario, world: &World) {
+    /// The graph of the model changed: disks appear, chains change. Of a `command` that may be the purpose; otherwise
+    /// chains get shorter, and nobody may notice. Disks whose content changed, lower ones first.
+    pub(crate) fn sync(&mut self, scenario: &Scenario, world: &World, command: bool) -> Vec<usize> {
+        let mut changed: Vec<usize> = Vec::new();
         for (id, node) in world.graph.nodes() {
             if !matches!(node.driver, Driver::Qcow2 | Driver::File | Driver::HostDevice) {
                 continue;
@@ -263,12 +286,19 @@ impl Data {
                     opened.unknown = true;
                     self.disks[disk] = Some(opened);
                 }
-                // A stream leaves layers out; anything else shows another content.
-                (Some(d), Some(chain)) => {
-                    let mut old = d.chain.iter();
-                    d.unknown |= !chain.iter().all(|c| old.any(|o| o == c));
+                (Some(d), Some(chain)) if d.chain != chain => {
+                    if command {
+                        changed.push(disk);
+                        let tails = chain.iter().map(|c| scenario.images[*c].size);
+                        d.cuts.extend(tails.filter(|c| c % self.grain != 0));
+                    } else {
+                        // A stream leaves layers out; anything else shows another content.
+                        let mut old = d.chain.iter();
+                        d.unknown |= !chain.iter().all(|c| old.any(|o| o == c));
+                    }
                     d.chain = chain;
                 }
+                (Some(_), Some(_)) => {}
                 (Some(d), None) => d.unknown = true,
             }
             if let (true, Some(d)) = (twice, &mut self.disks[disk]) {
@@ -282,9 +312,14 @@ impl Data {
                     .iter()
                     .any(|(name, d)| *name == *export.name && *d == disk)
             {
+                self.exports.retain(|(name, _)| *name != *export.name);
                 self.exports.push((export.name.to_string(), disk));
             }
         }
+        let depth = |disk: &usize| self.disks[*disk].as_ref().map_or(0, |d| d.chain.len());
+        changed.sort_by_key(depth);
+        changed.dedup();
+        changed
     }
 
     fn opened(&mut self, scenario: &Scenario, disk: usize, chain: Vec<usize>) -> Disk {
@@ -328,7 +363,14 @@ impl Data {
             };
             initial.push(value);
         }
-        let registers = Registers::new(initial.iter().copied());
+        let mut registers = Registers::new(initial.iter().copied());
+        // What a lower layer holds by now, where that was changed since.
+        for g in (0..grains).filter(|g| loose[*g]) {
+            let now = below.map_or(Vec::new(), |b| b.registers.possible(g));
+            if !now.is_empty() && now != [initial[g]] {
+                registers.shift(g, &now, false);
+            }
+        }
         Disk {
             length,
             registers,
@@ -338,6 +380,7 @@ impl Data {
             loose,
             own,
             log: Vec::new(),
+            former: Vec::new(),
             flushed: 0,
             unknown,
         }
@@ -347,7 +390,7 @@ impl Data {
     pub(crate) fn issued(
         &mut self,
         view: &View<'_>,
-        follower: &Follower,
+        (follower, bottom): (&Follower, &Bottom),
         step: StepId,
         export: &str,
         request: &GuestOp,
@@ -393,6 +436,7 @@ impl Data {
         };
         let Range { offset, length } = range;
         if offset.checked_add(length).is_none_or(|end| end > d.length) {
+            self.outside.push(step);
             return;
         }
         let (first, last) = (
@@ -424,6 +468,9 @@ impl Data {
             first,
             last,
             start,
+            effect,
+            other: None,
+            blind: false,
             status: matches!(request, GuestOp::BlockStatus(_)).then(|| {
                 (
                     length,
@@ -433,6 +480,9 @@ impl Data {
         });
         if logged.is_some() {
             self.loosen(disk, first, last);
+        }
+        if let Some(before) = self.shown_before(export, disk) {
+            self.issued_in_window(step, before, bottom, view.now);
         }
     }
 
@@ -483,46 +533,28 @@ impl Data {
             }
             return Ok(());
         }
+        self.outside.retain(|s| *s != step);
         let Some(open) = self.open.get_mut(step.0 as usize).and_then(Option::take) else {
             return Ok(());
         };
-        let grain = self.grain;
-        let Some(disk) = &mut self.disks[open.disk] else {
-            return Ok(());
-        };
+        let ok = matches!(outcome, Outcome::Done(Ok(())));
         if let Some(logged) = open.logged {
-            let ok = matches!(outcome, Outcome::Done(Ok(())));
-            disk.registers.end(open.op, ok);
-            if ok {
-                disk.log[logged].end = view.now;
+            // Of two disks that it may have reached, the older one need not hold it.
+            self.end_write(open.disk, open.op, logged, ok && open.other.is_none(), view.now);
+            if let Some((other, logged)) = open.other.and_then(|o| Some((o, o.logged?))) {
+                self.end_write(other.disk, other.op, logged, ok && other.shows, view.now);
             }
             return Ok(());
         }
-        self.values.clear();
-        let (mut wrong, offset) = (None, open.first as u64 * grain);
-        match outcome {
-            Outcome::Read(Ok(bytes)) => {
-                let disk = &*disk;
-                wrong = collect(bytes, offset, disk, grain, &mut self.values, &open, view);
-            }
-            Outcome::Status(Ok(runs)) => {
-                let (length, trusted) = open.status.expect("a status query");
-                status::shape(view.scenario, step, length, runs)?;
-                self.values.resize(open.last - open.first, None);
-                status::zeroes(runs, (offset, grain), trusted, &disk.cuts, &mut self.values);
-            }
-            _ => {}
-        }
-        // A failed read says nothing; nor does a grain that was not returned.
-        self.values.resize(open.last - open.first, None);
-        let is_status = matches!(outcome, Outcome::Status(_));
-        let verdict = self.judge(open, view.now);
-        let (verdict, saw) = match (wrong, verdict) {
-            (Some((g, content)), _) => (Some(g), Err(content)),
-            (None, Err(v)) => (Some(v.grain), Ok(v)),
-            (None, Ok(())) => return Ok(()),
+        let unexplained = match open.other {
+            None => self.end_read(view, step, open, outcome)?,
+            Some(_) => self.end_read_of_two(view, step, open, outcome)?,
         };
-        let g = verdict.expect("just set");
+        let Some((g, saw)) = unexplained.into_iter().next() else {
+            return Ok(());
+        };
+        let is_status = matches!(outcome, Outcome::Status(_));
+        let grain = self.grain;
         let disk = self.disks[open.disk].as_ref().expect("judged");
         let who = super::liveness::act_text(view.scenario, step).unwrap_or_default();
         let at = g as u64 * grain;
@@ -557,9 +589,60 @@ impl Data {
         ))
     }
 
+    fn end_write(&mut self, disk: usize, op: OpId, logged: usize, ok: bool, now: u64) {
+        if let Some(disk) = &mut self.disks[disk] {
+            disk.registers.end(op, ok);
+            if ok {
+                disk.log[logged].end = now;
+            }
+        }
+    }
+
+    /// A read or a status query is over: the grains whose answer nothing explains on this disk.
+    fn end_read(
+        &mut self,
+        view: &View<'_>,
+        step: StepId,
+        open: Open,
+        outcome: &Outcome,
+    ) -> Result<Vec<Unexplained>, Violation> {
+        let grain = self.grain;
+        let Some(disk) = &self.disks[open.disk] else {
+            return Ok(Vec::new());
+        };
+        self.values.clear();
+        let (mut wrong, offset) = (None, open.first as u64 * grain);
+        match outcome {
+            _ if open.blind || disk.unknown => {}
+            Outcome::Read(Ok(bytes)) => {
+                wrong = collect(bytes, offset, disk, grain, &mut self.values, &open, view);
+            }
+            Outcome::Status(Ok(runs)) => {
+                let (length, trusted) = open.status.expect("a status query");
+                status::shape(view.scenario, step, length, runs)?;
+                self.values.resize(open.last - open.first, None);
+                status::zeroes(runs, (offset, grain), trusted, &disk.cuts, &mut self.values);
+            }
+            _ => {}
+        }
+        // A failed read says nothing; nor does a grain that was not returned.
+        self.values.resize(open.last - open.first, None);
+        let mut unexplained: Vec<_> = wrong.into_iter().map(|(g, c)| (g, Err(c))).collect();
+        self.judge_all(open, view.now, |v| unexplained.push((v.grain, Ok(v))));
+        Ok(unexplained)
+    }
+
+    fn judge(&mut self, open: Open, now: u64) -> Result<(), register::Violation> {
+        let mut first = None;
+        self.judge_all(open, now, |v| {
+            first.get_or_insert(v);
+        });
+        first.map_or(Ok(()), Err)
+    }
+
     /// Puts the collected values to the registers. On a loose grain a value of a lower layer passes as well, as long as
     /// the initial content would.
-    fn judge(&mut self, open: Open, now: u64) -> Result<(), Unexplained> {
+    fn judge_all(&mut self, open: Open, now: u64, mut unexplained: impl FnMut(register::Violation)) {
         let Data { disks, values, .. } = self;
         let (before, rest) = disks.split_at_mut(open.disk);
         let (disk, after) = rest.split_first_mut().expect("in range");
@@ -579,6 +662,7 @@ impl Data {
                 };
                 d.as_ref().is_some_and(|d| {
                     d.initial.get(g) == Some(&value)
+                        || d.former.contains(&(g, value))
                         || d.log
                             .iter()
                             .any(|l| l.covers(g) && l.value == value && l.start <= now)
@@ -586,13 +670,11 @@ impl Data {
             };
             is_streamed_away(value) || chain.iter().any(holds)
         };
-        let mut first = None;
         registers.observe(open.op, values.iter().copied(), |v| {
             if !(loose[v.grain] && v.allowed.contains(&initial[v.grain]) && lower(v.grain, v.saw)) {
-                first.get_or_insert(v);
+                unexplained(v);
             }
         });
-        first.map_or(Ok(()), Err)
     }
 
     /// All of a node or a closed image was read, with nothing under way.
@@ -603,7 +685,12 @@ impl Data {
         };
         let (first, last) = (0, d.initial.len());
         // A raw image's file may not be a whole number of sectors long.
-        let shortest = d.length.min(view.scenario.images[disk].size);
+        let image = view.scenario.images[disk].size;
+        let shortest = if image.next_multiple_of(SECTOR) == d.length {
+            image
+        } else {
+            d.length
+        };
         let length = content.bytes.len() as u64;
         if length < shortest || length > d.length {
             let message = format!("{} is {length} bytes long, expected {}", content.name, d.length);
@@ -617,6 +704,9 @@ impl Data {
             first,
             last,
             start: view.now,
+            effect: Effect::Read,
+            other: None,
+            blind: false,
             status: None,
         };
         self.values.clear();
@@ -801,7 +891,7 @@ pub(crate) fn allocation(image: &Image, grain: u64, grains: usize) -> Vec<bool> 
     own
 }
 
-/// Whether a block-status walk from this node meets every layer: `raw` over a format hides what is below.
+/// Whether a block-status walk from this node meets every layer.
 fn walks_to_the_end(world: &World, node: NodeId) -> bool {
     let graph = &world.graph;
     match graph.node(node).driver {
@@ -810,7 +900,7 @@ fn walks_to_the_end(world: &World, node: NodeId) -> bool {
             .is_some_and(|n| walks_to_the_end(world, n)),
         Driver::Raw => graph
             .primary_child(node)
-            .is_some_and(|n| graph.node(n).driver.is_protocol()),
+            .is_some_and(|n| walks_to_the_end(world, n)),
         Driver::Qcow2 => graph.cow_child(node).is_none_or(|n| walks_to_the_end(world, n)),
         Driver::File | Driver::HostDevice => true,
         Driver::NullCo => false,
@@ -825,6 +915,8 @@ pub(crate) fn guest(scenario: &Scenario, step: StepId) -> Option<(&str, &GuestOp
     }
 }
 
+#[path = "data_change.rs"]
+mod change;
 #[path = "data_grains.rs"]
 mod grains;
 #[cfg(test)]

@@ -3,7 +3,7 @@
 //! Rules: independent of each other; sound (a verdict is never wrong); incremental; reset in place between runs.
 //! Each lives in its own file with tests that show it firing on a deliberately wrong history.
 
-mod bottom;
+pub(crate) mod bottom;
 pub(crate) mod data;
 mod drain;
 mod frozen;

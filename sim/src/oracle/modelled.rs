@@ -60,8 +60,10 @@ impl Modelled {
         }
         if in_doubt {
             self.follower.sure();
-            self.data.sync(view.scenario, &self.follower.world);
+            self.data
+                .settle_doubt(view.scenario, &self.follower.world, &self.bottom);
         }
+        self.data.end_change(&self.bottom);
         verdict?;
         if books.is_some() {
             self.changed = false;
@@ -139,18 +141,18 @@ impl Oracle for Modelled {
             self.changed = true;
             self.bottom.executed(view.scenario, &self.follower.world);
         }
-        if followed.changed
-            && (followed.executed.is_some() || followed.completed.is_some() || followed.settled)
-        {
-            self.data.sync(view.scenario, &self.follower.world);
-        }
+        let (follower, bottom) = (&self.follower, &mut self.bottom);
+        self.data
+            .follow(view.scenario, follower, &followed, bottom, view.now);
         match record {
             Record::Issued(step) => {
                 if let Some((export, op)) = guest(view.scenario, *step) {
-                    self.data.issued(view, &self.follower, *step, export, op);
+                    let beside = (&self.follower, &self.bottom);
+                    self.data.issued(view, beside, *step, export, op);
                     if let Some(disk) = self.data.disk_under(*step) {
                         self.bottom.issued(*step, disk, op);
                     }
+                    self.data.tell_crossed(view.scenario, &mut self.bottom);
                 }
             }
             Record::Ended(step, Outcome::Command(got)) if followed.answered.is_some() => {

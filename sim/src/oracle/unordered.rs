@@ -7,6 +7,7 @@
 //! subject, and nothing more is said of that run; the same where two nodes write one image.
 //! Not here: refusals, graph and masks on the way, `bottom`, frozen links, drain: all need to know what came first.
 
+use super::bottom::Bottom;
 use super::data::{Data, guest};
 use super::{FinalContent, Oracle, OracleName, View, Violation};
 use crate::follow::Follower;
@@ -18,6 +19,7 @@ use crate::scenario::Scenario;
 pub struct Unordered {
     follower: Follower,
     data: Data,
+    bottom: Bottom,
     /// The model is not where the subject is.
     lost: bool,
 }
@@ -30,6 +32,8 @@ impl Oracle for Unordered {
     fn reset(&mut self, scenario: &Scenario) {
         self.follower.reset(scenario);
         self.data.reset(scenario);
+        self.bottom = Bottom::outside();
+        self.bottom.reset(scenario);
         self.lost = false;
     }
 
@@ -42,15 +46,24 @@ impl Oracle for Unordered {
             self.lost = true;
             return Ok(());
         }
-        if followed.changed
-            && (followed.executed.is_some() || followed.completed.is_some() || followed.settled)
-        {
-            self.data.sync(view.scenario, &self.follower.world);
+        let (follower, bottom) = (&self.follower, &mut self.bottom);
+        if followed.executed.is_some() && followed.changed {
+            bottom.executed(view.scenario, &follower.world);
+        }
+        self.data
+            .follow(view.scenario, follower, &followed, bottom, view.now);
+        if followed.settled {
+            self.data.end_change(bottom);
         }
         match record {
             Record::Issued(step) => {
                 if let Some((export, op)) = guest(view.scenario, *step) {
-                    self.data.issued(view, &self.follower, *step, export, op);
+                    let beside = (&self.follower, &self.bottom);
+                    self.data.issued(view, beside, *step, export, op);
+                    if let Some(disk) = self.data.disk_under(*step) {
+                        self.bottom.issued(*step, disk, op);
+                    }
+                    self.data.tell_crossed(view.scenario, &mut self.bottom);
                 }
                 Ok(())
             }
@@ -59,7 +72,10 @@ impl Oracle for Unordered {
                 self.lost = predicted != got.is_ok();
                 Ok(())
             }
-            Record::Ended(step, outcome) => self.data.ended(view, *step, outcome),
+            Record::Ended(step, outcome) => {
+                self.bottom.ended(*step, outcome);
+                self.data.ended(view, *step, outcome)
+            }
             Record::Fault(fault) => {
                 self.data.fault(fault);
                 Ok(())

@@ -297,6 +297,23 @@ pub enum GuestOp {
     BlockStatus(Range),
 }
 
+impl GuestOp {
+    /// Where; `None` for a flush.
+    #[must_use]
+    pub fn range(&self) -> Option<Range> {
+        match *self {
+            GuestOp::Read(range)
+            | GuestOp::Write(range)
+            | GuestOp::WriteFua(range)
+            | GuestOp::WriteZeroes(range)
+            | GuestOp::WriteZeroesUnmap(range)
+            | GuestOp::Discard(range)
+            | GuestOp::BlockStatus(range) => Some(range),
+            GuestOp::Flush => None,
+        }
+    }
+}
+
 /// Job statuses a step can wait for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]

@@ -52,11 +52,8 @@ impl Layer {
         self.reopen(&queue).await
     }
 
-    /// Makes a node read-only or writable (`bdrv_reopen_set_read_only`). No change if it already is.
+    /// Makes a node read-only or writable (`bdrv_reopen_set_read_only`), and with it what follows it.
     pub async fn set_read_only(&self, node: NodeId, read_only: bool) -> Result<(), QmpError> {
-        if self.node(node).is_writable() != read_only {
-            return Ok(());
-        }
         // From now on this is an option of its own, and it no longer follows the node that opened it.
         let mut options = options::Flat::new();
         options.insert("read-only".to_owned(), read_only.into());
@@ -185,6 +182,7 @@ impl Layer {
         for entry in queue.iter().rev() {
             let _unchanged_on_error = self.refresh_limits(entry.node.id);
             let _unchanged_on_error = self.refresh_length(entry.node.id);
+            self.lengths_follow(entry.node.id);
         }
         Ok(())
     }

@@ -22,6 +22,20 @@ pub(super) const COMMON: [&str; 7] = [
     "detect-zeroes",
 ];
 
+/// The place of an option among others, where several are wrong and one is told: QEMU keeps options in a hash table of 512
+/// rows and looks at them row by row.
+pub(super) fn place(name: &str) -> u32 {
+    let length = u32::try_from(name.len()).unwrap_or(u32::MAX);
+    let shifts = (0u32..).map(|i| i * 5 % 24);
+    let sum = name
+        .bytes()
+        .zip(shifts)
+        .fold(length.wrapping_mul(0x238f_13af), |sum, (byte, shift)| {
+            sum.wrapping_add(u32::from(byte) << shift)
+        });
+    sum.wrapping_mul(1_103_515_243).wrapping_add(12345) % 512
+}
+
 /// Nested objects become dotted names; everything else stays.
 pub(super) fn flatten(options: &Map<String, Value>) -> Flat {
     let mut flat = Flat::new();
@@ -126,9 +140,6 @@ fn is_on(options: &Flat, key: &str) -> bool {
 /// The flags that options make of `flags`. Discards stay as they were where nothing is said of them.
 pub(super) fn flags_of(options: &Flat, mut flags: OpenFlags) -> OpenFlags {
     flags.set(OpenFlags::RDWR, !is_on(options, "read-only"));
-    if flags.contains(OpenFlags::RDWR) {
-        flags |= OpenFlags::ALLOW_RDWR;
-    }
     flags.set(OpenFlags::AUTO_RDONLY, is_on(options, "auto-read-only"));
     flags.set(OpenFlags::NOCACHE, is_on(options, "cache.direct"));
     flags.set(OpenFlags::NO_FLUSH, is_on(options, "cache.no-flush"));
@@ -193,10 +204,20 @@ mod tests {
     }
 
     #[test]
+    fn options_have_places() {
+        let mut names = ["force-share", "driver", "node-name", "size", "read-zeroes"];
+        names.sort_by_key(|name| place(name));
+        assert_eq!(
+            names,
+            ["read-zeroes", "node-name", "driver", "size", "force-share"]
+        );
+    }
+
+    #[test]
     fn discards_stay_as_they_are_unless_told() {
         let old = OpenFlags::UNMAP;
         assert!(flags_of(&Flat::new(), old).contains(OpenFlags::UNMAP));
         let told = flags_of(&map(json!({"discard": "ignore"})), old);
-        assert_eq!(told, OpenFlags::RDWR | OpenFlags::ALLOW_RDWR);
+        assert_eq!(told, OpenFlags::RDWR);
     }
 }

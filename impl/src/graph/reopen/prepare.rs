@@ -73,7 +73,7 @@ impl Layer {
                 && !COMMON.contains(&key.as_str())
                 && !node.facts.mutable_options.contains(&key.as_str())
         };
-        match before.keys().find(pinned) {
+        match before.keys().filter(pinned).min_by_key(|key| options::place(key)) {
             None => Ok(()),
             Some(key) => refuse(format!("Option '{key}' cannot be reset to its default value")),
         }
@@ -157,6 +157,8 @@ impl Layer {
                 *self.edge(e).name == *key && self.child(e).is_some_and(|c| value.as_str() == Some(&*c.name))
             })
         };
+        let mut left: Vec<_> = left.iter().collect();
+        left.sort_by_key(|(key, _)| options::place(key));
         for (key, value) in left {
             let same = match key.as_str() {
                 key if COMMON[1..].contains(&key) => true,

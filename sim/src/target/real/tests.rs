@@ -48,6 +48,9 @@ fn runs(medium: Medium, seeds: u64) -> bool {
         raw_tails: medium == Medium::File,
         rates: true,
         inline_backing: true,
+        reopen: true,
+        snapshots: true,
+        resize: medium == Medium::File,
     };
     let generated = (0..seeds).map(|seed| generate(seed, Profile::Mixed, reach));
     let mut oracles = crate::oracle::all();
