@@ -124,6 +124,10 @@ pub(super) struct CompareArgs {
     /// Seeds whose scenarios to compare, first included, last excluded; without any request 0..1000.
     #[arg(long, value_name = "A..B", value_parser = parse_seeds, conflicts_with = "exhaustive")]
     pub(super) seeds: Option<Range<u64>>,
+    /// What the scenarios of seeds are made of: `model` (everything is compared with the model) or `beyond` (every
+    /// command of the daemon; judged by what guests see and by what refusals change).
+    #[arg(long, default_value = "model", value_parser = parse_compare_profile)]
+    pub(super) profile: crate::compare::campaign::Profile,
     /// Every sequence of up to so many commands over a chain of three layers and a filter.
     #[arg(long, value_name = "DEPTH", value_parser = clap::value_parser!(u32).range(1..=4))]
     pub(super) exhaustive: Option<u32>,
@@ -133,6 +137,9 @@ pub(super) struct CompareArgs {
     /// The daemon instead of the one in PATH.
     #[arg(long, value_name = "PATH")]
     pub(super) qemu: Option<PathBuf>,
+    /// Saves what is found as it was met.
+    #[arg(long)]
+    pub(super) no_shrink: bool,
     /// Directory for the scenario files of what is found.
     #[arg(long, value_name = "DIR", default_value = "blkcheck-findings")]
     pub(super) out: PathBuf,
@@ -261,6 +268,12 @@ fn parse_scheduler(text: &str) -> Result<Scheduler, String> {
 fn parse_profile(text: &str) -> Result<Profile, String> {
     let names: Vec<&str> = Profile::ALL.iter().map(|p| p.name()).collect();
     Profile::by_name(text).ok_or_else(|| format!("expected one of {}, not `{text}`", names.join(", ")))
+}
+
+#[cfg(target_os = "linux")]
+fn parse_compare_profile(text: &str) -> Result<crate::compare::campaign::Profile, String> {
+    crate::compare::campaign::Profile::by_name(text)
+        .ok_or_else(|| format!("expected model or beyond, not `{text}`"))
 }
 
 #[cfg(test)]

@@ -23,17 +23,17 @@ pub(super) fn compare(args: &CompareArgs) -> Result<Found, CliError> {
     } else if let Some(depth) = args.exhaustive {
         Work::Exhaustive(depth)
     } else {
-        Work::Seeds(args.seeds.clone().unwrap_or(DEFAULT_SEEDS))
+        Work::Seeds(args.seeds.clone().unwrap_or(DEFAULT_SEEDS), args.profile)
     };
     let stop = super::stop_on_interrupt();
     let total = match &work {
-        Work::Seeds(seeds) => Some(seeds.end - seeds.start),
+        Work::Seeds(seeds, _) => Some(seeds.end - seeds.start),
         _ => None,
     };
     let bar = ProgressBar::with_draw_target(total, ProgressDrawTarget::stderr_with_hz(5));
     let template = "{elapsed_precise} {pos} compared ({per_sec})";
     bar.set_style(ProgressStyle::with_template(template).expect("the template is well formed"));
-    let summary = campaign::run(&work, args.qemu.as_deref(), &args.out, &stop, &|done| {
+    let summary = campaign::run(&work, args.qemu.as_deref(), &args.out, !args.no_shrink, &stop, &|done| {
         bar.set_position(done);
     });
     bar.finish_and_clear();

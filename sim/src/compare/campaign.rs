@@ -7,7 +7,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
+use super::beyond;
 use super::exhaustive::{self, Walked, Witness};
 use super::generate::generate;
 use super::lockstep::{Finding, Lockstep, Manner};
@@ -24,8 +26,39 @@ use crate::shrink::{Execute, Limits, Trial, shrink};
 
 /// Findings that are shrunk and saved.
 const SAVED: usize = 24;
+/// How long a daemon may take while a hang is shrunk; what is left is tried once more with full patience.
+const HANGS_SOON: Duration = Duration::from_secs(2);
 /// Entries that tell of one known defect.
 const TOLD: u64 = 3;
+
+/// What the scenarios of seeds are made of.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Profile {
+    /// What the model knows; everything that can be seen is compared.
+    #[default]
+    Model,
+    /// Whatever the daemon has; judged by what guests see.
+    Beyond,
+}
+
+impl Profile {
+    /// By name.
+    #[must_use]
+    pub fn by_name(name: &str) -> Option<Profile> {
+        match name {
+            "model" => Some(Profile::Model),
+            "beyond" => Some(Profile::Beyond),
+            _ => None,
+        }
+    }
+
+    fn generate(self, seed: u64) -> Scenario {
+        match self {
+            Profile::Model => generate(seed),
+            Profile::Beyond => beyond::generate::generate(seed),
+        }
+    }
+}
 
 /// What to compare.
 #[derive(Clone, Debug)]
@@ -33,7 +66,7 @@ pub enum Work {
     /// These, by name.
     Files(Vec<(String, Scenario)>),
     /// The scenarios of these seeds.
-    Seeds(Range<u64>),
+    Seeds(Range<u64>, Profile),
     /// Every sequence of commands up to this length.
     Exhaustive(u32),
 }
@@ -96,6 +129,7 @@ pub fn run(
     work: &Work,
     program: Option<&Path>,
     out: &Path,
+    shrinks: bool,
     stop: &AtomicBool,
     progress: &dyn Fn(u64),
 ) -> Result<Summary, CliError> {
@@ -108,6 +142,7 @@ pub fn run(
             ..Summary::default()
         },
         fresh: Vec::new(),
+        shrinks,
         stop,
         progress,
     };
@@ -118,13 +153,13 @@ pub fn run(
                 found.one(&mut lockstep, name, scenario);
             }
         }
-        Work::Seeds(seeds) => {
+        Work::Seeds(seeds, profile) => {
             for seed in seeds.clone() {
                 if stop.load(Ordering::Relaxed) {
                     found.summary.interrupted = true;
                     break;
                 }
-                found.one(&mut lockstep, &format!("seed {seed}"), &generate(seed));
+                found.one(&mut lockstep, &format!("seed {seed}"), &profile.generate(seed));
                 progress(found.summary.scenarios);
             }
         }
@@ -158,6 +193,7 @@ struct Found<'a> {
     summary: Summary,
     /// To be shrunk and saved.
     fresh: Vec<(String, Scenario, Finding)>,
+    shrinks: bool,
     stop: &'a AtomicBool,
     progress: &'a dyn Fn(u64),
 }
@@ -217,7 +253,7 @@ impl Found<'_> {
                 file: None,
             };
             if *nth <= 2 && number < 8 * SAVED && !self.stop.load(Ordering::Relaxed) {
-                shrink_and_save(lockstep, scenario, &mut reported, out)?;
+                shrink_and_save(lockstep, scenario, &mut reported, out, self.shrinks)?;
             }
             if reported.finding.failed.is_some() {
                 self.summary.failures.push(reported);
@@ -252,29 +288,35 @@ fn shrink_and_save(
     scenario: Scenario,
     reported: &mut Reported,
     out: &Path,
+    shrinks: bool,
 ) -> Result<(), CliError> {
     let oracle = oracle(&reported.finding);
     let limits = Limits {
         // A hang takes its time.
         executions: if reported.finding.failed == Some(Kind::Hang) {
-            12
+            60
         } else {
             500
         },
         schedules: 0,
     };
+    if reported.finding.failed == Some(Kind::Hang) {
+        lockstep.peer.be_patient(Some(HANGS_SOON));
+    }
     let mut trials = Trials {
         lockstep,
         same: (reported.finding.what, reported.finding.failed),
     };
     let mut smallest = scenario;
-    if let Some(shrunk) = shrink(&smallest, oracle, limits, &mut trials) {
+    if shrinks && let Some(shrunk) = shrink(&smallest, oracle, limits, &mut trials) {
         smallest = shrunk.scenario;
+        lockstep.peer.be_patient(None);
         // What the smallest one shows.
         if let Some(finding) = lockstep.run(&smallest).finding {
             reported.finding = finding;
         }
     }
+    lockstep.peer.be_patient(None);
     smallest.expect = None;
     let what = reported
         .finding

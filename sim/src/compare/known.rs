@@ -144,7 +144,7 @@ pub static DEFECTS: &[Defect] = &[
         page: files!("refused-stream-keeps-root").1,
         matches: |case| {
             case.execute == "block-stream"
-                && case.what == Some(What::Edges)
+                && matches!(case.what, Some(What::Edges | What::Refusal))
                 && case.model == "nothing more"
                 && case.qemu.contains("backend -root->")
         },

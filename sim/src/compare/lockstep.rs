@@ -95,7 +95,12 @@ pub(super) struct Run<'a> {
     pub(super) shown: Shown,
     /// Jobs that went through pending.
     prepared: Vec<String>,
+    /// The beginning of each image, as it was last read.
+    heads: Vec<Vec<u8>>,
 }
+
+/// A header ends here: its own fields, a few extensions, and a name of up to 1023 bytes.
+const HEAD: usize = 4096;
 
 impl Lockstep {
     /// With this daemon.
@@ -112,6 +117,9 @@ impl Lockstep {
 
     /// Runs a scenario.
     pub fn run(&mut self, scenario: &Scenario) -> Shown {
+        if scenario.beyond_model {
+            return super::beyond::run(&mut self.peer, scenario);
+        }
         let mut run = match Run::start(&mut self.peer, self.manner, scenario) {
             Ok(run) => run,
             Err(broken) => return failed_to_start(&broken),
@@ -122,7 +130,7 @@ impl Lockstep {
     }
 }
 
-fn failed_to_start(broken: &Broken) -> Shown {
+pub(super) fn failed_to_start(broken: &Broken) -> Shown {
     Shown {
         finding: Some(Finding {
             step: 0,
@@ -147,6 +155,7 @@ impl<'a> Run<'a> {
             books: Books::of(scenario),
             shown: Shown::default(),
             prepared: Vec::new(),
+            heads: Vec::new(),
         };
         // What is behind an image belongs to it as well: whoever opens the file sees it.
         for (name, length) in run.peer.lengths() {
@@ -360,12 +369,18 @@ impl<'a> Run<'a> {
     }
 
     fn read_headers(&mut self) {
-        let mut headers = Vec::new();
-        for (name, bytes) in self.peer.disks() {
-            // A header is one sector and what follows in the first cluster.
-            headers.push((name.to_owned(), bytes[..bytes.len().min(65536)].to_vec()));
+        let mut changed = Vec::new();
+        for (at, (name, bytes)) in self.peer.disks().enumerate() {
+            let head = &bytes[..bytes.len().min(HEAD)];
+            if self.heads.len() <= at {
+                self.heads.push(Vec::new());
+            }
+            if self.heads[at] != head {
+                head.clone_into(&mut self.heads[at]);
+                changed.push((name.to_owned(), head.to_vec()));
+            }
         }
-        for (name, bytes) in headers {
+        for (name, bytes) in changed {
             let peer = std::cell::RefCell::new(&mut *self.peer);
             let ours = |text: &str| {
                 peer.borrow_mut()
@@ -682,7 +697,7 @@ impl<'a> Run<'a> {
     }
 }
 
-fn object(value: Value) -> Map<String, Value> {
+pub(super) fn object(value: Value) -> Map<String, Value> {
     match value {
         Value::Object(object) => object,
         _ => unreachable!("written as an object"),

@@ -6,11 +6,13 @@
 //! * [`lockstep`]: one scenario;
 //! * [`generate`]: scenarios from seeds, made of refusals as much as of successes;
 //! * [`exhaustive`]: every sequence of a fixed set of commands up to a length;
+//! * [`beyond`]: scenarios of commands that the model does not know, judged by what holds whatever they mean;
 //! * [`known`]: defects of the daemon that were reviewed and are held to be its own;
 //! * [`campaign`]: many scenarios; what is found is shrunk and saved.
 //!
 //! Not here: interleavings, which `run --on qemu` judges and [`crate::agree`] compares; failing storage; timers.
 
+pub mod beyond;
 pub mod campaign;
 mod content;
 pub mod exhaustive;

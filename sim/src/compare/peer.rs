@@ -45,6 +45,8 @@ struct Running {
     scenarios: u32,
     /// Answers to commands of which nobody has asked for the answer yet.
     answers: Vec<(u64, Answered)>,
+    /// How long it may take to answer.
+    patience: Duration,
 }
 
 /// The daemon, and a scenario's words for it.
@@ -54,6 +56,7 @@ pub struct Peer {
     version: Version,
     running: Option<Running>,
     clean: bool,
+    patience: Duration,
     names: Names,
     /// Events since they were last taken.
     events: Vec<(String, Value)>,
@@ -74,6 +77,7 @@ impl Peer {
             version,
             running: None,
             clean: false,
+            patience: HANGS_AFTER,
             names: Names::default(),
             events: Vec::new(),
             starts: 0,
@@ -113,6 +117,7 @@ impl Peer {
         self.events.clear();
         let running = self.running.as_mut().expect("just started");
         running.scenarios += 1;
+        running.patience = self.patience;
         running.client.reset();
         running.server.reset();
         let before = if names { running.next_made_up()? } else { 0 };
@@ -185,6 +190,17 @@ impl Peer {
     pub(super) fn rest(&mut self) -> Result<(), Broken> {
         let running = self.running.as_mut().expect("a scenario is under way");
         running.rest(&mut self.events)
+    }
+
+    /// How long to wait for an answer, while something is tried that may well hang.
+    pub(super) fn be_patient(&mut self, patience: Option<Duration>) {
+        self.patience = patience.unwrap_or(HANGS_AFTER);
+    }
+
+    /// Lets a moment pass, for what the daemon does by the clock.
+    #[expect(clippy::disallowed_methods, reason = "another process takes real time")]
+    pub(super) fn pass_time(&mut self) {
+        std::thread::sleep(Duration::from_millis(10));
     }
 
     /// Events since the last call, in a scenario's words.
@@ -266,6 +282,7 @@ impl Running {
             daemon,
             scenarios: 0,
             answers: Vec::new(),
+            patience: HANGS_AFTER,
         };
         let mut events = Vec::new();
         running.until("no greeting", |r| r.monitor.greeting().is_some())?;
@@ -303,8 +320,8 @@ impl Running {
                 continue;
             }
             self.doze();
-            if watch.get_or_insert_with(Stopwatch::start).elapsed() > HANGS_AFTER {
-                return Err(Broken::Hangs(format!("{what} in {} s", HANGS_AFTER.as_secs())));
+            if watch.get_or_insert_with(Stopwatch::start).elapsed() > self.patience {
+                return Err(Broken::Hangs(format!("{what} in {} s", self.patience.as_secs())));
             }
         }
     }

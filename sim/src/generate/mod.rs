@@ -101,6 +101,7 @@ pub fn generate_from(rng: &mut Rng, profile: Profile, reach: Reach) -> Scenario 
         },
         images,
         steps,
+        beyond_model: false,
         choices: Vec::new(),
         steer: false,
         expect: None,

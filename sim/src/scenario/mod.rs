@@ -41,6 +41,9 @@ pub struct Scenario {
     pub images: Vec<Image>,
     /// What the actors do.
     pub steps: Vec<Step>,
+    /// Commands that the model does not know may be among the steps: `compare` judges by what the guests see.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub beyond_model: bool,
     /// The recorded choices; missing ones are 0.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub choices: Vec<u32>,
@@ -63,6 +66,7 @@ impl Default for Scenario {
             disk: Disk::default(),
             images: Vec::new(),
             steps: Vec::new(),
+            beyond_model: false,
             choices: Vec::new(),
             steer: false,
             expect: None,

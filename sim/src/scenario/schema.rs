@@ -30,6 +30,10 @@ pub fn schema() -> Value {
             "disk": {"$ref": "#/$defs/disk"},
             "images": {"type": "array", "maxItems": MAX_IMAGES, "items": {"$ref": "#/$defs/image"}},
             "steps": {"type": "array", "maxItems": MAX_STEPS, "items": {"$ref": "#/$defs/step"}},
+            "beyond-model": {
+                "type": "boolean", "default": false,
+                "description": "Steps may be commands that the model does not know: compare judges what guests see."
+            },
             "choices": {
                 "type": "array",
                 "items": {"type": "integer", "minimum": 0, "maximum": u32::MAX},
