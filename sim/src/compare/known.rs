@@ -147,6 +147,11 @@ pub static DEFECTS: &[Defect] = &[
                 && matches!(case.what, Some(What::Edges | What::Refusal))
                 && case.model == "nothing more"
                 && case.qemu.contains("backend -root->")
+                // Other commands went on in between, and it is seen when everything should be gone.
+                || case.what == Some(What::Nodes)
+                    && case.model == "nothing is left"
+                    && case.qemu.contains("(\"backend\", \"root\"")
+                    && has_step(case, "block-stream")
         },
         steer: None,
     },
@@ -278,6 +283,117 @@ pub static DEFECTS: &[Defect] = &[
                     .images
                     .iter()
                     .any(|i| i.format == Format::Raw && !i.size.is_multiple_of(512))
+        },
+        steer: None,
+    },
+    Defect {
+        id: "reopen-twice-stays-drained",
+        title: "a node listed twice in one blockdev-reopen stays drained for ever",
+        qemu: "it is drained once for each entry and released once; its guests and the next command that drains it hang",
+        right: "a refusal, or as many releases as drains: a command that succeeds leaves guests running",
+        sure: Sure::Certain,
+        scenario: files!("reopen-twice-stays-drained").0,
+        page: files!("reopen-twice-stays-drained").1,
+        matches: |case| case.failed == Some(Kind::Hang) && reopens_twice(case),
+        steer: None,
+    },
+    Defect {
+        id: "snapshot-over-shorter-overlay",
+        title: "after a snapshot to a shorter overlay a guest can abort the daemon",
+        qemu: "lengths are not compared; the export keeps its length, and a request past the node's end meets an assertion",
+        right: "the snapshot is refused while somebody relies on the length, and a request past the end fails",
+        sure: Sure::Certain,
+        scenario: files!("snapshot-over-shorter-overlay").0,
+        page: files!("snapshot-over-shorter-overlay").1,
+        matches: |case| {
+            case.failed == Some(Kind::Assert)
+                && (case.qemu.contains("nbd_co_send_sparse_read")
+                    || case.qemu.contains("bdrv_co_write_req_prepare")
+                    || case.qemu.contains("blk_check_byte_request"))
+                && has_shorter_overlay(case)
+        },
+        steer: None,
+    },
+    Defect {
+        id: "filter-keeps-length",
+        title: "a filter keeps its old length when the node below is resized or replaced by an overlay",
+        qemu: "nothing tells the parents; an active commit of such a filter meets an assertion",
+        right: "a filter is as long as what it filters, at once",
+        sure: Sure::Likely,
+        scenario: files!("filter-keeps-length").0,
+        page: files!("filter-keeps-length").1,
+        matches: |case| {
+            let changed = has_step(case, "block_resize") || has_step(case, "blockdev-snapshot");
+            let length = case.what == Some(What::Content)
+                && case.model.starts_with("node '")
+                && case.model.ends_with(" bytes")
+                && case.qemu.parse::<u64>().is_ok();
+            let abort = case.failed == Some(Kind::Assert) && case.qemu.contains("mirror_dirty_init");
+            changed && (length || abort)
+        },
+        steer: None,
+    },
+    Defect {
+        id: "cor-bottom-garbage",
+        title: "a read through copy-on-read with bottom, past the end of a layer below, returns memory nobody wrote",
+        qemu: "the search for data ends at the short layer's end, and the read ends with it, as a success",
+        right: "zeroes: a read that succeeds has filled its buffer",
+        sure: Sure::Certain,
+        scenario: files!("cor-bottom-garbage").0,
+        page: files!("cor-bottom-garbage").1,
+        matches: |case| {
+            case.what == Some(What::Content)
+                && case.qemu == "Torn"
+                && is_uneven(case.scenario)
+                && commands(case).any(|(_, arguments)| has_bottom(arguments))
+        },
+        steer: None,
+    },
+    Defect {
+        id: "refused-set-active-drops-permissions",
+        title: "a refused blockdev-set-active takes the permissions of an export away",
+        qemu: "an export that can be made inactive is, before another one refuses; it is not made active again",
+        right: "a refused command changes nothing",
+        sure: Sure::Certain,
+        scenario: files!("refused-set-active-drops-permissions").0,
+        page: files!("refused-set-active-drops-permissions").1,
+        matches: |case| {
+            case.execute == "blockdev-set-active"
+                && case.what == Some(What::Refusal)
+                && case.qemu.contains("perm ''")
+        },
+        steer: None,
+    },
+    Defect {
+        id: "commit-uncovers-base",
+        title: "a commit of a layer that is shorter than its base uncovers what the layer's end had hidden",
+        qemu: "the layer's bytes are copied and the layer goes; past its end the base shows",
+        right: "zeroes: a commit must not change what the guest reads",
+        sure: Sure::Certain,
+        scenario: files!("commit-uncovers-base").0,
+        page: files!("commit-uncovers-base").1,
+        matches: |case| {
+            matches!(case.what, Some(What::Content | What::Backing))
+                && case.model.ends_with(": zeroes")
+                && case.qemu.starts_with("Stamp(")
+                && is_uneven(case.scenario)
+                && has_step(case, "block-commit")
+        },
+        steer: None,
+    },
+    Defect {
+        id: "resize-shows-old-tail",
+        title: "an image made smaller and longer again shows the data that was cut off",
+        qemu: "the tail of the last cluster is cleared neither when the image shrinks nor when it grows",
+        right: "zeroes: growing an image adds zeroes",
+        sure: Sure::Certain,
+        scenario: files!("resize-shows-old-tail").0,
+        page: files!("resize-shows-old-tail").1,
+        matches: |case| {
+            matches!(case.what, Some(What::Content | What::Backing))
+                && case.model.ends_with(": zeroes")
+                && case.qemu.starts_with("Stamp(")
+                && commands(case).filter(|(execute, _)| *execute == "block_resize").count() > 1
         },
         steer: None,
     },
@@ -413,6 +529,63 @@ fn streams(scenario: &Scenario, before: usize) -> bool {
         .any(|s| matches!(&s.action, Action::Command { execute, .. } if execute == "block-stream"))
 }
 
+/// The commands so far, those of transactions one by one, with their arguments.
+fn commands<'a>(case: &'a Case<'_>) -> impl Iterator<Item = (&'a str, &'a Map<String, Value>)> {
+    let last = case.step.min(case.scenario.steps.len().saturating_sub(1));
+    let steps = case.scenario.steps.iter().take(last + 1);
+    steps.flat_map(|step| {
+        let Action::Command { execute, arguments } = &step.action else {
+            return Vec::new();
+        };
+        let actions = arguments.get("actions").and_then(Value::as_array).filter(|_| execute == "transaction");
+        let inner = actions.into_iter().flatten().filter_map(|action| {
+            Some((action.get("type")?.as_str()?, action.get("data")?.as_object()?))
+        });
+        inner.chain([(execute.as_str(), arguments)]).collect()
+    })
+}
+
+fn has_step(case: &Case<'_>, name: &str) -> bool {
+    commands(case).any(|(execute, _)| execute == name)
+}
+
+/// Some blockdev-reopen names a node twice.
+fn reopens_twice(case: &Case<'_>) -> bool {
+    commands(case).filter(|(execute, _)| *execute == "blockdev-reopen").any(|(_, arguments)| {
+        let options = arguments.get("options").and_then(Value::as_array);
+        let names: Vec<&Value> = options.into_iter().flatten().filter_map(|o| o.get("node-name")).collect();
+        names.iter().enumerate().any(|(at, name)| names[..at].contains(name))
+    })
+}
+
+/// Some snapshot put an image on top that is shorter than another one.
+fn has_shorter_overlay(case: &Case<'_>) -> bool {
+    let size = |file: &str| case.scenario.images.iter().find(|i| i.file == file).map(|i| i.size);
+    let longest = case.scenario.images.iter().map(|i| i.size).max();
+    commands(case).filter(|(execute, _)| *execute == "blockdev-snapshot").any(|(_, arguments)| {
+        let overlay = arguments.get("overlay").and_then(Value::as_str);
+        let file = overlay.and_then(|node| commands(case).find_map(|(_, add)| file_of(add, node)));
+        file.and_then(size).is_some_and(|size| Some(size) < longest)
+    })
+}
+
+/// The image that these options open under this node name.
+fn file_of<'a>(options: &'a Map<String, Value>, node: &str) -> Option<&'a str> {
+    if options.get("node-name").is_some_and(|n| n == node) {
+        let mut at = options;
+        while let Some(below) = at.get("file").or_else(|| at.get("image")).and_then(Value::as_object) {
+            at = below;
+        }
+        return at.get("filename").and_then(Value::as_str);
+    }
+    options.values().filter_map(Value::as_object).find_map(|inner| file_of(inner, node))
+}
+
+/// Some copy-on-read filter has a `bottom`.
+fn has_bottom(options: &Map<String, Value>) -> bool {
+    options.contains_key("bottom") || options.values().filter_map(Value::as_object).any(has_bottom)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -450,5 +623,105 @@ mod tests {
         let del = |name: &str| serde_json::json!({"node-name": name});
         assert_eq!(steered("blockdev-del", del("gone")), Some("filter-outlives-job"));
         assert_eq!(steered("blockdev-del", del("here")), None);
+    }
+
+    /// What a case in a scenario of these steps is explained by.
+    fn explained(scenario: &str, case: impl FnOnce(&mut Case<'_>)) -> Option<&'static str> {
+        let scenario = parse::parse("test", scenario.as_bytes()).expect("a scenario");
+        let (none, world) = (Map::new(), World::default());
+        let mut about = Case {
+            scenario: &scenario,
+            step: scenario.steps.len(),
+            execute: "",
+            arguments: &none,
+            world: &world,
+            leftovers: &[],
+            what: None,
+            failed: None,
+            model: "",
+            qemu: "",
+        };
+        case(&mut about);
+        explain(&about).map(|d| d.id)
+    }
+
+    fn steps(images: &str, steps: &str) -> String {
+        format!(r#"{{"version":1,"grain":512,"images":[{images}],"steps":[{steps}]}}"#)
+    }
+
+    const EVEN: &str = r#"{"file":"a","format":"raw","size":1024},{"file":"b","format":"raw","size":1024}"#;
+    const UNEVEN: &str = r#"{"file":"a","format":"raw","size":1024},{"file":"b","format":"raw","size":512}"#;
+
+    #[test]
+    fn near_misses_of_hangs_are_not_explained() {
+        let reopen = |second: &str| {
+            format!(
+                r#"{{"actor":"m","execute":"blockdev-reopen","arguments":{{"options":[{{"node-name":"n"}},{{"node-name":"{second}"}}]}}}}"#
+            )
+        };
+        let hangs = |case: &mut Case<'_>| case.failed = Some(Kind::Hang);
+        let dies = |case: &mut Case<'_>| case.failed = Some(Kind::Crash);
+        let twice = steps(EVEN, &reopen("n"));
+        assert_eq!(explained(&twice, hangs), Some("reopen-twice-stays-drained"));
+        assert_eq!(explained(&twice, dies), None);
+        assert_eq!(explained(&steps(EVEN, &reopen("m")), hangs), None);
+    }
+
+    #[test]
+    fn near_misses_of_wrong_content_are_not_explained() {
+        let commit = r#"{"actor":"m","execute":"block-commit","arguments":{"device":"n"}}"#;
+        fn old(case: &mut Case<'_>) {
+            case.what = Some(What::Content);
+            (case.model, case.qemu) = ("x at 0x200: zeroes", "Stamp(Fill { image: 0, fill: 0 })");
+        }
+        assert_eq!(explained(&steps(UNEVEN, commit), old), Some("commit-uncovers-base"));
+        assert_eq!(explained(&steps(EVEN, commit), old), None);
+        assert_eq!(explained(&steps(UNEVEN, ""), old), None);
+        let lost = |case: &mut Case<'_>| {
+            old(case);
+            (case.model, case.qemu) = ("x at 0x200: the write of step 3", "Zero");
+        };
+        assert_eq!(explained(&steps(UNEVEN, commit), lost), None, "lost data is something else");
+        let resize = r#"{"actor":"m","execute":"block_resize","arguments":{"node-name":"n","size":512}}"#;
+        assert_eq!(explained(&steps(EVEN, &[resize, resize].join(",")), old), Some("resize-shows-old-tail"));
+        assert_eq!(explained(&steps(EVEN, resize), old), None);
+        let torn = |case: &mut Case<'_>| {
+            old(case);
+            case.qemu = "Torn";
+        };
+        let filter = |bottom: &str| {
+            let node = format!(r#"{{"driver":"copy-on-read","file":"n"{bottom}}}"#);
+            format!(r#"{{"actor":"m","execute":"blockdev-add","arguments":{node}}}"#)
+        };
+        let with = filter(r#","bottom":"m""#);
+        assert_eq!(explained(&steps(UNEVEN, &with), torn), Some("cor-bottom-garbage"));
+        assert_eq!(explained(&steps(EVEN, &with), torn), None);
+        assert_eq!(explained(&steps(UNEVEN, &filter("")), torn), None);
+        assert_eq!(explained(&steps(UNEVEN, &with), old), None);
+    }
+
+    #[test]
+    fn near_misses_of_aborts_are_not_explained() {
+        let snapshot = |file: &str| {
+            format!(
+                r#"{{"actor":"m","execute":"blockdev-add","arguments":{{"driver":"raw","node-name":"o","file":{{"driver":"file","filename":"{file}"}}}}}},
+                {{"actor":"m","execute":"blockdev-snapshot","arguments":{{"node":"n","overlay":"o"}}}}"#
+            )
+        };
+        let aborts = |words: &'static str| {
+            move |case: &mut Case<'_>| {
+                case.failed = Some(Kind::Assert);
+                case.qemu = words;
+            }
+        };
+        let sparse = "nbd_co_send_sparse_read: Assertion `pnum' failed";
+        let shorter = Some("snapshot-over-shorter-overlay");
+        assert_eq!(explained(&steps(UNEVEN, &snapshot("b")), aborts(sparse)), shorter);
+        assert_eq!(explained(&steps(UNEVEN, &snapshot("a")), aborts(sparse)), None);
+        assert_eq!(explained(&steps(UNEVEN, &snapshot("b")), aborts("another assertion")), None);
+        assert_eq!(explained(&steps(UNEVEN, ""), aborts(sparse)), None);
+        let count = "mirror_dirty_init: Assertion `count' failed";
+        assert_eq!(explained(&steps(EVEN, &snapshot("a")), aborts(count)), Some("filter-keeps-length"));
+        assert_eq!(explained(&steps(EVEN, ""), aborts(count)), None);
     }
 }

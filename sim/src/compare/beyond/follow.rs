@@ -38,7 +38,7 @@ pub(super) enum What {
     /// These nodes, top first, are to become one, the last.
     Commit { nodes: Vec<String>, active: bool },
     /// The target is to hold what the source holds.
-    Mirror { source: String, target: String, pivot: bool },
+    Mirror { source: String, target: String, full: bool, pivot: bool },
     /// The target is to hold this.
     Backup { target: String, copy: Vec<Cell> },
 }
@@ -365,6 +365,19 @@ impl Watch<'_> {
     fn reopened(&mut self, arguments: &Map<String, Value>) {
         for options in arguments.get("options").and_then(Value::as_array).into_iter().flatten() {
             let Some(name) = options["node-name"].as_str() else { continue };
+            for key in ["file", "image"] {
+                if let Some(Value::String(below)) = options.get(key)
+                    && let Some(view) = self.nodes.get(below).cloned()
+                    && self.nodes.contains_key(name)
+                {
+                    // A filter shows what it is over now; a window is not followed any more.
+                    if options["driver"] == "raw" {
+                        self.nodes.remove(name);
+                    } else {
+                        self.nodes.insert(name.to_owned(), view);
+                    }
+                }
+            }
             if options.get("backing") == Some(&Value::Null) && self.child(name, "backing").is_some() {
                 self.headers_apply = false;
                 self.lose(name);
@@ -393,9 +406,8 @@ impl Watch<'_> {
             }
             "blockdev-mirror" => {
                 self.lose(&arg("target"));
-                let complete = matches!(text(arguments, "sync"), Some("full"));
-                let source = if complete { arg("device") } else { String::new() };
-                What::Mirror { source, target: arg("target"), pivot: false }
+                let full = text(arguments, "sync") == Some("full");
+                What::Mirror { source: arg("device"), target: arg("target"), full, pivot: false }
             }
             "blockdev-backup" => {
                 self.lose(&arg("target"));
@@ -421,8 +433,8 @@ impl Watch<'_> {
         match what {
             What::Nothing => {}
             What::Commit { nodes, active } => self.committed(&nodes, active),
-            What::Mirror { source, target, pivot } => {
-                let Some(cells) = self.copy_of(&source) else {
+            What::Mirror { source, target, full, pivot } => {
+                let Some(cells) = self.copy_of(&source).filter(|_| full) else {
                     // Guests may be on something that nobody knows now.
                     self.headers_apply = false;
                     if pivot && let Some(view) = self.nodes.get(&source) {

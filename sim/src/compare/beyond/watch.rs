@@ -225,6 +225,8 @@ impl Watch<'_> {
             let name = node["node-name"].as_str().unwrap_or_default().to_owned();
             if let Some(image) = node.get_mut("image").and_then(Value::as_object_mut) {
                 image.shift_remove("actual-size");
+                // A flush clears it, whoever asked for it.
+                image.shift_remove("dirty-flag");
             }
             by_name.insert(name, node.take());
         }
