@@ -33,9 +33,16 @@ pub(super) fn compare(args: &CompareArgs) -> Result<Found, CliError> {
     let bar = ProgressBar::with_draw_target(total, ProgressDrawTarget::stderr_with_hz(5));
     let template = "{elapsed_precise} {pos} compared ({per_sec})";
     bar.set_style(ProgressStyle::with_template(template).expect("the template is well formed"));
-    let summary = campaign::run(&work, args.qemu.as_deref(), &args.out, !args.no_shrink, &stop, &|done| {
-        bar.set_position(done);
-    });
+    let summary = campaign::run(
+        &work,
+        args.qemu.as_deref(),
+        &args.out,
+        !args.no_shrink,
+        &stop,
+        &|done| {
+            bar.set_position(done);
+        },
+    );
     bar.finish_and_clear();
     let summary = summary?;
     print_out(&if args.json {

@@ -611,6 +611,13 @@ impl Books {
         }
         if outcome == Outcome::Success {
             self.fill_cut_off(world, device, bottom, grains);
+            return;
+        }
+        // Zeroes behind the end of a short layer may have been copied as well.
+        for grain in 0..grains {
+            if self.is_cut_off(world, device, bottom, grain) {
+                self.may_be_copied(world, device, grain..grain + 1);
+            }
         }
     }
 

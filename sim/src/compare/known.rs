@@ -259,10 +259,12 @@ pub static DEFECTS: &[Defect] = &[
         scenario: files!("stream-uncovers-base").0,
         page: files!("stream-uncovers-base").1,
         matches: |case| {
-            matches!(case.what, Some(What::Content | What::Allocation))
-                && (case.model.contains("zeroes") || case.qemu == "not allocated")
-                && is_uneven(case.scenario)
-                && streams(case.scenario, case.step)
+            // Old data where zeroes were: neither garbage nor anything lost.
+            let content = case.what == Some(What::Content)
+                && case.model.contains("zeroes")
+                && case.qemu.starts_with("Stamp(");
+            let copied = case.what == Some(What::Allocation) && case.qemu == "not allocated";
+            (content || copied) && is_uneven(case.scenario) && streams(case.scenario, case.step)
         },
         steer: None,
     },
@@ -393,7 +395,10 @@ pub static DEFECTS: &[Defect] = &[
             matches!(case.what, Some(What::Content | What::Backing))
                 && case.model.ends_with(": zeroes")
                 && case.qemu.starts_with("Stamp(")
-                && commands(case).filter(|(execute, _)| *execute == "block_resize").count() > 1
+                && commands(case)
+                    .filter(|(execute, _)| *execute == "block_resize")
+                    .count()
+                    > 1
         },
         steer: None,
     },
@@ -537,10 +542,14 @@ fn commands<'a>(case: &'a Case<'_>) -> impl Iterator<Item = (&'a str, &'a Map<St
         let Action::Command { execute, arguments } = &step.action else {
             return Vec::new();
         };
-        let actions = arguments.get("actions").and_then(Value::as_array).filter(|_| execute == "transaction");
-        let inner = actions.into_iter().flatten().filter_map(|action| {
-            Some((action.get("type")?.as_str()?, action.get("data")?.as_object()?))
-        });
+        let actions = arguments
+            .get("actions")
+            .and_then(Value::as_array)
+            .filter(|_| execute == "transaction");
+        let inner = actions
+            .into_iter()
+            .flatten()
+            .filter_map(|action| Some((action.get("type")?.as_str()?, action.get("data")?.as_object()?)));
         inner.chain([(execute.as_str(), arguments)]).collect()
     })
 }
@@ -551,34 +560,58 @@ fn has_step(case: &Case<'_>, name: &str) -> bool {
 
 /// Some blockdev-reopen names a node twice.
 fn reopens_twice(case: &Case<'_>) -> bool {
-    commands(case).filter(|(execute, _)| *execute == "blockdev-reopen").any(|(_, arguments)| {
-        let options = arguments.get("options").and_then(Value::as_array);
-        let names: Vec<&Value> = options.into_iter().flatten().filter_map(|o| o.get("node-name")).collect();
-        names.iter().enumerate().any(|(at, name)| names[..at].contains(name))
-    })
+    commands(case)
+        .filter(|(execute, _)| *execute == "blockdev-reopen")
+        .any(|(_, arguments)| {
+            let options = arguments.get("options").and_then(Value::as_array);
+            let names: Vec<&Value> = options
+                .into_iter()
+                .flatten()
+                .filter_map(|o| o.get("node-name"))
+                .collect();
+            names
+                .iter()
+                .enumerate()
+                .any(|(at, name)| names[..at].contains(name))
+        })
 }
 
 /// Some snapshot put an image on top that is shorter than another one.
 fn has_shorter_overlay(case: &Case<'_>) -> bool {
-    let size = |file: &str| case.scenario.images.iter().find(|i| i.file == file).map(|i| i.size);
+    let size = |file: &str| {
+        case.scenario
+            .images
+            .iter()
+            .find(|i| i.file == file)
+            .map(|i| i.size)
+    };
     let longest = case.scenario.images.iter().map(|i| i.size).max();
-    commands(case).filter(|(execute, _)| *execute == "blockdev-snapshot").any(|(_, arguments)| {
-        let overlay = arguments.get("overlay").and_then(Value::as_str);
-        let file = overlay.and_then(|node| commands(case).find_map(|(_, add)| file_of(add, node)));
-        file.and_then(size).is_some_and(|size| Some(size) < longest)
-    })
+    commands(case)
+        .filter(|(execute, _)| *execute == "blockdev-snapshot")
+        .any(|(_, arguments)| {
+            let overlay = arguments.get("overlay").and_then(Value::as_str);
+            let file = overlay.and_then(|node| commands(case).find_map(|(_, add)| file_of(add, node)));
+            file.and_then(size).is_some_and(|size| Some(size) < longest)
+        })
 }
 
 /// The image that these options open under this node name.
 fn file_of<'a>(options: &'a Map<String, Value>, node: &str) -> Option<&'a str> {
     if options.get("node-name").is_some_and(|n| n == node) {
         let mut at = options;
-        while let Some(below) = at.get("file").or_else(|| at.get("image")).and_then(Value::as_object) {
+        while let Some(below) = at
+            .get("file")
+            .or_else(|| at.get("image"))
+            .and_then(Value::as_object)
+        {
             at = below;
         }
         return at.get("filename").and_then(Value::as_str);
     }
-    options.values().filter_map(Value::as_object).find_map(|inner| file_of(inner, node))
+    options
+        .values()
+        .filter_map(Value::as_object)
+        .find_map(|inner| file_of(inner, node))
 }
 
 /// Some copy-on-read filter has a `bottom`.
@@ -674,16 +707,26 @@ mod tests {
             case.what = Some(What::Content);
             (case.model, case.qemu) = ("x at 0x200: zeroes", "Stamp(Fill { image: 0, fill: 0 })");
         }
-        assert_eq!(explained(&steps(UNEVEN, commit), old), Some("commit-uncovers-base"));
+        assert_eq!(
+            explained(&steps(UNEVEN, commit), old),
+            Some("commit-uncovers-base")
+        );
         assert_eq!(explained(&steps(EVEN, commit), old), None);
         assert_eq!(explained(&steps(UNEVEN, ""), old), None);
         let lost = |case: &mut Case<'_>| {
             old(case);
             (case.model, case.qemu) = ("x at 0x200: the write of step 3", "Zero");
         };
-        assert_eq!(explained(&steps(UNEVEN, commit), lost), None, "lost data is something else");
+        assert_eq!(
+            explained(&steps(UNEVEN, commit), lost),
+            None,
+            "lost data is something else"
+        );
         let resize = r#"{"actor":"m","execute":"block_resize","arguments":{"node-name":"n","size":512}}"#;
-        assert_eq!(explained(&steps(EVEN, &[resize, resize].join(",")), old), Some("resize-shows-old-tail"));
+        assert_eq!(
+            explained(&steps(EVEN, &[resize, resize].join(",")), old),
+            Some("resize-shows-old-tail")
+        );
         assert_eq!(explained(&steps(EVEN, resize), old), None);
         let torn = |case: &mut Case<'_>| {
             old(case);
@@ -718,10 +761,16 @@ mod tests {
         let shorter = Some("snapshot-over-shorter-overlay");
         assert_eq!(explained(&steps(UNEVEN, &snapshot("b")), aborts(sparse)), shorter);
         assert_eq!(explained(&steps(UNEVEN, &snapshot("a")), aborts(sparse)), None);
-        assert_eq!(explained(&steps(UNEVEN, &snapshot("b")), aborts("another assertion")), None);
+        assert_eq!(
+            explained(&steps(UNEVEN, &snapshot("b")), aborts("another assertion")),
+            None
+        );
         assert_eq!(explained(&steps(UNEVEN, ""), aborts(sparse)), None);
         let count = "mirror_dirty_init: Assertion `count' failed";
-        assert_eq!(explained(&steps(EVEN, &snapshot("a")), aborts(count)), Some("filter-keeps-length"));
+        assert_eq!(
+            explained(&steps(EVEN, &snapshot("a")), aborts(count)),
+            Some("filter-keeps-length")
+        );
         assert_eq!(explained(&steps(EVEN, ""), aborts(count)), None);
     }
 }

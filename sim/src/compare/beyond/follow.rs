@@ -38,7 +38,12 @@ pub(super) enum What {
     /// These nodes, top first, are to become one, the last.
     Commit { nodes: Vec<String>, active: bool },
     /// The target is to hold what the source holds.
-    Mirror { source: String, target: String, full: bool, pivot: bool },
+    Mirror {
+        source: String,
+        target: String,
+        full: bool,
+        pivot: bool,
+    },
     /// The target is to hold this.
     Backup { target: String, copy: Vec<Cell> },
 }
@@ -61,8 +66,15 @@ fn text<'a>(options: &'a Map<String, Value>, key: &str) -> Option<&'a str> {
     options.get(key).and_then(Value::as_str)
 }
 
-const FILTERS: [&str; 7] =
-    ["copy-on-read", "throttle", "compress", "blkdebug", "copy-before-write", "preallocate", "snapshot-access"];
+const FILTERS: [&str; 7] = [
+    "copy-on-read",
+    "throttle",
+    "compress",
+    "blkdebug",
+    "copy-before-write",
+    "preallocate",
+    "snapshot-access",
+];
 
 impl Watch<'_> {
     /// What a grain at this offset of a view holds; none when that is not judged.
@@ -118,7 +130,28 @@ impl Watch<'_> {
 
     fn new_disk(&mut self, cells: Vec<Cell>, trusted: bool) -> View {
         self.disks.push(Disk { cells, trusted });
-        View { disk: self.disks.len() - 1, first: 0, count: None }
+        View {
+            disk: self.disks.len() - 1,
+            first: 0,
+            count: None,
+        }
+    }
+
+    /// Whatever is over one of these nodes and is none of them.
+    fn lose_beside(&mut self, chain: &[String]) {
+        let disk = |node: &String| self.nodes.get(node).map(|v| v.disk);
+        let own: Vec<usize> = chain.iter().filter_map(disk).collect();
+        let beside =
+            |above: &usize| !own.contains(above) && own.iter().any(|below| self.is_above(*above, *below));
+        let lost: Vec<usize> = (0..self.disks.len()).filter(beside).collect();
+        // What is over the top stays as it is: the top does.
+        let top = own.first().copied();
+        for above in lost {
+            if !top.is_some_and(|top| self.is_above(above, top)) {
+                self.disks[above].trusted = false;
+                self.others_lost(above);
+            }
+        }
     }
 
     fn lose(&mut self, node: &str) {
@@ -156,7 +189,9 @@ impl Watch<'_> {
         if execute != "block-commit" {
             return Vec::new();
         }
-        let Some(device) = text(arguments, "device") else { return Vec::new() };
+        let Some(device) = text(arguments, "device") else {
+            return Vec::new();
+        };
         let top = text(arguments, "top-node").unwrap_or(device);
         let mut nodes = vec![top.to_owned()];
         while let Some(next) = self.below(nodes.last().expect("not empty")) {
@@ -184,11 +219,20 @@ impl Watch<'_> {
             "object-del" => self.objects.retain(|o| *o != arg("id")),
             "block-export-add" => {
                 let writable = arguments.get("writable") == Some(&Value::Bool(true));
-                let name = text(arguments, "name").unwrap_or_else(|| text(arguments, "node-name").unwrap_or_default());
+                let name = text(arguments, "name")
+                    .unwrap_or_else(|| text(arguments, "node-name").unwrap_or_default());
                 if let Some(view) = self.nodes.get(&arg("node-name")).cloned() {
                     let id = arg("id");
                     let length = self.length(&view);
-                    self.exports.insert(name.to_owned(), Export { id, view, writable, length });
+                    self.exports.insert(
+                        name.to_owned(),
+                        Export {
+                            id,
+                            view,
+                            writable,
+                            length,
+                        },
+                    );
                 }
             }
             "block-export-del" => {
@@ -196,8 +240,15 @@ impl Watch<'_> {
                 self.exports.retain(|_, export| export.id != id);
             }
             "transaction" => {
-                for action in arguments.get("actions").and_then(Value::as_array).into_iter().flatten() {
-                    if let (Some(execute), Some(Value::Object(data))) = (action["type"].as_str(), action.get("data")) {
+                for action in arguments
+                    .get("actions")
+                    .and_then(Value::as_array)
+                    .into_iter()
+                    .flatten()
+                {
+                    if let (Some(execute), Some(Value::Object(data))) =
+                        (action["type"].as_str(), action.get("data"))
+                    {
                         self.accepted(execute, data, &[]);
                     }
                 }
@@ -213,8 +264,16 @@ impl Watch<'_> {
                 self.started(execute, arguments, chain);
             }
             "job-complete" | "block-job-complete" => {
-                let id = if execute == "job-complete" { arg("id") } else { arg("device") };
-                if let Some(Job { what: What::Mirror { pivot, .. }, .. }) = self.jobs.get_mut(&id) {
+                let id = if execute == "job-complete" {
+                    arg("id")
+                } else {
+                    arg("device")
+                };
+                if let Some(Job {
+                    what: What::Mirror { pivot, .. },
+                    ..
+                }) = self.jobs.get_mut(&id)
+                {
                     *pivot = true;
                 }
             }
@@ -241,7 +300,7 @@ impl Watch<'_> {
                 let below = inner(self, "backing");
                 let through = inner(self, "file");
                 match image_of(options) {
-                    Some(file) => self.opened_image(options, &file, below),
+                    Some(file) => self.opened_image(options, &file, below.as_ref()),
                     None if driver == "raw" => {
                         let grain = u64::from(self.scenario.grain);
                         let number = |key: &str| options.get(key).and_then(Value::as_u64);
@@ -266,7 +325,12 @@ impl Watch<'_> {
         Some(view)
     }
 
-    fn opened_image(&mut self, options: &Map<String, Value>, file: &str, below: Option<View>) -> Option<View> {
+    fn opened_image(
+        &mut self,
+        options: &Map<String, Value>,
+        file: &str,
+        below: Option<&View>,
+    ) -> Option<View> {
         let at = self.scenario.images.iter().position(|i| i.file == file)?;
         let image = &self.scenario.images[at];
         let own_backing = options.get("backing");
@@ -283,11 +347,16 @@ impl Watch<'_> {
         if named != image.backing_file && !is_overlay_to_be {
             self.headers_apply = false;
         }
-        let cells = match (&below, &image.backing_file, own_backing) {
+        let cells = match (below, &image.backing_file, own_backing) {
             (Some(view), ..) => {
                 let disk = &self.disks[view.disk];
                 let trusted = disk.trusted && view.first == 0 && view.count.is_none();
-                let cells = overlay(image, u16::try_from(at).ok()?, self.scenario.grain, Some(&disk.cells));
+                let cells = overlay(
+                    image,
+                    u16::try_from(at).ok()?,
+                    self.scenario.grain,
+                    Some(&disk.cells),
+                );
                 return self.named(options, file, cells, trusted);
             }
             (None, Some(_), None) => overlay(
@@ -302,9 +371,18 @@ impl Watch<'_> {
         self.named(options, file, cells, trusted)
     }
 
-    fn named(&mut self, options: &Map<String, Value>, file: &str, cells: Vec<Cell>, trusted: bool) -> Option<View> {
+    fn named(
+        &mut self,
+        options: &Map<String, Value>,
+        file: &str,
+        cells: Vec<Cell>,
+        trusted: bool,
+    ) -> Option<View> {
         // A file opened twice is nobody's.
-        let twice = self.files.iter().any(|(node, f)| f == file && self.nodes.contains_key(node));
+        let twice = self
+            .files
+            .iter()
+            .any(|(node, f)| f == file && self.nodes.contains_key(node));
         let view = self.new_disk(cells, trusted && !twice);
         if let Some(name) = text(options, "node-name") {
             self.files.insert(name.to_owned(), file.to_owned());
@@ -336,12 +414,18 @@ impl Watch<'_> {
         if let Some(file) = self.files.get(over) {
             self.detached.remove(file);
         }
-        self.headers_apply &= self.image_below(node).is_none_or(|file| !self.detached.contains(&file));
+        self.headers_apply &= self
+            .image_below(node)
+            .is_none_or(|file| !self.detached.contains(&file));
         let over_cells = self.nodes.get(over).map(|v| self.disks[v.disk].cells.len());
         let frozen = self.disks[view.disk].clone();
         let (cells, trusted) = (frozen.cells.clone(), frozen.trusted);
         // An overlay that has data of its own shows that.
-        let own = self.nodes.get(over).map(|v| self.disks[v.disk].cells.clone()).unwrap_or_default();
+        let own = self
+            .nodes
+            .get(over)
+            .map(|v| self.disks[v.disk].cells.clone())
+            .unwrap_or_default();
         let file = self.files.get(over).cloned().unwrap_or_default();
         let image = self.scenario.images.iter().find(|i| i.file == file);
         let empty = image.is_some_and(|i| i.fill.is_empty()) && own.iter().all(|c| *c == Cell::Zero);
@@ -354,17 +438,27 @@ impl Watch<'_> {
     }
 
     fn resized(&mut self, node: &str, size: Option<u64>) {
-        let (Some(view), Some(size)) = (self.nodes.get(node).cloned(), size) else { return };
+        let (Some(view), Some(size)) = (self.nodes.get(node).cloned(), size) else {
+            return;
+        };
         let grain = u64::from(self.scenario.grain);
         let disk = &mut self.disks[view.disk];
         disk.trusted &= size.is_multiple_of(grain) && view.first == 0 && view.count.is_none();
-        disk.cells.resize(usize::try_from(size / grain).unwrap_or(0), Cell::Zero);
+        disk.cells
+            .resize(usize::try_from(size / grain).unwrap_or(0), Cell::Zero);
         self.others_lost(view.disk);
     }
 
     fn reopened(&mut self, arguments: &Map<String, Value>) {
-        for options in arguments.get("options").and_then(Value::as_array).into_iter().flatten() {
-            let Some(name) = options["node-name"].as_str() else { continue };
+        for options in arguments
+            .get("options")
+            .and_then(Value::as_array)
+            .into_iter()
+            .flatten()
+        {
+            let Some(name) = options["node-name"].as_str() else {
+                continue;
+            };
             for key in ["file", "image"] {
                 if let Some(Value::String(below)) = options.get(key)
                     && let Some(view) = self.nodes.get(below).cloned()
@@ -382,13 +476,20 @@ impl Watch<'_> {
                 self.headers_apply = false;
                 self.lose(name);
             }
-            let Some(Value::String(below)) = options.get("backing") else { continue };
+            let Some(Value::String(below)) = options.get("backing") else {
+                continue;
+            };
             // Filters come and go; another layer is another disk.
             let now = self.nodes.get(below).map(|v| v.disk);
-            let was = self.child(name, "backing").and_then(|b| self.nodes.get(&b).map(|v| v.disk));
+            let was = self
+                .child(name, "backing")
+                .and_then(|b| self.nodes.get(&b).map(|v| v.disk));
             if now != was {
                 self.headers_apply = false;
                 self.lose(name);
+                if let Some(view) = self.nodes.get(name).cloned() {
+                    self.others_lost(view.disk);
+                }
             }
         }
     }
@@ -401,25 +502,40 @@ impl Watch<'_> {
                 for node in chain.iter().skip(1) {
                     self.lose(node);
                 }
+                self.lose_beside(chain);
                 let active = text(arguments, "top-node").is_none_or(|top| top == arg("device"));
-                What::Commit { nodes: chain.to_vec(), active }
+                What::Commit {
+                    nodes: chain.to_vec(),
+                    active,
+                }
             }
             "blockdev-mirror" => {
                 self.lose(&arg("target"));
                 let full = text(arguments, "sync") == Some("full");
-                What::Mirror { source: arg("device"), target: arg("target"), full, pivot: false }
+                What::Mirror {
+                    source: arg("device"),
+                    target: arg("target"),
+                    full,
+                    pivot: false,
+                }
             }
             "blockdev-backup" => {
                 self.lose(&arg("target"));
                 let copy = self.copy_of(&arg("device"));
                 match (text(arguments, "sync"), copy) {
-                    (Some("full"), Some(copy)) => What::Backup { target: arg("target"), copy },
+                    (Some("full"), Some(copy)) => What::Backup {
+                        target: arg("target"),
+                        copy,
+                    },
                     _ => What::Nothing,
                 }
             }
             _ => What::Nothing,
         };
-        let slow = arguments.get("speed").and_then(Value::as_u64).is_some_and(|s| s > 0);
+        let slow = arguments
+            .get("speed")
+            .and_then(Value::as_u64)
+            .is_some_and(|s| s > 0);
         self.jobs.insert(arg("job-id"), Job { what, slow });
     }
 
@@ -433,7 +549,12 @@ impl Watch<'_> {
         match what {
             What::Nothing => {}
             What::Commit { nodes, active } => self.committed(&nodes, active),
-            What::Mirror { source, target, full, pivot } => {
+            What::Mirror {
+                source,
+                target,
+                full,
+                pivot,
+            } => {
                 let Some(cells) = self.copy_of(&source).filter(|_| full) else {
                     // Guests may be on something that nobody knows now.
                     self.headers_apply = false;
@@ -445,7 +566,13 @@ impl Watch<'_> {
                 let copy = self.new_disk(cells, true);
                 if pivot {
                     self.headers_apply = false;
-                    let moved = self.nodes.insert(source, copy).expect("copied");
+                    let moved = self.nodes.insert(source.clone(), copy.clone()).expect("copied");
+                    // What the source filters stays below it.
+                    let mut below = self.below(&source);
+                    while let Some(node) = below.filter(|n| self.nodes.get(n) == Some(&moved)) {
+                        self.nodes.insert(node.clone(), copy.clone());
+                        below = self.below(&node);
+                    }
                     self.nodes.insert(target, moved);
                 } else {
                     self.nodes.insert(target, copy);
@@ -459,8 +586,12 @@ impl Watch<'_> {
     }
 
     fn committed(&mut self, nodes: &[String], active: bool) {
-        let (Some(top), Some(base)) = (nodes.first(), nodes.last()) else { return };
-        let Some(view) = self.nodes.get(top).cloned() else { return };
+        let (Some(top), Some(base)) = (nodes.first(), nodes.last()) else {
+            return;
+        };
+        let Some(view) = self.nodes.get(top).cloned() else {
+            return;
+        };
         let length = self.nodes.get(base).map_or(0, |v| self.disks[v.disk].cells.len());
         if active {
             // A longer base stays as long as it is.
@@ -493,10 +624,20 @@ fn image_of(options: &Map<String, Value>) -> Option<String> {
 
 /// The disk that an image shows over what its header names.
 fn from_header(scenario: &Scenario, file: Option<&str>, depth: u32) -> Vec<Cell> {
-    let Some(at) = scenario.images.iter().position(|i| Some(i.file.as_str()) == file).filter(|_| depth < 16) else {
+    let Some(at) = scenario
+        .images
+        .iter()
+        .position(|i| Some(i.file.as_str()) == file)
+        .filter(|_| depth < 16)
+    else {
         return Vec::new();
     };
     let image = &scenario.images[at];
     let below = from_header(scenario, image.backing_file.as_deref(), depth + 1);
-    overlay(image, u16::try_from(at).unwrap_or(0), scenario.grain, Some(&below))
+    overlay(
+        image,
+        u16::try_from(at).unwrap_or(0),
+        scenario.grain,
+        Some(&below),
+    )
 }

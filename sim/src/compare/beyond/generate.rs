@@ -36,10 +36,15 @@ pub(super) struct Cast {
 
 /// A step of the monitor.
 pub(super) fn command(execute: &str, arguments: Value) -> Step {
-    let Value::Object(arguments) = arguments else { unreachable!("arguments are an object") };
+    let Value::Object(arguments) = arguments else {
+        unreachable!("arguments are an object")
+    };
     Step {
         actor: "monitor".to_owned(),
-        action: Action::Command { execute: execute.to_owned(), arguments },
+        action: Action::Command {
+            execute: execute.to_owned(),
+            arguments,
+        },
         wait: true,
     }
 }
@@ -107,7 +112,11 @@ impl Cast {
             2 | 3 => {
                 let mut add = json!({"driver": "copy-on-read", "node-name": name, "file": below});
                 // The filtered node itself for bottom ends the daemon (known).
-                let top = self.chain.iter().position(|n| n == below).unwrap_or(self.chain.len() - 1);
+                let top = self
+                    .chain
+                    .iter()
+                    .position(|n| n == below)
+                    .unwrap_or(self.chain.len() - 1);
                 if !self.cut && (top > 0 || rng.chance(1, 24)) {
                     add["bottom"] = json!(rng.pick(&self.chain[..top.max(1)]));
                 }
@@ -180,7 +189,10 @@ impl Cast {
         let start = rng.below(grains);
         let most = *rng.pick(&[1u32, 4, 24, 160]);
         let length = 1 + rng.below((grains - start).min(most));
-        let range = Range { offset: u64::from(start) * GRAIN, length: u64::from(length) * GRAIN };
+        let range = Range {
+            offset: u64::from(start) * GRAIN,
+            length: u64::from(length) * GRAIN,
+        };
         let op = match rng.below(if writable { 14 } else { 4 }) {
             0..=2 => GuestOp::Read(range),
             3 => GuestOp::BlockStatus(range),
@@ -190,13 +202,21 @@ impl Cast {
             8 | 9 => GuestOp::Discard(range),
             _ => GuestOp::Write(range),
         };
-        Step { actor: "guest".to_owned(), action: Action::Guest { export, op }, wait: true }
+        Step {
+            actor: "guest".to_owned(),
+            action: Action::Guest { export, op },
+            wait: true,
+        }
     }
 
     fn job(&mut self, rng: &mut Rng, steps: &mut Vec<Step>) {
         self.jobs += 1;
         let id = format!("j{}", self.jobs);
-        let top = if rng.chance(4, 5) { self.top.clone() } else { self.any(rng) };
+        let top = if rng.chance(4, 5) {
+            self.top.clone()
+        } else {
+            self.any(rng)
+        };
         let mut arguments = json!({"job-id": id, "device": top});
         let execute = match rng.below(8) {
             0 | 1 => {
@@ -277,7 +297,10 @@ impl Cast {
         match rng.below(10) {
             0 => steps.push(command("job-pause", json!({"id": id}))),
             1 => steps.push(command("job-resume", json!({"id": id}))),
-            2 => steps.push(command("block-job-cancel", json!({"device": id, "force": rng.chance(1, 2)}))),
+            2 => steps.push(command(
+                "block-job-cancel",
+                json!({"device": id, "force": rng.chance(1, 2)}),
+            )),
             3 => steps.push(command("job-finalize", json!({"id": id}))),
             4 => steps.push(command("job-dismiss", json!({"id": id}))),
             5 => steps.push(unbound),
@@ -287,7 +310,11 @@ impl Cast {
                 steps.push(Step {
                     actor: "monitor".to_owned(),
                     action: Action::WaitJob {
-                        job: WaitJob { id: id.clone(), status: "ready".to_owned(), offset: None },
+                        job: WaitJob {
+                            id: id.clone(),
+                            status: "ready".to_owned(),
+                            offset: None,
+                        },
                     },
                     wait: true,
                 });
@@ -299,8 +326,11 @@ impl Cast {
     fn snapshot(&mut self, rng: &mut Rng, steps: &mut Vec<Step>) {
         if rng.chance(1, 3) {
             let (execute, name) = (
-                *rng.pick(&["blockdev-snapshot-internal-sync", "blockdev-snapshot-internal-sync",
-                    "blockdev-snapshot-delete-internal-sync"]),
+                *rng.pick(&[
+                    "blockdev-snapshot-internal-sync",
+                    "blockdev-snapshot-internal-sync",
+                    "blockdev-snapshot-delete-internal-sync",
+                ]),
                 format!("s{}", rng.below(2)),
             );
             let device = self.chain.last().expect("a layer").clone();
@@ -327,18 +357,18 @@ impl Cast {
                     self.bitmaps += 1;
                     actions.push(json!({"type": "block-dirty-bitmap-add",
                         "data": {"node": name, "name": format!("b{}", self.bitmaps)}}));
-                    self.taken(node, name);
+                    self.taken(&node, name);
                 }
                 steps.push(command("transaction", json!({"actions": actions})));
             }
             _ => {
                 steps.push(command("blockdev-snapshot", snapshot));
-                self.taken(node, name);
+                self.taken(&node, name);
             }
         }
     }
 
-    fn taken(&mut self, node: String, overlay: String) {
+    fn taken(&mut self, node: &str, overlay: String) {
         if self.top == node {
             self.top.clone_from(&overlay);
         }
@@ -357,7 +387,11 @@ impl Cast {
             1 => u64::from(grains + rng.below(grains)) * GRAIN,
             _ => self.size(),
         };
-        let node = if rng.chance(3, 4) { self.chain.last().expect("a layer").clone() } else { self.any(rng) };
+        let node = if rng.chance(3, 4) {
+            self.chain.last().expect("a layer").clone()
+        } else {
+            self.any(rng)
+        };
         command("block_resize", json!({"node-name": node, "size": size}))
     }
 
@@ -413,12 +447,18 @@ impl Cast {
         match rng.below(6) {
             0 | 1 => command("blockdev-del", json!({"node-name": self.any(rng)})),
             2 => {
-                let id = format!("x{}", rng.below(u32::try_from(self.exports.len()).expect("few") + 1));
+                let id = format!(
+                    "x{}",
+                    rng.below(u32::try_from(self.exports.len()).expect("few") + 1)
+                );
                 command("block-export-del", json!({"id": id, "mode": "hard"}))
             }
             3 => {
                 let node = self.any(rng);
-                command("blockdev-set-active", json!({"node-name": node, "active": rng.chance(1, 2)}))
+                command(
+                    "blockdev-set-active",
+                    json!({"node-name": node, "active": rng.chance(1, 2)}),
+                )
             }
             4 => {
                 let file = rng.pick(&self.images).file.clone();
@@ -431,7 +471,10 @@ impl Cast {
             _ => {
                 let threshold = *rng.pick(&[0u32, 4096]);
                 let node = self.any(rng);
-                command("block-set-write-threshold", json!({"node-name": node, "write-threshold": threshold}))
+                command(
+                    "block-set-write-threshold",
+                    json!({"node-name": node, "write-threshold": threshold}),
+                )
             }
         }
     }

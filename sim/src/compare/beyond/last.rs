@@ -57,7 +57,9 @@ impl Watch<'_> {
             self.read(&export, &view, Some(length), &export)?;
         }
         let judged = |(name, view): (&String, &super::follow::View)| {
-            self.disks[view.disk].trusted.then(|| (name.clone(), view.clone()))
+            self.disks[view.disk]
+                .trusted
+                .then(|| (name.clone(), view.clone()))
         };
         let nodes: Vec<_> = self.nodes.iter().filter_map(judged).collect();
         for (node, view) in nodes {
@@ -67,7 +69,10 @@ impl Watch<'_> {
             }
             let read = self.read("blkcheck", &view, None, &format!("node '{node}'"));
             self.peer.hang_up("blkcheck");
-            let _ = self.peer.ask("block-export-del", &object(json!({"id": "blkcheck", "mode": "hard"})))?;
+            let _ = self.peer.ask(
+                "block-export-del",
+                &object(json!({"id": "blkcheck", "mode": "hard"})),
+            )?;
             self.peer.rest()?;
             read?;
         }
@@ -86,18 +91,36 @@ impl Watch<'_> {
         }
         let Some(size) = self.peer.size(export)? else {
             self.is_alive(&Answer::NoExport)?;
-            return Err(Stop::Differs(What::Content, format!("export {export}"), "none".to_owned()));
+            return Err(Stop::Differs(
+                What::Content,
+                format!("export {export}"),
+                "none".to_owned(),
+            ));
         };
         let length = length.unwrap_or_else(|| self.length(view));
         if size != length {
-            return Err(Stop::Differs(What::Content, format!("{who} has {length} bytes"), format!("{size}")));
+            return Err(Stop::Differs(
+                What::Content,
+                format!("{who} has {length} bytes"),
+                format!("{size}"),
+            ));
         }
-        let range = Range { offset: 0, length: size };
-        let answer = self.peer.request(export, content::Books::ask(self.scenario, GuestOp::Read(range), 0))?;
+        let range = Range {
+            offset: 0,
+            length: size,
+        };
+        let answer = self.peer.request(
+            export,
+            content::Books::ask(self.scenario, GuestOp::Read(range), 0),
+        )?;
         self.is_alive(&answer)?;
         match answer {
             Answer::Read(Ok(bytes)) => self.compare(view, range, &bytes, who),
-            other => Err(Stop::Differs(What::Content, format!("{who} can be read"), format!("{other:?}"))),
+            other => Err(Stop::Differs(
+                What::Content,
+                format!("{who} can be read"),
+                format!("{other:?}"),
+            )),
         }
     }
 
@@ -127,14 +150,21 @@ impl Watch<'_> {
         self.end_jobs()?;
         for (name, export) in std::mem::take(&mut self.exports) {
             self.peer.hang_up(&name);
-            let _ = self.peer.ask("block-export-del", &object(json!({"id": export.id, "mode": "hard"})))?;
+            let _ = self.peer.ask(
+                "block-export-del",
+                &object(json!({"id": export.id, "mode": "hard"})),
+            )?;
         }
         self.peer.rest()?;
         self.look()?;
         loop {
             // What is below others cannot go yet.
-            let names: Vec<Map<String, Value>> =
-                self.state.nodes.iter().map(|n| object(json!({"node-name": n}))).collect();
+            let names: Vec<Map<String, Value>> = self
+                .state
+                .nodes
+                .iter()
+                .map(|n| object(json!({"node-name": n})))
+                .collect();
             let gone = self.peer.ask_all("blockdev-del", &names)?;
             self.peer.rest()?;
             self.look()?;
@@ -147,8 +177,15 @@ impl Watch<'_> {
         }
         self.events(true)?;
         let left = &self.state;
-        if !left.nodes.is_empty() || !left.links.is_empty() || !left.jobs.is_empty() || !left.leftovers.is_empty() {
-            let left = format!("{:?} {:?} {:?} {:?}", left.nodes, left.links, left.jobs, left.leftovers);
+        if !left.nodes.is_empty()
+            || !left.links.is_empty()
+            || !left.jobs.is_empty()
+            || !left.leftovers.is_empty()
+        {
+            let left = format!(
+                "{:?} {:?} {:?} {:?}",
+                left.nodes, left.links, left.jobs, left.leftovers
+            );
             return Err(Stop::Differs(What::Nodes, "nothing is left".to_owned(), left));
         }
         Ok(())
@@ -182,7 +219,12 @@ impl Watch<'_> {
 
     fn images_are_sound(&self) -> Result<(), Stop> {
         for (name, bytes) in self.peer.disks() {
-            let format = self.scenario.images.iter().find(|i| i.file == name).map(|i| i.format);
+            let format = self
+                .scenario
+                .images
+                .iter()
+                .find(|i| i.file == name)
+                .map(|i| i.format);
             if format != Some(Format::Qcow2) || Qcow2::parse(bytes).is_err() {
                 continue;
             }
@@ -201,8 +243,15 @@ impl Watch<'_> {
     }
 
     fn headers_tell_the_chain(&mut self, guests: &[(String, super::follow::View)]) -> Result<(), Stop> {
-        let files = self.peer.disks().map(|(name, bytes)| (name.to_owned(), bytes.to_vec())).collect();
-        let closed = Closed { scenario: self.scenario, files };
+        let files = self
+            .peer
+            .disks()
+            .map(|(name, bytes)| (name.to_owned(), bytes.to_vec()))
+            .collect();
+        let closed = Closed {
+            scenario: self.scenario,
+            files,
+        };
         let mut reader = Reader::new(&closed);
         let mut found = Vec::new();
         for (file, view) in guests {
@@ -215,14 +264,25 @@ impl Watch<'_> {
                 continue;
             }
             let content = content.map_err(|why| {
-                Stop::Differs(What::Backing, format!("the chain of {file} can be opened by its headers"), why)
+                Stop::Differs(
+                    What::Backing,
+                    format!("the chain of {file} can be opened by its headers"),
+                    why,
+                )
             })?;
-            let range = Range { offset: 0, length: content.bytes.len() as u64 };
-            self.compare(&view, range, &content.bytes, &format!("{file}, opened by its headers,")).map_err(|stop| {
-                match stop {
-                    Stop::Differs(_, model, qemu) => Stop::Differs(What::Backing, model, qemu),
-                    other => other,
-                }
+            let range = Range {
+                offset: 0,
+                length: content.bytes.len() as u64,
+            };
+            self.compare(
+                &view,
+                range,
+                &content.bytes,
+                &format!("{file}, opened by its headers,"),
+            )
+            .map_err(|stop| match stop {
+                Stop::Differs(_, model, qemu) => Stop::Differs(What::Backing, model, qemu),
+                other @ Stop::Broke(_) => other,
             })?;
         }
         Ok(())

@@ -24,7 +24,9 @@ pub(super) fn images(rng: &mut Rng, layers: usize) -> Vec<Image> {
             size = unit * (1 + u64::from(rng.below(2 * u32::try_from(clusters).expect("few"))));
         }
         if !even && rng.chance(1, 3) {
-            size = (size - unit + GRAIN * u64::from(1 + rng.below(u32::try_from(unit / GRAIN).expect("few")))).max(GRAIN);
+            size = (size - unit
+                + GRAIN * u64::from(1 + rng.below(u32::try_from(unit / GRAIN).expect("few"))))
+            .max(GRAIN);
         }
         size
     };
@@ -44,10 +46,21 @@ pub(super) fn images(rng: &mut Rng, layers: usize) -> Vec<Image> {
     }
     let top = images[layers - 1].size;
     for overlay in 0..2 {
-        let size = if even || rng.chance(5, 6) { top } else { length(rng) };
+        let size = if even || rng.chance(5, 6) {
+            top
+        } else {
+            length(rng)
+        };
         let mut image = plain(rng, &format!("o{overlay}.img"), false, size, cluster);
         image.backing_file = below.as_ref().map(|(file, _)| file.clone());
-        image.backing_format = Some(if layers == 1 && images[0].format == Format::Raw && overlay == 0 { "raw" } else { "qcow2" }.to_owned());
+        image.backing_format = Some(
+            if layers == 1 && images[0].format == Format::Raw && overlay == 0 {
+                "raw"
+            } else {
+                "qcow2"
+            }
+            .to_owned(),
+        );
         below = Some((image.file.clone(), Format::Qcow2));
         images.push(image);
     }
@@ -88,7 +101,11 @@ fn filled(rng: &mut Rng, image: &mut Image) {
             (Format::Qcow2, _, 2) => Stored::Compressed,
             _ => Stored::Data,
         };
-        image.fill.push(Fill { offset: u64::from(first) * GRAIN, length: u64::from(length) * GRAIN, stored });
+        image.fill.push(Fill {
+            offset: u64::from(first) * GRAIN,
+            length: u64::from(length) * GRAIN,
+            stored,
+        });
     }
 }
 
@@ -99,7 +116,11 @@ pub(super) fn over_image(rng: &mut Rng, image: &Image, node: &str) -> Value {
         file = json!({"driver": "blkdebug", "node-name": format!("b-{node}"), "image": file,
             "align": *rng.pick(&[512u32, 4096, 4096, 65536])});
     }
-    let driver = if image.format == Format::Raw { "raw" } else { "qcow2" };
+    let driver = if image.format == Format::Raw {
+        "raw"
+    } else {
+        "qcow2"
+    };
     let mut add = json!({"driver": driver, "node-name": node, "file": file});
     if rng.chance(1, 3) {
         add["discard"] = json!("unmap");
@@ -116,7 +137,9 @@ pub(super) fn over_image(rng: &mut Rng, image: &Image, node: &str) -> Value {
             ("discard-no-unref", json!(true)),
             ("l2-cache-size", json!(1024)),
         ] {
-            if rng.chance(1, 16) && (image.compat == 3 || !matches!(key, "lazy-refcounts" | "discard-no-unref")) {
+            if rng.chance(1, 16)
+                && (image.compat == 3 || !matches!(key, "lazy-refcounts" | "discard-no-unref"))
+            {
                 add[key] = value;
             }
         }
@@ -127,7 +150,10 @@ pub(super) fn over_image(rng: &mut Rng, image: &Image, node: &str) -> Value {
 /// Opens the chain, with filters here and there, and exports it.
 pub(super) fn setup(rng: &mut Rng, cast: &mut Cast, steps: &mut Vec<Step>) {
     if rng.chance(1, 4) {
-        steps.push(command("object-add", json!({"qom-type": "throttle-group", "id": "tg"})));
+        steps.push(command(
+            "object-add",
+            json!({"qom-type": "throttle-group", "id": "tg"}),
+        ));
         cast.throttle = true;
     }
     let mut below: Option<String> = None;

@@ -153,7 +153,11 @@ impl Watch<'_> {
         }
         if execute == "block-export-del"
             && let Some(id) = arguments.get("id").and_then(Value::as_str)
-            && let Some(name) = self.exports.iter().find(|(_, e)| e.id == id).map(|(name, _)| name.clone())
+            && let Some(name) = self
+                .exports
+                .iter()
+                .find(|(_, e)| e.id == id)
+                .map(|(name, _)| name.clone())
         {
             self.peer.hang_up(&name);
             self.peer.rest()?;
@@ -165,7 +169,12 @@ impl Watch<'_> {
             self.accepted(execute, arguments, &chain);
         }
         self.events(false)?;
-        if answer.is_ok() && matches!(execute, "job-complete" | "block-job-complete" | "job-cancel" | "block-job-cancel" | "job-finalize") {
+        if answer.is_ok()
+            && matches!(
+                execute,
+                "job-complete" | "block-job-complete" | "job-cancel" | "block-job-cancel" | "job-finalize"
+            )
+        {
             let id = arguments.get("id").or_else(|| arguments.get("device"));
             if let Some(id) = id.and_then(Value::as_str) {
                 self.wait_for(id, "concluded")?;
@@ -218,7 +227,9 @@ impl Watch<'_> {
         if self.has_orphans() {
             return Ok(None);
         }
-        let answer = self.peer.ask("query-named-block-nodes", &object(json!({"flat": true})))?;
+        let answer = self
+            .peer
+            .ask("query-named-block-nodes", &object(json!({"flat": true})))?;
         let mut nodes = answer.map_err(|e| Broken::Nonsense(format!("a query is refused: {}", e.1)))?;
         let mut by_name = Map::new();
         for node in nodes.as_array_mut().into_iter().flatten() {
@@ -258,7 +269,11 @@ impl Watch<'_> {
                 }
                 "BLOCK_JOB_READY" => self.stirred = true,
                 "BLOCK_JOB_ERROR" | "BLOCK_IMAGE_CORRUPTED" if !quietly => {
-                    return Err(Stop::Differs(What::Events, "no storage failed".to_owned(), format!("{name} {data}")));
+                    return Err(Stop::Differs(
+                        What::Events,
+                        "no storage failed".to_owned(),
+                        format!("{name} {data}"),
+                    ));
                 }
                 "JOB_STATUS_CHANGE" => {
                     let (id, to) = (data["id"].as_str().unwrap_or_default(), data["status"].as_str());
@@ -285,7 +300,9 @@ impl Watch<'_> {
             let none = Map::new();
             let jobs = self.peer.ask("query-jobs", &none)?;
             let jobs = jobs.map_err(|e| Broken::Nonsense(e.1))?;
-            let now = jobs.as_array().and_then(|jobs| jobs.iter().find(|j| j["id"] == id));
+            let now = jobs
+                .as_array()
+                .and_then(|jobs| jobs.iter().find(|j| j["id"] == id));
             let Some(now) = now.and_then(|j| j["status"].as_str()) else {
                 self.jobs.remove(id);
                 return self.events(false);
@@ -304,17 +321,29 @@ impl Watch<'_> {
     }
 
     fn guest(&mut self, export: &str, op: GuestOp, at: usize) -> Result<(), Stop> {
-        let Some(Export { view, writable, length, .. }) = self.exports.get(export).cloned() else {
+        let Some(Export {
+            view,
+            writable,
+            length,
+            ..
+        }) = self.exports.get(export).cloned()
+        else {
             return Ok(());
         };
-        let answer = self.peer.request(export, content::Books::ask(self.scenario, op, at))?;
+        let answer = self
+            .peer
+            .request(export, content::Books::ask(self.scenario, op, at))?;
         self.peer.rest()?;
         self.events(false)?;
         self.is_alive(&answer)?;
         if answer == Answer::NoExport {
             // Whoever took it away did not say so: that is seen in the graph.
             self.look()?;
-            return Err(Stop::Differs(What::Content, format!("export {export}"), "none".to_owned()));
+            return Err(Stop::Differs(
+                What::Content,
+                format!("export {export}"),
+                "none".to_owned(),
+            ));
         }
         let range = match op {
             GuestOp::Read(r)
@@ -336,7 +365,11 @@ impl Watch<'_> {
             if outside || (writes && !writable) || range.length == 0 {
                 return Ok(());
             }
-            return Err(Stop::Differs(What::Content, "success".to_owned(), format!("{op:?} fails with errno {error}")));
+            return Err(Stop::Differs(
+                What::Content,
+                "success".to_owned(),
+                format!("{op:?} fails with errno {error}"),
+            ));
         }
         let source = Source::Step(StepId(u32::try_from(at).expect("few steps")));
         match op {
@@ -392,7 +425,11 @@ impl Watch<'_> {
                     && let Some(Cell::Stamp(..)) = cell
                 {
                     let ours = format!("{} at {at:#x}", cell.expect("just seen").said());
-                    return Err(Stop::Differs(What::Content, ours, "block status says zeroes".to_owned()));
+                    return Err(Stop::Differs(
+                        What::Content,
+                        ours,
+                        "block status says zeroes".to_owned(),
+                    ));
                 }
                 at += grain;
             }
@@ -411,7 +448,10 @@ impl Watch<'_> {
         for (at, chunk) in bytes.chunks(grain).enumerate() {
             let offset = range.offset + (at * grain) as u64;
             if Cell::Zero.is(chunk) {
-                let range = Range { offset, length: grain as u64 };
+                let range = Range {
+                    offset,
+                    length: grain as u64,
+                };
                 self.put(view, range, None);
             }
         }
@@ -431,7 +471,11 @@ impl Watch<'_> {
                     Cell::Stamp(_, at) => at,
                     _ => offset,
                 };
-                return Err(Stop::Differs(What::Content, ours, format!("{:?}", crate::stamp::read(chunk, at))));
+                return Err(Stop::Differs(
+                    What::Content,
+                    ours,
+                    format!("{:?}", crate::stamp::read(chunk, at)),
+                ));
             }
         }
         Ok(())
