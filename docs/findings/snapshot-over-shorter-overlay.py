@@ -1,13 +1,10 @@
 #!/usr/bin/env python3
-"""A snapshot to an overlay that is shorter than the export above
+"""After a snapshot to a shorter overlay a guest can abort the daemon
 
-What qemu-storage-daemon 10.0.2 did at step 4 when this script was made: the daemon died of SIGABRT:
-qemu-storage-daemon: nbd/server.c:2225: nbd_co_send_sparse_read: Assertion `pnum && pnum <= size - progress'
-failed.
-qemu-storage-daemon: nbd/server.c:2225: nbd_co_send_sparse_read: Assertion `pnum && pnum <= size - progress'
-failed.
+What qemu-storage-daemon 10.0.2 does: lengths are not compared; the export keeps its length, and a request
+past the node's end meets an assertion.
 
-Right: answers
+Right: the snapshot is refused while somebody relies on the length, and a request past the end fails.
 
 Needs Python 3.8 or later and qemu-utils (qemu-storage-daemon, qemu-img, qemu-io); Linux; no root. Works in a
 private temporary directory, which is removed at the end together with the daemon.
