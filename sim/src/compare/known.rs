@@ -534,9 +534,12 @@ pub(super) fn is_uneven(scenario: &Scenario) -> bool {
 }
 
 fn streams(scenario: &Scenario, before: usize) -> bool {
-    scenario.steps[..=before.min(scenario.steps.len().saturating_sub(1))]
+    let is_stream = |step: &crate::scenario::Step| matches!(&step.action, Action::Command { execute, .. } if execute == "block-stream");
+    scenario
+        .steps
         .iter()
-        .any(|s| matches!(&s.action, Action::Command { execute, .. } if execute == "block-stream"))
+        .take(before.saturating_add(1))
+        .any(is_stream)
 }
 
 /// The commands so far, those of transactions one by one, with their arguments.
