@@ -108,6 +108,51 @@ impl Books {
             .for_each(|inner| self.opened_node(inner));
     }
 
+    /// Images have got another length, if any have.
+    pub(super) fn resized(&mut self, before: &World, after: &World) {
+        for (id, node) in after.graph.nodes() {
+            let Some(old) = before
+                .graph
+                .nodes()
+                .find(|(was, _)| *was == id)
+                .map(|(_, n)| n.length)
+            else {
+                continue;
+            };
+            if node.driver == Driver::Qcow2 && node.length != old {
+                self.resized_node(before, id, node.length);
+            }
+        }
+    }
+
+    /// What is new reads as zeroes; a backing file that is longer must not show there.
+    fn resized_node(&mut self, before: &World, id: NodeId, length: u64) {
+        let old = before.graph.node(id).length;
+        let covered = before
+            .graph
+            .cow_child(id)
+            .is_some_and(|below| before.graph.node(below).length > old);
+        let Some(name) = before.image_file(id) else { return };
+        let at = |bytes: u64| usize::try_from(bytes / self.grain).unwrap_or(usize::MAX);
+        let (from, to) = (at(old), at(length));
+        let cluster = self.files.get(&*name).map_or(1, |file| file.layer.cluster);
+        let split = from < to && !from.is_multiple_of(cluster);
+        if covered && split {
+            self.populate(before, id, from - 1..from);
+        }
+        let Some(file) = self.files.get_mut(&*name) else {
+            return;
+        };
+        let in_half = split && file.layer.is_allocated(from - 1);
+        let cells = &mut file.layer.cells;
+        cells.resize(to, if covered { Cell::Zero } else { Cell::Unallocated });
+        file.copied.resize(to, None);
+        if in_half {
+            let end = from.next_multiple_of(cluster).min(to);
+            cells[from..end].fill(Cell::Stamp(0));
+        }
+    }
+
     /// Files that two nodes have open are given up.
     pub(super) fn check_sharing(&mut self, world: &World) {
         let mut open = BTreeSet::new();

@@ -15,7 +15,7 @@ use serde_json::{Map, Value, json};
 use crate::clock::Stopwatch;
 use crate::image::build::build;
 use crate::qemu::Broken;
-use crate::qemu::names::{Names, made_up_number, no_such_file};
+use crate::qemu::names::{Names, made_up_number, no_such_file, option_of_file};
 use crate::qemu::nbd::client::{Answer, Ask, Client};
 use crate::qemu::nbd::server::Server;
 use crate::qemu::process::{Daemon, PROGRAM, Unavailable, Version, version};
@@ -156,6 +156,7 @@ impl Peer {
             }
             Err((class, desc)) => {
                 let desc = self.names.text(&desc).unwrap_or(desc);
+                let desc = option_of_file(&desc).unwrap_or(desc);
                 Err((class, no_such_file(&desc, self.running().server.missing())))
             }
         })

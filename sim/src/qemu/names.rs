@@ -197,6 +197,25 @@ fn text_of<'a>(options: &'a Map<String, Value>, key: &str) -> Option<&'a str> {
 
 use text_of as text;
 
+/// A refusal that is about an option of `nbd`, as one about the option of `file` that it stands for. Where QEMU looks at
+/// several in the order of its hash, that order is kept: a description of a backing file always has a driver, and the
+/// driver comes before the file's name.
+#[must_use]
+pub fn option_of_file(desc: &str) -> Option<String> {
+    const OF_FILE: [&str; 3] = ["server.type", "server.path", "export"];
+    if !desc.contains("ption '") {
+        return None;
+    }
+    let option = desc.split('\'').nth(1)?;
+    let path = OF_FILE.iter().find_map(|own| option.strip_suffix(own))?;
+    let ours = match path {
+        "" | "file." => format!("{path}filename"),
+        "backing.file." => "backing.driver".to_owned(),
+        _ => return None,
+    };
+    Some(desc.replacen(option, &ours, 1))
+}
+
 /// A refusal to open an export that is not there, as one to open that file.
 #[must_use]
 pub fn no_such_file(desc: &str, file: &str) -> String {
@@ -256,6 +275,20 @@ mod tests {
             translated("block-stream", stream),
             json!({"device": "i0.img", "base": "nbd+unix:///i0.img?socket=/tmp/d/s", "backing-file": "a b"})
         );
+    }
+
+    #[test]
+    fn options_of_nbd_are_told_as_those_of_a_file() {
+        assert_eq!(
+            option_of_file("Cannot change the option 'export'").as_deref(),
+            Some("Cannot change the option 'filename'")
+        );
+        assert_eq!(
+            option_of_file("Cannot change the option 'backing.file.export'").as_deref(),
+            Some("Cannot change the option 'backing.driver'")
+        );
+        assert_eq!(option_of_file("Cannot change the option 'file.driver'"), None);
+        assert_eq!(option_of_file("Node 'export' is busy"), None);
     }
 
     #[test]

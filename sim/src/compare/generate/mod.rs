@@ -1,8 +1,12 @@
 //! Scenarios for comparing, from seeds: a chain, and about twenty steps on it, a good part of which are refused.
+//! `graph`: commands that change the graph; `oddities`: what no program should send.
 //!
 //! Rules: a function of the seed alone. Every command stays within what the model knows; what it answers is not looked
 //! at here. No rates that end by themselves (a speed of 1 stops a job after its first piece, for ever), no file opened
 //! twice, nothing discarded on nodes that pass it on.
+
+mod graph;
+mod oddities;
 
 use serde_json::{Value, json};
 
@@ -11,6 +15,9 @@ use crate::scenario::{Action, Fill, Format, GuestOp, Image, Range, Scenario, Ste
 
 /// Unit of requests, bytes.
 const GRAIN: u32 = 512;
+
+/// Empty images to put above others.
+const OVERLAYS: u32 = 3;
 
 /// What a scenario is about.
 struct Cast {
@@ -23,6 +30,10 @@ struct Cast {
     exported: u32,
     /// Names of nodes that exist or might.
     nodes: Vec<String>,
+    /// Options of nodes that were added, or opened inline, by name: to be reopened with.
+    options: Vec<(String, Value)>,
+    /// Names of overlays that were added for snapshots.
+    overlays: u32,
 }
 
 /// The scenario of a seed.
@@ -42,12 +53,16 @@ pub fn generate(seed: u64) -> Scenario {
         added: 0,
         exported: 0,
         nodes: Vec::new(),
+        options: Vec::new(),
+        overlays: 0,
     };
     let mut steps = Vec::new();
     setup(rng, &mut cast, &mut steps);
+    steps.iter().for_each(|step| remember(&mut cast, step));
     let target = steps.len() + 10 + rng.below(12) as usize;
     while steps.len() < target {
         let step = next(rng, &mut cast);
+        remember(&mut cast, &step);
         steps.push(step);
     }
     Scenario {
@@ -56,6 +71,22 @@ pub fn generate(seed: u64) -> Scenario {
         images: cast.images,
         steps,
         ..Scenario::default()
+    }
+}
+
+/// Keeps the options of nodes that a step opens under a name.
+fn remember(cast: &mut Cast, step: &Step) {
+    fn note(cast: &mut Cast, options: &Value) {
+        let Value::Object(inner) = options else { return };
+        inner.values().for_each(|value| note(cast, value));
+        if let Some(name) = inner.get("node-name").and_then(Value::as_str) {
+            cast.options.push((name.to_owned(), options.clone()));
+        }
+    }
+    if let Action::Command { execute, arguments } = &step.action
+        && execute == "blockdev-add"
+    {
+        note(cast, &Value::Object(arguments.clone()));
     }
 }
 
@@ -103,6 +134,9 @@ fn images(rng: &mut Rng, layers: usize, cluster: u32, uneven: bool) -> Vec<Image
     }
     images.push(plain("spare.img", false, size, cluster, 3));
     images.push(plain("flat.img", true, size, cluster, 3));
+    for n in 0..OVERLAYS {
+        images.push(plain(&format!("over{n}.img"), false, size, cluster, 3));
+    }
     images
 }
 
@@ -260,14 +294,17 @@ fn layer(rng: &mut Rng, cast: &Cast) -> String {
 }
 
 fn next(rng: &mut Rng, cast: &mut Cast) -> Step {
-    match rng.weighted(&[6, 5, 5, 4, 2, 6, 3, 1]) {
+    match rng.weighted(&[6, 5, 5, 4, 2, 6, 3, 1, 6, 3, 2]) {
         0 => stream(rng, cast),
         1 => verb(rng, cast),
         2 => node(rng, cast),
         3 => exporting(rng, cast),
         4 => change_backing_file(rng, cast),
         5 => guest(rng, cast),
-        6 => oddity(rng, cast),
+        6 => oddities::oddity(rng, cast),
+        8 => graph::reopen(rng, cast),
+        9 => graph::snapshot(rng, cast),
+        10 => graph::resize(rng, cast),
         _ => command(
             rng.pick::<&str>(&["query-jobs", "query-block-jobs", "query-block-exports"]),
             json!({}),
@@ -501,178 +538,6 @@ fn guest(rng: &mut Rng, cast: &Cast) -> Step {
         action: Action::Guest { export, op },
         wait: true,
     }
-}
-
-/// What no program should send, and every server gets.
-fn oddity(rng: &mut Rng, cast: &Cast) -> Step {
-    let node = layer(rng, cast);
-    let other = any(rng, cast);
-    let odd = [
-        ("block-stream", json!({"job-id": "odd"})),
-        ("block-stream", json!({"job-id": "odd", "device": 1})),
-        ("block-stream", json!({"job-id": "odd", "device": node, "foo": 1})),
-        (
-            "block-stream",
-            json!({"job-id": "odd", "device": node, "speed": "fast"}),
-        ),
-        (
-            "block-stream",
-            json!({"job-id": "odd", "device": node, "auto-finalize": 1}),
-        ),
-        ("block-stream", json!({"job-id": 7, "device": node})),
-        (
-            "block-stream",
-            json!({"job-id": "odd", "device": node, "base": "/nope"}),
-        ),
-        (
-            "block-stream",
-            json!({"job-id": "odd", "device": node, "backing-file": "x"}),
-        ),
-        ("blockdev-add", json!({"driver": "null-co"})),
-        ("blockdev-add", json!({"node-name": "odd"})),
-        ("blockdev-add", json!({"driver": 1, "node-name": "odd"})),
-        ("blockdev-add", json!({"driver": "qcow2", "node-name": "odd"})),
-        ("blockdev-add", json!({"driver": "raw", "node-name": "odd"})),
-        (
-            "blockdev-add",
-            json!({"driver": "raw", "node-name": "odd", "file": 1}),
-        ),
-        (
-            "blockdev-add",
-            json!({"driver": "raw", "node-name": "odd", "file": "nowhere"}),
-        ),
-        (
-            "blockdev-add",
-            json!({"driver": "copy-on-read", "node-name": "odd", "file": "nowhere"}),
-        ),
-        (
-            "blockdev-add",
-            json!({"driver": "qcow2", "node-name": "odd", "file": "nowhere"}),
-        ),
-        (
-            "blockdev-add",
-            json!({"driver": "null-co", "node-name": "odd", "read-only": "yes"}),
-        ),
-        (
-            "blockdev-add",
-            json!({"driver": "null-co", "node-name": "odd", "size": "big"}),
-        ),
-        (
-            "blockdev-add",
-            json!({"driver": "null-co", "node-name": "odd", "detect-zeroes": "sometimes"}),
-        ),
-        (
-            "blockdev-add",
-            json!({"driver": "null-co", "node-name": "odd", "discard": "never"}),
-        ),
-        (
-            "blockdev-add",
-            json!({"driver": "null-co", "node-name": "odd", "nothing": true}),
-        ),
-        (
-            "blockdev-add",
-            json!({"driver": "null-co", "node-name": "odd", "force-share": true}),
-        ),
-        ("blockdev-add", json!({"driver": "null-co", "node-name": node})),
-        ("blockdev-add", json!({"driver": "null-co", "node-name": ""})),
-        (
-            "blockdev-add",
-            json!({"driver": "qcow2", "node-name": "odd", "backing": "nowhere",
-            "file": {"driver": "file", "node-name": "odd-file", "filename": "spare.img"}}),
-        ),
-        (
-            "blockdev-add",
-            json!({"driver": "qcow2", "node-name": "odd", "backing": 5,
-            "file": {"driver": "file", "node-name": "odd-file", "filename": "spare.img"}}),
-        ),
-        (
-            "blockdev-add",
-            json!({"driver": "raw", "node-name": "odd",
-            "file": {"driver": "file", "node-name": "odd-file", "filename": "missing.img"}}),
-        ),
-        (
-            "blockdev-add",
-            json!({"driver": "raw", "node-name": "odd",
-            "file": {"driver": "file", "node-name": "odd-file"}}),
-        ),
-        (
-            "blockdev-add",
-            json!({"driver": "copy-on-read", "node-name": "odd", "file": node, "bottom": "nowhere"}),
-        ),
-        (
-            "blockdev-add",
-            json!({"driver": "copy-on-read", "node-name": "odd", "file": node, "bottom": 3}),
-        ),
-        ("blockdev-del", json!({})),
-        ("blockdev-del", json!({"node-name": 1})),
-        ("blockdev-del", json!({"node-name": node, "force": true})),
-        ("blockdev-del", json!({"node-name": ""})),
-        ("block-export-add", json!({"type": "nbd", "id": "odd"})),
-        (
-            "block-export-add",
-            json!({"type": "nbd", "id": "odd", "node-name": 1}),
-        ),
-        (
-            "block-export-add",
-            json!({"type": "nbd", "id": "odd", "node-name": node, "writable": 1}),
-        ),
-        ("block-export-add", json!({"type": "nbd", "node-name": node})),
-        ("block-export-add", json!({"id": "odd", "node-name": node})),
-        (
-            "block-export-add",
-            json!({"type": "nbd", "id": "odd", "node-name": node, "name": 4}),
-        ),
-        ("block-export-del", json!({})),
-        ("block-export-del", json!({"id": "odd", "mode": "soft"})),
-        ("block-export-del", json!({"id": 1})),
-        ("change-backing-file", json!({"device": node})),
-        (
-            "change-backing-file",
-            json!({"device": node, "image-node-name": node}),
-        ),
-        (
-            "change-backing-file",
-            json!({"device": node, "image-node-name": "nowhere", "backing-file": "x"}),
-        ),
-        (
-            "change-backing-file",
-            json!({"device": "nowhere", "image-node-name": node, "backing-file": "x"}),
-        ),
-        (
-            "change-backing-file",
-            json!({"device": node, "image-node-name": other, "backing-file": 1}),
-        ),
-        ("job-pause", json!({})),
-        ("job-pause", json!({"id": "nobody"})),
-        ("job-pause", json!({"id": 1})),
-        ("job-resume", json!({"id": "nobody"})),
-        ("job-cancel", json!({"id": "nobody"})),
-        ("job-complete", json!({"id": "nobody"})),
-        ("job-finalize", json!({"id": "nobody"})),
-        ("job-dismiss", json!({"id": "nobody"})),
-        ("job-dismiss", json!({"id": "nobody", "force": true})),
-        ("block-job-pause", json!({"device": "nobody"})),
-        ("block-job-pause", json!({"id": "nobody"})),
-        ("block-job-resume", json!({"device": "nobody"})),
-        ("block-job-cancel", json!({"device": "nobody"})),
-        ("block-job-cancel", json!({"device": "nobody", "force": "yes"})),
-        ("block-job-complete", json!({"device": "nobody"})),
-        ("block-job-finalize", json!({"id": "nobody"})),
-        ("block-job-dismiss", json!({"id": "nobody"})),
-        ("block-job-set-speed", json!({"device": "nobody", "speed": 1})),
-        ("block-job-set-speed", json!({"device": "nobody"})),
-        (
-            "block-job-change",
-            json!({"id": "nobody", "type": "mirror", "copy-mode": "background"}),
-        ),
-        (
-            "block-job-change",
-            json!({"id": "nobody", "type": "mirror", "copy-mode": "whenever"}),
-        ),
-        ("no-such-command", json!({})),
-    ];
-    let (execute, arguments) = odd[rng.below(u32::try_from(odd.len()).expect("few")) as usize].clone();
-    command(execute, arguments)
 }
 
 #[cfg(test)]
