@@ -91,6 +91,8 @@ pub struct Node {
     pub writable: bool,
     /// `force-share=on`: parents above it share everything.
     pub force_share: bool,
+    /// Discards are passed on to what is below.
+    pub unmap: bool,
     /// Its options as they hold, without those of its children.
     pub options: NodeOptions,
     /// The ones that were said for this very node, so that they do not follow its parent.
@@ -131,6 +133,7 @@ impl Node {
             name: Rc::from(name),
             driver,
             writable: true,
+            unmap: false,
             options: NodeOptions::default(),
             explicit: NodeOptions::default(),
             names_backing: false,

@@ -55,12 +55,6 @@ impl NodeOptions {
         self.get("discard").is_some_and(|v| v == "unmap")
     }
 
-    /// Zeroes are to be looked for in what is written, and discarded; but nothing may be discarded.
-    #[must_use]
-    pub fn unmaps_zeroes_in_vain(&self) -> bool {
-        self.get("detect-zeroes").is_some_and(|v| v == "unmap") && !self.unmaps()
-    }
-
     /// Sets an option.
     pub fn set(&mut self, name: &str, value: Value) {
         Rc::make_mut(&mut self.0).insert(Rc::from(name), value);

@@ -37,6 +37,8 @@ struct Entry {
     explicit: NodeOptions,
     /// Nothing was said of a backing file, and what was must not be taken for it.
     backing_missing: bool,
+    /// Discards are passed on. Said to one node alone, not saying it is no default: it stays as it is.
+    unmap: bool,
     /// Children that are no longer, or whose links changed.
     let_go: Vec<NodeId>,
     window: Option<Window>,
@@ -44,12 +46,21 @@ struct Entry {
 
 /// Nodes to reopen together.
 #[derive(Debug, Default)]
-pub struct Queue(Vec<Entry>);
+pub struct Queue {
+    entries: Vec<Entry>,
+    visits: Vec<NodeId>,
+}
 
 impl Queue {
     /// Adds a node, and the children that follow it.
     pub fn push(&mut self, graph: &Graph, node: NodeId, options: NodeOptions, keep: bool) {
         self.push_child(graph, node, options, None, keep);
+    }
+
+    /// The nodes in the order in which they are come upon, as often as they are.
+    #[must_use]
+    pub fn visits(&self) -> &[NodeId] {
+        &self.visits
     }
 
     fn push_child(
@@ -60,10 +71,11 @@ impl Queue {
         above: Option<(Role, &NodeOptions)>,
         keep: bool,
     ) {
+        self.visits.push(node);
         let facts = graph.node(node);
-        let queued = self.0.iter().position(|entry| entry.node == node);
+        let queued = self.entries.iter().position(|entry| entry.node == node);
         if let Some(at) = queued {
-            options.join(&self.0[at].explicit);
+            options.join(&self.entries[at].explicit);
         } else if keep {
             options.join(&facts.explicit);
         }
@@ -75,7 +87,7 @@ impl Queue {
             options.join(&facts.options);
         }
         let backing_missing = if keep {
-            queued.is_some_and(|at| self.0[at].backing_missing)
+            queued.is_some_and(|at| self.entries[at].backing_missing)
         } else {
             !options.has("backing") && !options.has("backing.driver")
         };
@@ -100,12 +112,16 @@ impl Queue {
             options: options.clone(),
             explicit,
             backing_missing,
+            unmap: match options.get("discard") {
+                Some(_) => options.unmaps(),
+                None => facts.unmap,
+            },
             let_go: Vec::new(),
             window: None,
         };
         match queued {
-            Some(at) => self.0[at] = entry,
-            None => self.0.push(entry),
+            Some(at) => self.entries[at] = entry,
+            None => self.entries.push(entry),
         }
         for (child, role, own, keep) in below {
             self.push_child(graph, child, own, Some((role, &options)), keep);
@@ -119,24 +135,24 @@ impl Graph {
     /// # Errors
     /// What cannot be changed or reset, a cycle, a frozen link, masks. The graph is then half changed.
     pub fn reopen(&mut self, mut queue: Queue) -> Result<(), Refusal> {
-        for entry in &mut queue.0 {
+        for entry in &mut queue.entries {
             self.prepare(entry)?;
         }
         let going_read_only: Vec<NodeId> = queue
-            .0
+            .entries
             .iter()
             .filter(|entry| entry.options.is_on("read-only") && self.node(entry.node).writable)
             .map(|entry| entry.node)
             .collect();
         let mut starts = Vec::new();
-        for entry in &queue.0 {
+        for entry in &queue.entries {
             self.node_mut(entry.node).writable = !entry.options.is_on("read-only");
             starts.push(entry.node);
             starts.extend(&entry.let_go);
         }
         starts.reverse();
         self.refresh_for_reopen(&starts, &going_read_only)?;
-        for entry in queue.0.into_iter().rev() {
+        for entry in queue.entries.into_iter().rev() {
             self.commit(entry);
         }
         Ok(())
@@ -155,7 +171,7 @@ impl Graph {
     }
 
     fn prepare(&mut self, entry: &mut Entry) -> Result<(), Refusal> {
-        check_detect_zeroes(&entry.options)?;
+        check_detect_zeroes(&entry.options, entry.unmap)?;
         let node = self.node(entry.node);
         let (name, driver) = (node.name.clone(), node.driver);
         if !driver.supports_reopen() {
@@ -262,6 +278,7 @@ impl Graph {
             mut options,
             mut explicit,
             window,
+            unmap,
             ..
         } = entry;
         for name in names.into_iter().chain(["backing"]) {
@@ -272,6 +289,7 @@ impl Graph {
         let facts = self.node_mut(node);
         facts.options = options;
         facts.explicit = explicit;
+        facts.unmap = unmap;
         match (facts.driver, window, below) {
             (Driver::Raw, Some(window), Some(below)) => {
                 facts.windowed = window.is_part();

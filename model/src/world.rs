@@ -352,13 +352,15 @@ impl World {
         let facts = self.graph.node_mut(node);
         facts.recorded_backing = backing.as_ref().map(|backing| backing.file.clone());
         facts.names_backing = backing.as_ref().is_some_and(|backing| !backing.file.is_empty());
-        let file = self.image_file(node).expect("a qcow2 node has a file");
-        let facts = self.files.get_mut(&file).expect("an open file exists");
-        Rc::make_mut(facts)
-            .qcow2
-            .as_mut()
-            .expect("a qcow2 node has a qcow2 file")
-            .backing = backing;
+        if let Some(header) = self.header_mut(node) {
+            header.backing = backing;
+        }
+    }
+
+    /// The header that a qcow2 node writes; none if it was given a file that has none.
+    pub(crate) fn header_mut(&mut self, node: NodeId) -> Option<&mut Qcow2Facts> {
+        let file = self.image_file(node)?;
+        Rc::make_mut(self.files.get_mut(&file)?).qcow2.as_mut()
     }
 
     /// Every edge in words, sorted.

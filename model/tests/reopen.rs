@@ -154,6 +154,9 @@ fn refusals() {
 #[test]
 fn what_is_not_said_goes_back_to_its_default() {
     let mut world = world();
+    // Not discard, which a child has by default: it stays as it is.
+    let file = json!({"driver": "file", "node-name": "fa", "filename": "/a", "detect-zeroes": "unmap"});
+    reopen(&mut world, &[file]).unwrap();
     reopen(&mut world, &[a(&json!({"read-only": true}))]).unwrap();
     let writable = |world: &World, name| world.graph.node(world.graph.find(name).expect("open")).writable;
     assert!(!writable(&world, "a"));
@@ -406,4 +409,26 @@ fn lengths() {
         refusal.contains("'resize' are both required by an unnamed block device"),
         "{refusal}"
     );
+}
+
+/// Nobody should do it, but a node can be given a file that is no image; nothing may panic then.
+#[test]
+fn a_format_node_over_another_file() {
+    let mut world = world();
+    run(
+        &mut world,
+        "blockdev-add",
+        &json!({"driver": "null-co", "node-name": "z"}),
+    )
+    .unwrap();
+    reopen(&mut world, &[a(&json!({"file": "z"}))]).unwrap();
+    let change = json!({"device": "a", "image-node-name": "a", "backing-file": "x"});
+    run(&mut world, "change-backing-file", &change).unwrap();
+    run(
+        &mut world,
+        "block_resize",
+        &json!({"node-name": "a", "size": 512}),
+    )
+    .unwrap();
+    run(&mut world, "block-stream", &json!({"job-id": "j", "device": "a"})).unwrap();
 }

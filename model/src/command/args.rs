@@ -196,7 +196,7 @@ impl<'a> Args<'a> {
         if words.contains(&word) {
             return Ok(Some(word));
         }
-        let name = self.full_name(name);
+        // Here the path is not told.
         Err(Refusal::new(format!(
             "Parameter '{name}' does not accept value '{word}'"
         )))

@@ -200,8 +200,9 @@ impl ChildRef {
             _ => {
                 // Only a backing file can be told to be none.
                 let or_null = if name == "backing" { "OrNull" } else { "" };
+                // Here the path is not told.
                 Err(Refusal::new(format!(
-                    "Invalid parameter type for '{path}', expected: BlockdevRef{or_null}"
+                    "Invalid parameter type for '{name}', expected: BlockdevRef{or_null}"
                 )))
             }
         }
@@ -252,6 +253,7 @@ fn open(world: &mut World, options: &Options, above: Option<Above<'_>>) -> Resul
     let id = world.graph.add_node(Node {
         writable: !own.is_on("read-only"),
         force_share: own.is_on("force-share"),
+        unmap: own.unmaps(),
         inherits_from: above.and_then(|above| above.node),
         options: own,
         explicit,
@@ -286,11 +288,12 @@ pub(crate) fn check_generic(options: &NodeOptions) -> Result<(), Refusal> {
             "force-share=on can only be used with read-only images",
         ));
     }
-    check_detect_zeroes(options)
+    check_detect_zeroes(options, options.unmaps())
 }
 
-pub(crate) fn check_detect_zeroes(options: &NodeOptions) -> Result<(), Refusal> {
-    if options.unmaps_zeroes_in_vain() {
+/// Zeroes that are found in what is written cannot be discarded by a node that discards nothing.
+pub(crate) fn check_detect_zeroes(options: &NodeOptions, unmap: bool) -> Result<(), Refusal> {
+    if !unmap && options.get("detect-zeroes").is_some_and(|v| v == "unmap") {
         return Err(Refusal::new(
             "setting detect-zeroes to unmap is not allowed without setting discard operation to unmap",
         ));

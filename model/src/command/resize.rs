@@ -82,16 +82,15 @@ fn truncate_qcow2(world: &mut World, id: NodeId, size: u64) -> Result<(), Refusa
     let old = graph.node(id).length;
     let covers = |backing| graph.node(backing).length > old;
     let hides = size > old && graph.cow_child(id).is_some_and(covers);
-    let facts = world.header(id).expect("a qcow2 node has a header");
-    if hides && facts.version < 3 {
+    let is_old = world.header(id).is_some_and(|header| header.version < 3);
+    if hides && is_old {
         return Err(Refusal::new(
             "Failed to zero out the new area: Operation not supported",
         ));
     }
-    let file = world.image_file(id).expect("a qcow2 node has a file");
-    let facts = world.files.get_mut(&file).expect("an open file exists");
-    let header = Rc::make_mut(facts).qcow2.as_mut().expect("an image of its own");
-    header.virtual_size = size;
+    if let Some(header) = world.header_mut(id) {
+        header.virtual_size = size;
+    }
     world.graph.node_mut(id).length = size;
     Ok(())
 }

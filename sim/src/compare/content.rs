@@ -17,7 +17,7 @@ use serde_json::{Map, Value};
 use crate::history::StepId;
 use crate::image::read::{Mapping, Qcow2};
 use crate::qemu::nbd::client::{Answer, Ask};
-use crate::scenario::{Action, Format, GuestOp, Image, Range, Scenario, Stored};
+use crate::scenario::{Format, GuestOp, Image, Range, Scenario, Stored};
 use crate::stamp::{self, Source};
 
 /// Nodes longer than this are not read, bytes.
@@ -42,8 +42,6 @@ pub(super) struct Books {
     files: BTreeMap<String, File>,
     /// Nodes of null-co that read as zeroes.
     zeroes: BTreeSet<String>,
-    /// Some node passes discards on.
-    unmaps: bool,
     /// The daemon copied what only layers below `bottom` hold, or may have (a known defect).
     copied_below_bottom: bool,
 }
@@ -56,15 +54,10 @@ impl Books {
         let grain = u64::from(scenario.grain);
         let files = (0..).zip(&scenario.images);
         let files = files.map(|(at, image)| (image.file.clone(), laid_out(image, at, grain)));
-        let unmaps = scenario.steps.iter().any(|step| match &step.action {
-            Action::Command { arguments, .. } => mentions_unmap(arguments),
-            _ => false,
-        });
         Books {
             grain,
             files: files.collect(),
             zeroes: BTreeSet::new(),
-            unmaps,
             copied_below_bottom: false,
         }
     }
@@ -233,17 +226,25 @@ impl Books {
         }
     }
 
-    /// A guest's request ended this way.
+    /// A discard gets to a node that stores something.
+    fn discards(world: &World, node: NodeId) -> bool {
+        let facts = world.graph.node(node);
+        let ends = matches!(facts.driver, Driver::Qcow2) || facts.driver.is_protocol();
+        let below = || world.graph.primary_child(node);
+        facts.unmap && (ends || below().is_some_and(|below| Books::discards(world, below)))
+    }
+
+    /// A guest's request ended this way. `shown`: how long the guest takes the node to be.
     pub(super) fn guest(
         &mut self,
         world: &World,
         node: NodeId,
-        writable: bool,
+        (writable, shown): (bool, Option<u64>),
         op: GuestOp,
         step: usize,
         answer: &Answer,
     ) -> Result<(), Wrong> {
-        let length = world.graph.node(node).length;
+        let length = shown.unwrap_or(u64::MAX).min(world.graph.node(node).length);
         let error = match answer {
             Answer::Read(Err(e)) | Answer::Done(Err(e)) | Answer::Status(Err(e)) => Some(*e),
             _ => None,
@@ -285,7 +286,9 @@ impl Books {
                 self.write(world, node, grains.clone(), Cell::Zero);
                 self.zeroed_old(world, node, grains);
             }
-            GuestOp::Discard(_) if self.unmaps => self.write(world, node, grains, Cell::Stamp(UNKNOWN)),
+            GuestOp::Discard(_) if Books::discards(world, node) => {
+                self.write(world, node, grains, Cell::Stamp(UNKNOWN));
+            }
             GuestOp::Discard(_) | GuestOp::Flush => {}
             GuestOp::BlockStatus(_) => {
                 if let Answer::Status(Ok(extents)) = answer {
@@ -763,7 +766,7 @@ impl Books {
             {
                 self.stored_cluster(
                     name,
-                    cluster,
+                    first,
                     cells,
                     bytes.get(usize::try_from(host).unwrap_or(usize::MAX)..),
                 )?;
@@ -775,11 +778,11 @@ impl Books {
     fn stored_cluster(
         &self,
         name: &str,
-        cluster: u64,
+        first: usize,
         cells: &[Cell],
         bytes: Option<&[u8]>,
     ) -> Result<(), Wrong> {
-        let start = cluster * cells.len() as u64 * self.grain;
+        let start = first as u64 * self.grain;
         let bytes = bytes.unwrap_or_default();
         let chunks = bytes.chunks_exact(usize::try_from(self.grain).expect("small"));
         for (at, (cell, grain)) in (0u64..).zip(cells.iter().zip(chunks)) {
@@ -844,14 +847,6 @@ fn laid_out(image: &Image, index: u16, grain: u64) -> File {
     }
 }
 
-fn mentions_unmap(options: &Map<String, Value>) -> bool {
-    options.iter().any(|(key, value)| match value {
-        Value::String(s) => key == "discard" && s == "unmap",
-        Value::Object(inner) => mentions_unmap(inner),
-        _ => false,
-    })
-}
-
 fn source(step: usize) -> Source {
     Source::Step(StepId(u32::try_from(step).expect("few steps")))
 }
@@ -913,7 +908,7 @@ mod tests {
         };
         let done = Answer::Done(Ok(()));
         books
-            .guest(&world, node("c"), true, GuestOp::Write(range), 7, &done)
+            .guest(&world, node("c"), (true, None), GuestOp::Write(range), 7, &done)
             .expect("fine");
         assert_eq!(
             books.view(&world, node("c")).expect("known")[..3],
@@ -942,12 +937,12 @@ mod tests {
             length: 512,
         };
         let zeroes = Answer::Read(Ok(vec![0; 512]));
-        let wrong = books.guest(&world, node, false, GuestOp::Read(range), 0, &zeroes);
+        let wrong = books.guest(&world, node, (false, None), GuestOp::Read(range), 0, &zeroes);
         assert!(wrong.expect_err("differs").0.contains("fill 0 of image 0"));
         let write = books.guest(
             &world,
             node,
-            false,
+            (false, None),
             GuestOp::Write(range),
             0,
             &Answer::Done(Ok(())),

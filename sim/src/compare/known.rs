@@ -5,6 +5,8 @@
 //! exhaustive campaigns steer around what ends a daemon, so that it does not hide the rest; a scenario file is always
 //! carried out as it stands.
 
+mod graph;
+
 use blkcheck_model::World;
 use serde_json::{Map, Value};
 
@@ -242,11 +244,16 @@ pub static DEFECTS: &[Defect] = &[
         scenario: files!("refused-stream-pins-read-only").0,
         page: files!("refused-stream-pins-read-only").1,
         matches: |case| {
-            case.what == Some(What::Result)
+            let later = case.what == Some(What::Result)
                 && case.model == "accepted"
                 && case.qemu.ends_with("Block node is read-only")
                 && case.step > 0
-                && streams(case.scenario, case.step - 1)
+                && streams(case.scenario, case.step - 1);
+            // A child that had been reopened by itself follows the device again.
+            let at_once = case.what == Some(What::ReadOnly)
+                && case.execute == "block-stream"
+                && graph::is_refused(case);
+            later || at_once
         },
         steer: None,
     },
@@ -404,6 +411,89 @@ pub static DEFECTS: &[Defect] = &[
                     .filter(|(execute, _)| *execute == "block_resize")
                     .count()
                     > 1
+        },
+        steer: None,
+    },
+    Defect {
+        id: "reopen-drains-for-ever",
+        title: "blockdev-reopen that comes upon a node twice leaves it drained for ever: guests' requests hang",
+        qemu: "the node is drained at every visit, as listed and as the child of a listed node, but undrained once",
+        right: "whatever the command drains it undrains, whether it is accepted or refused",
+        sure: Sure::Certain,
+        scenario: files!("reopen-drains-for-ever").0,
+        page: files!("reopen-drains-for-ever").1,
+        matches: graph::after_a_double_visit,
+        steer: Some(|around| {
+            around.execute == "blockdev-reopen" && graph::visits_twice(around.world, around.arguments)
+        }),
+    },
+    Defect {
+        id: "refused-reopen-loses-file",
+        title: "a blockdev-reopen of qcow2 that is refused after its file was changed uses memory that was freed",
+        qemu: "the driver takes the new link for its data file before the change is taken back and the link is freed",
+        right: "a refused command changes nothing",
+        sure: Sure::Certain,
+        scenario: files!("refused-reopen-loses-file").0,
+        page: files!("refused-reopen-loses-file").1,
+        matches: |case| case.failed.is_some() && graph::after_a_lost_file(case),
+        steer: Some(|around| {
+            around.execute == "blockdev-reopen" && graph::loses_file(around.world, around.arguments)
+        }),
+    },
+    Defect {
+        id: "reopen-of-nothing",
+        title: "blockdev-reopen of an empty list aborts the daemon",
+        qemu: "an assertion holds that there is something to reopen, although the schema allows an empty list",
+        right: "nothing to do is done: no argument of a command may end the process that serves other guests",
+        sure: Sure::Certain,
+        scenario: files!("reopen-of-nothing").0,
+        page: files!("reopen-of-nothing").1,
+        matches: |case| case.failed.is_some() && graph::reopens_nothing(case.execute, case.arguments),
+        steer: Some(|around| graph::reopens_nothing(around.execute, around.arguments)),
+    },
+    Defect {
+        id: "reopen-frees-listed-node",
+        title: "blockdev-reopen crashes when one node that it lists lets go of another",
+        qemu: "the node goes with its last link, and is then asked for the last step of its own reopen",
+        right: "the command succeeds, and the node is gone",
+        sure: Sure::Certain,
+        scenario: files!("reopen-frees-listed-node").0,
+        page: files!("reopen-frees-listed-node").1,
+        matches: |case| {
+            case.failed.is_some()
+                && case.execute == "blockdev-reopen"
+                && graph::lets_go_of_listed(case.world, case.arguments)
+        },
+        steer: Some(|around| {
+            around.execute == "blockdev-reopen" && graph::lets_go_of_listed(around.world, around.arguments)
+        }),
+    },
+    Defect {
+        id: "resize-below-keeps-length",
+        title: "raw nodes and filters above a node that gets another length keep their old one",
+        qemu: "only the node that the command names, and what it passes the length on to, is asked for its length again",
+        right: "they show the whole of what is below, so that they have its length",
+        sure: Sure::Likely,
+        scenario: files!("resize-below-keeps-length").0,
+        page: files!("resize-below-keeps-length").1,
+        matches: graph::keeps_length,
+        steer: None,
+    },
+    Defect {
+        id: "aborted-snapshot-takes-parents",
+        title: "a transaction that is aborted after a snapshot moves the overlay's own parents to the old node",
+        qemu: "the roll-back moves whatever is above the overlay back, not only what the snapshot had moved there; when \
+               one of these links is frozen, it aborts",
+        right: "who used the overlay before goes on using it: an aborted transaction changes nothing",
+        sure: Sure::Certain,
+        scenario: files!("aborted-snapshot-takes-parents").0,
+        page: files!("aborted-snapshot-takes-parents").1,
+        matches: |case| {
+            let seen = matches!(
+                case.what,
+                Some(What::Nodes | What::Edges | What::Masks | What::ReadOnly | What::Refusal)
+            );
+            (seen || case.failed.is_some()) && graph::aborts_a_used_overlay(case)
         },
         steer: None,
     },

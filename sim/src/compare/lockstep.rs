@@ -5,6 +5,7 @@
 //! daemon exactly as it was, also where the model does not look. At the end every node is read.
 //! Rules: the first difference ends a scenario, since what follows from it says nothing new.
 
+use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use blkcheck_model::{Command, Driver, JobStatus, Outcome, World};
@@ -105,6 +106,8 @@ pub(super) struct Run<'a> {
     prepared: Vec<String>,
     /// The beginning of each image, as it was last read.
     heads: Vec<Vec<u8>>,
+    /// How long exports are: as long as their nodes were when they were made.
+    lengths: BTreeMap<String, u64>,
 }
 
 /// A header ends here: its own fields, a few extensions, and a name of up to 1023 bytes.
@@ -164,6 +167,7 @@ impl<'a> Run<'a> {
             shown: Shown::default(),
             prepared: Vec::new(),
             heads: Vec::new(),
+            lengths: BTreeMap::new(),
         };
         // What is behind an image belongs to it as well: whoever opens the file sees it.
         for (name, length) in run.peer.lengths() {
@@ -328,6 +332,7 @@ impl<'a> Run<'a> {
         if predicted.is_ok() {
             self.books.opened(execute, arguments);
             self.books.resized(&before_world, &self.world);
+            self.note_lengths();
             self.books.check_sharing(&self.world);
         }
         self.events()?;
@@ -349,6 +354,18 @@ impl<'a> Run<'a> {
             self.shown.refusals.push(refusal);
         }
         Ok(answer.is_ok())
+    }
+
+    /// Exports that are new have the length of their nodes, for good.
+    fn note_lengths(&mut self) {
+        let exports = &self.world.exports;
+        self.lengths
+            .retain(|name, _| exports.iter().any(|e| *e.name == **name));
+        for export in exports {
+            let node = self.world.graph.edge(export.root).child;
+            let length = self.world.graph.node(node).length;
+            self.lengths.entry(export.name.to_string()).or_insert(length);
+        }
     }
 
     /// A refused command changed nothing, modelled or not.
@@ -535,7 +552,10 @@ impl<'a> Run<'a> {
                 "no such export".to_owned(),
             ));
         }
-        let expected = self.books.guest(&self.world, node, writable, op, at, &answer);
+        let shown = self.lengths.get(&name).copied();
+        let expected = self
+            .books
+            .guest(&self.world, node, (writable, shown), op, at, &answer);
         expected.map_err(|(model, qemu)| Stop::Differs(What::Content, model, qemu))?;
         if self.books.take_copied_below_bottom() {
             self.aside(known::copies_below_bottom(), at);
@@ -629,7 +649,8 @@ impl<'a> Run<'a> {
                 ));
             };
             self.books.probed(&self.world, id, scenario.grain);
-            let length = self.world.graph.node(id).length;
+            let now = self.world.graph.node(id).length;
+            let length = self.lengths.get(export).copied().unwrap_or(now);
             if size != length {
                 return Err(Stop::Differs(
                     What::Content,
@@ -637,6 +658,7 @@ impl<'a> Run<'a> {
                     format!("{size}"),
                 ));
             }
+            let size = size.min(now);
             if size > super::content::LONGEST {
                 continue;
             }
@@ -648,7 +670,7 @@ impl<'a> Run<'a> {
             let answer = self.peer.request(export, Books::ask(scenario, op, 0))?;
             self.is_alive(&answer)?;
             self.books
-                .guest(&self.world, id, false, op, 0, &answer)
+                .guest(&self.world, id, (false, None), op, 0, &answer)
                 .map_err(|(model, qemu)| {
                     Stop::Differs(What::Content, format!("node '{node}': {model}"), qemu)
                 })?;

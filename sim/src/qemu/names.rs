@@ -209,6 +209,8 @@ pub fn option_of_file(desc: &str) -> Option<String> {
     let option = desc.split('\'').nth(1)?;
     let path = OF_FILE.iter().find_map(|own| option.strip_suffix(own))?;
     let ours = match path {
+        // What had no server is no file.
+        "" if option == "server.path" && desc.starts_with("Cannot change") => "driver".to_owned(),
         "" | "file." => format!("{path}filename"),
         "backing.file." => "backing.driver".to_owned(),
         _ => return None,

@@ -294,7 +294,7 @@ fn layer(rng: &mut Rng, cast: &Cast) -> String {
 }
 
 fn next(rng: &mut Rng, cast: &mut Cast) -> Step {
-    match rng.weighted(&[6, 5, 5, 4, 2, 6, 3, 1, 6, 3, 2]) {
+    match rng.weighted(&[6, 5, 5, 4, 2, 6, 3, 1, 6, 3, 4]) {
         0 => stream(rng, cast),
         1 => verb(rng, cast),
         2 => node(rng, cast),
