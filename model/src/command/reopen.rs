@@ -14,9 +14,7 @@ pub(crate) fn blockdev_reopen(world: &mut World, arguments: &Value) -> Result<()
     let all = parse(arguments)?;
     let mut queue = Queue::default();
     fill(&world.graph, &mut queue, all)?;
-    world.graph.reopen(queue)?;
-    world.graph.lengths_follow();
-    Ok(())
+    world.graph.reopen(queue)
 }
 
 fn parse(arguments: &Value) -> Result<Vec<NodeOptions>, Refusal> {

@@ -430,8 +430,10 @@ impl Books {
     fn write(&mut self, world: &World, node: NodeId, grains: Span<usize>, cell: Cell) {
         if let Some(top) = Books::top(world, node) {
             self.populate(world, top, grains.clone());
-            let file = world.image_file(top).expect("a qcow2 node has a file");
-            self.set(&file, grains, cell);
+            // A part of a file is no image of ours.
+            if let Some(file) = world.image_file(top) {
+                self.set(&file, grains, cell);
+            }
             return;
         }
         let (mut at, mut windowed) = (node, false);
@@ -457,7 +459,7 @@ impl Books {
         let Some(top) = Books::top(world, node).filter(|top| world.graph.cow_child(*top).is_none()) else {
             return;
         };
-        let name = world.image_file(top).expect("a qcow2 node has a file");
+        let Some(name) = world.image_file(top) else { return };
         let Some(file) = self.files.get_mut(&*name) else {
             return;
         };

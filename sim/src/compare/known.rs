@@ -469,17 +469,6 @@ pub static DEFECTS: &[Defect] = &[
         }),
     },
     Defect {
-        id: "resize-below-keeps-length",
-        title: "raw nodes and filters above a node that gets another length keep their old one",
-        qemu: "only the node that the command names, and what it passes the length on to, is asked for its length again",
-        right: "they show the whole of what is below, so that they have its length",
-        sure: Sure::Likely,
-        scenario: files!("resize-below-keeps-length").0,
-        page: files!("resize-below-keeps-length").1,
-        matches: graph::keeps_length,
-        steer: None,
-    },
-    Defect {
         id: "aborted-snapshot-takes-parents",
         title: "a transaction that is aborted after a snapshot moves the overlay's own parents to the old node",
         qemu: "the roll-back moves whatever is above the overlay back, not only what the snapshot had moved there; when \

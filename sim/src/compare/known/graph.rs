@@ -4,7 +4,6 @@ use blkcheck_model::{Command, Driver, World};
 use serde_json::{Map, Value};
 
 use super::{Case, Kind};
-use crate::compare::What;
 use crate::scenario::Action;
 
 /// An empty list.
@@ -56,14 +55,6 @@ pub(super) fn lets_go_of_listed(world: &World, arguments: &Map<String, Value>) -
     done && listed
         .iter()
         .any(|id| after.graph.nodes().all(|(left, _)| left != *id))
-}
-
-/// A node is not as long as the model has it, and lengths were changed.
-pub(super) fn keeps_length(case: &Case<'_>) -> bool {
-    let about_length = case.what == Some(What::Content) && case.model.ends_with(" bytes");
-    about_length
-        && (commands(case, "block_resize").next().is_some()
-            || commands(case, "blockdev-reopen").next().is_some())
 }
 
 /// A transaction is refused that would put an overlay above a node, and other nodes are above that overlay.
