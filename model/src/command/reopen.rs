@@ -14,7 +14,9 @@ pub(crate) fn blockdev_reopen(world: &mut World, arguments: &Value) -> Result<()
     let all = parse(arguments)?;
     let mut queue = Queue::default();
     fill(&world.graph, &mut queue, all)?;
-    world.graph.reopen(queue)
+    world.graph.reopen(queue)?;
+    world.graph.lengths_follow();
+    Ok(())
 }
 
 fn parse(arguments: &Value) -> Result<Vec<NodeOptions>, Refusal> {

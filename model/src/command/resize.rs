@@ -1,7 +1,8 @@
 //! `block_resize`: another length for a node whose users all allow it.
 //!
-//! Rules: a filter and a raw node pass the length on; qcow2 records it. What is above the node that is named keeps its
-//! length, as nobody asks it again.
+//! Rules: a filter and a raw node pass the length on; qcow2 records it. Whoever shows the whole of a node that gets
+//! another length has that length, too.
+//! Differs from QEMU 10.0: there what is above the node keeps its old length.
 
 use std::rc::Rc;
 
@@ -33,7 +34,9 @@ pub(crate) fn block_resize(world: &mut World, arguments: &Value) -> Result<(), R
     world
         .graph
         .check_root(node, Masks::new(Perm::RESIZE, Perm::all()))?;
-    truncate(world, node, size)
+    truncate(world, node, size)?;
+    world.graph.lengths_follow();
+    Ok(())
 }
 
 fn truncate(world: &mut World, id: NodeId, size: u64) -> Result<(), Refusal> {
@@ -43,12 +46,7 @@ fn truncate(world: &mut World, id: NodeId, size: u64) -> Result<(), Refusal> {
     }
     let (driver, below) = (node.driver, world.graph.primary_child(id));
     match driver {
-        Driver::CopyOnRead => {
-            let below = below.expect("a filter has a child");
-            truncate(world, below, size)?;
-            world.graph.node_mut(id).length = world.graph.node(below).length;
-            Ok(())
-        }
+        Driver::CopyOnRead => truncate(world, below.expect("a filter has a child"), size),
         Driver::Raw => {
             let options = node.options.clone();
             if options.has("size") {
@@ -59,11 +57,7 @@ fn truncate(world: &mut World, id: NodeId, size: u64) -> Result<(), Refusal> {
                 .checked_add(offset)
                 .filter(|end| i64::try_from(*end).is_ok())
                 .ok_or_else(|| Refusal::new("Disk size too large for the chosen offset"))?;
-            let below = below.expect("raw has a file");
-            truncate(world, below, end)?;
-            let length = Window::at(&options).length(world.graph.node(below).length);
-            world.graph.node_mut(id).length = length;
-            Ok(())
+            truncate(world, below.expect("raw has a file"), end)
         }
         Driver::Qcow2 => truncate_qcow2(world, id, size),
         Driver::File => {
@@ -99,4 +93,23 @@ fn truncate_qcow2(world: &mut World, id: NodeId, size: u64) -> Result<(), Refusa
     }
     world.graph.node_mut(id).length = size;
     Ok(())
+}
+
+impl crate::Graph {
+    /// Nodes that show the whole of another have its length.
+    pub(crate) fn lengths_follow(&mut self) {
+        let all: Vec<NodeId> = self.nodes().map(|(id, _)| id).collect();
+        for id in self.topological(all).into_iter().rev() {
+            let node = self.node(id);
+            let Some(below) = self.primary_child(id).map(|below| self.node(below).length) else {
+                continue;
+            };
+            let length = match node.driver {
+                Driver::CopyOnRead => below,
+                Driver::Raw => Window::at(&node.options).length(below),
+                _ => continue,
+            };
+            self.node_mut(id).length = length;
+        }
+    }
 }
