@@ -114,6 +114,12 @@ const DEFECTIVE: &[(&str, &str, &str)] = &[
         "block-backend '' -root-> top",
         "block-backend '' -root-> top",
     ),
+    // stream-over-raw-loses-data
+    (
+        "tests/regressions/stream-over-raw-on-an-overlay.json",
+        "holds the wrong data",
+        "holds zeroes",
+    ),
     // nbd-short-tail-hangs
     ("tests/scenarios/short-backing.json", "", "it hangs"),
     // inline-backing-over-header

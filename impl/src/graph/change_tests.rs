@@ -267,7 +267,11 @@ fn set_backing_replaces_and_removes() {
         "what lost its users asks for nothing"
     );
     assert_eq!(mid.inherits_from.get(), None, "on its own now");
-    assert_eq!(base.inherits_from.get(), Some(mid.id));
+    assert_eq!(
+        base.inherits_from.get(),
+        Some(top.id),
+        "through mid before, directly now"
+    );
     assert_eq!((mid.refcnt.get(), base.refcnt.get()), (1, 3));
     now(layer.set_backing(top.id, None)).unwrap();
     assert_eq!(layer.cow(top.id), None);

@@ -7,7 +7,7 @@
 
 mod graph;
 
-use blkcheck_model::World;
+use blkcheck_model::{Driver, World};
 use serde_json::{Map, Value};
 
 use super::{Kind, What};
@@ -272,6 +272,24 @@ pub static DEFECTS: &[Defect] = &[
                 && case.qemu.starts_with("Stamp(");
             let copied = case.what == Some(What::Allocation) && case.qemu == "not allocated";
             (content || copied) && is_uneven(case.scenario) && streams(case.scenario, case.step)
+        },
+        steer: None,
+    },
+    Defect {
+        id: "stream-over-raw-loses-data",
+        title: "a stream over a raw node on an overlay loses what lies below the overlay",
+        qemu: "a raw node says of what its overlay leaves to its backing file that nobody holds it: it is not copied, and the \
+               stream succeeds",
+        right: "all the data: a stream must not change what the guest reads",
+        sure: Sure::Certain,
+        scenario: files!("stream-over-raw-loses-data").0,
+        page: files!("stream-over-raw-loses-data").1,
+        matches: |case| {
+            case.what == Some(What::Content)
+                && !case.model.contains("zeroes")
+                && case.qemu == "Zero"
+                && streams(case.scenario, case.step)
+                && has_raw_on_overlay(case.world)
         },
         steer: None,
     },
@@ -596,6 +614,15 @@ fn names_any(arguments: &Map<String, Value>, nodes: &[String]) -> bool {
         Value::String(s) => nodes.contains(s),
         Value::Object(inner) => names_any(inner, nodes),
         _ => false,
+    })
+}
+
+/// There is a raw node over an image that has a backing file.
+fn has_raw_on_overlay(world: &World) -> bool {
+    let graph = &world.graph;
+    graph.nodes().any(|(id, node)| {
+        let below = graph.primary_child(id).map(|below| graph.skip_filters(below));
+        node.driver == Driver::Raw && below.is_some_and(|below| graph.cow_child(below).is_some())
     })
 }
 
