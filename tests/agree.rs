@@ -113,7 +113,16 @@ fn a_replay_on_the_stress_tier_says_so_on_its_page() {
         "--json",
     ];
     let (code, report) = run(dir.path(), &stress);
-    assert_eq!((code, &report["verdict"]), (0, &json!("pass")), "{report}");
+    // With I/O threads the daemon may die of races of its own; nothing else may be found here.
+    if code == 0 {
+        assert_eq!(report["verdict"], "pass", "{report}");
+    } else {
+        assert_eq!(
+            (code, &report["verdict"], &report["oracle"]),
+            (1, &json!("fail"), &json!("daemon")),
+            "{report}"
+        );
+    }
     assert_eq!(
         (&report["trace_hash"], &report["deterministic"]),
         (&Value::Null, &json!(false))

@@ -29,10 +29,15 @@ pub static GATED: &[Defect] = &[Defect {
     steer: None,
 }];
 
+/// The whole reviewed list.
+pub fn all() -> impl Iterator<Item = &'static Defect> {
+    DEFECTS.iter().chain(GATED)
+}
+
 /// The entry of this name.
 #[must_use]
 pub fn find(id: &str) -> Option<&'static Defect> {
-    DEFECTS.iter().chain(GATED).find(|d| d.id == id)
+    all().find(|d| d.id == id)
 }
 
 /// Its title.

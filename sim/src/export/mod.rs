@@ -22,7 +22,7 @@ mod values;
 
 use std::path::Path;
 
-use crate::compare::known::DEFECTS;
+use crate::compare::known_run;
 use crate::compare::lockstep::{Lockstep, Manner};
 use crate::compare::peer::Peer;
 use crate::finish::exposed;
@@ -201,7 +201,7 @@ fn adapted(scenario: &Scenario) -> (Scenario, Vec<String>) {
 
 /// What the reviewed list, or else the daemon itself, says of this scenario.
 fn claim(scenario: &Scenario, options: &Options<'_>) -> Claim {
-    let known = DEFECTS.iter().find(|defect| {
+    let known = known_run::all().find(|defect| {
         let own = parse::parse(defect.id, defect.scenario.as_bytes());
         own.is_ok_and(|own| own == *scenario)
     });
