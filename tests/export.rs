@@ -94,6 +94,31 @@ fn every_known_defect_has_its_script() {
 }
 
 #[test]
+fn every_page_is_in_the_index() {
+    let findings = root().join("docs/findings");
+    let index = std::fs::read_to_string(findings.join("README.md")).expect("readable");
+    let files = std::fs::read_dir(&findings).expect("readable");
+    let mut pages: Vec<String> = files
+        .filter_map(|f| f.expect("readable").file_name().into_string().ok())
+        .filter(|name| name.ends_with(".md") && name != "README.md")
+        .collect();
+    pages.sort_unstable();
+    assert!(pages.len() > 20, "{pages:?}");
+    for page in &pages {
+        let id = page.trim_end_matches(".md");
+        assert!(
+            index.contains(&format!("[{id}]({page})")),
+            "{id} is not in the index"
+        );
+    }
+    let rows = index.lines().filter(|l| l.starts_with("| [")).count();
+    assert_eq!(rows, pages.len(), "the index names pages that are not there");
+    for defect in known_run::all() {
+        assert!(pages.contains(&format!("{}.md", defect.id)), "{}", defect.id);
+    }
+}
+
+#[test]
 fn every_known_defect_is_reproduced_by_its_script() {
     if !usable("every_known_defect_is_reproduced_by_its_script") {
         return;
