@@ -494,6 +494,7 @@ impl Books {
         let (Some(view), Some(name)) = (self.view(world, top), world.image_file(top)) else {
             return;
         };
+        self.reads_the_rest(world, top, &name, grains.clone());
         let Some(file) = self.files.get_mut(&*name) else {
             return;
         };
@@ -505,6 +506,32 @@ impl Books {
                     layer.cells[grain] = Cell::Stamp(view.get(grain).copied().unwrap_or(0));
                     file.copied[grain] = None;
                 }
+            }
+        }
+    }
+
+    /// What a cluster needs besides these grains is read from below, through whatever filter is there. The grains
+    /// themselves are read along with it, or not.
+    fn reads_the_rest(&mut self, world: &World, top: NodeId, file: &str, grains: Span<usize>) {
+        let Some(below) = world.graph.cow_child(top) else {
+            return;
+        };
+        let Some(filtered) = world.graph.filter_child(below) else {
+            return;
+        };
+        let Some(file) = self.files.get(file) else { return };
+        let layer = &file.layer;
+        let covered = grains.start..grains.end.min(layer.cells.len());
+        if covered.is_empty() {
+            return;
+        }
+        let all = layer.cluster_of(covered.start).start..layer.cluster_of(covered.end - 1).end;
+        let open: Vec<usize> = all.filter(|at| layer.cells[*at] == Cell::Unallocated).collect();
+        for at in open {
+            if covered.contains(&at) {
+                self.may_be_copied(world, filtered, at..at + 1);
+            } else {
+                self.was_read(world, below, at..at + 1);
             }
         }
     }
@@ -879,7 +906,8 @@ mod tests {
             r#"{"version":1,"grain":512,"images":[
             {"file":"b","format":"qcow2","size":4096,"cluster-size":512,
                 "fill":[{"offset":0,"length":1024,"stored":"data"}]},
-            {"file":"t","format":"qcow2","size":4096,"cluster-size":1024}],"steps":[]}"#,
+            {"file":"t","format":"qcow2","size":4096,"cluster-size":1024},
+            {"file":"o","format":"qcow2","size":4096,"cluster-size":1024}],"steps":[]}"#,
         );
         let mut world = crate::follow::world_of(&scenario);
         for add in [
@@ -887,6 +915,7 @@ mod tests {
             serde_json::json!({"driver":"qcow2","node-name":"t","backing":"b",
                 "file":{"driver":"file","filename":"t"}}),
             serde_json::json!({"driver":"copy-on-read","node-name":"c","file":"t","bottom":"b"}),
+            serde_json::json!({"driver":"qcow2","node-name":"o","backing":"c","file":{"driver":"file","filename":"o"}}),
         ] {
             let command = blkcheck_model::Command::new("blockdev-add", &add);
             world.execute(&command).expect("a chain");
@@ -928,6 +957,26 @@ mod tests {
         books.was_read(&world, node("c"), 0..8);
         let allocated: Vec<bool> = (0..8).map(|g| books.files["t"].layer.is_allocated(g)).collect();
         assert_eq!(allocated, [true, true, false, false, false, false, false, false]);
+    }
+
+    #[test]
+    fn what_a_write_needs_from_below_is_read_through_the_filter_there() {
+        let (_, world, mut books) = chain();
+        let node = world.graph.find("o").expect("open");
+        let range = Range {
+            offset: 0,
+            length: 512,
+        };
+        let (op, done) = (GuestOp::Write(range), Answer::Done(Ok(())));
+        books
+            .guest(&world, node, (true, None), op, 7, &done)
+            .expect("fine");
+        let allocated = |file: &str, grain| books.files[file].layer.is_allocated(grain);
+        assert!(
+            allocated("o", 1) && allocated("t", 1),
+            "the other half of the cluster"
+        );
+        assert!(!allocated("o", 2) && !allocated("t", 2));
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! Every sequence of a fixed set of commands, up to a length, over a chain of three layers with one filter.
+//! Every sequence of a fixed set of commands, up to a length, over a chain of three layers with one filter, and an
+//! overlay that is open beside it.
 //!
 //! The sequences form a tree, and the walk shares prefixes: the daemon is brought back to a prefix (from nothing: taken
 //! down, set up, the prefix sent again) only after a command that was accepted. A refused command of which model and
@@ -51,7 +52,7 @@ fn command(execute: &str, arguments: Value) -> Step {
     }
 }
 
-/// Base, middle and top, a copy-on-read filter over the top, and an export of the filter.
+/// Base, middle and top, a copy-on-read filter over the top, an export of the filter, and an overlay above nothing.
 #[must_use]
 pub fn setup() -> Scenario {
     let image = |layer: usize, clusters: &[u64]| Image {
@@ -82,7 +83,12 @@ pub fn setup() -> Scenario {
     };
     Scenario {
         grain: 512,
-        images: vec![image(0, &[0, 1, 2, 3]), image(1, &[2, 5]), image(2, &[3])],
+        images: vec![
+            image(0, &[0, 1, 2, 3]),
+            image(1, &[2, 5]),
+            image(2, &[3]),
+            image(3, &[6]),
+        ],
         steps: vec![
             add(0),
             add(1),
@@ -95,6 +101,11 @@ pub fn setup() -> Scenario {
                 "block-export-add",
                 json!({"type": "nbd", "id": "x", "name": "x", "node-name": "cor", "writable": true}),
             ),
+            command(
+                "blockdev-add",
+                json!({"driver": "qcow2", "node-name": "over", "backing": null,
+                    "file": {"driver": "file", "node-name": "f3", "filename": "i3.img"}}),
+            ),
         ],
         ..Scenario::default()
     }
@@ -106,6 +117,9 @@ pub fn commands() -> Vec<Step> {
     let mut steps = streams();
     steps.extend(verbs());
     steps.extend(graph());
+    steps.extend(reopens());
+    steps.extend(snapshots());
+    steps.extend(resizes());
     steps.push(Step {
         actor: "guest".to_owned(),
         action: Action::Guest {
@@ -223,6 +237,63 @@ fn graph() -> Vec<Step> {
             "change-backing-file",
             json!({"device": "cor", "image-node-name": "n0", "backing-file": "b.img"}),
         ),
+    ]
+}
+
+fn reopens() -> Vec<Step> {
+    let node = |layer: usize, changed: Value| {
+        let mut all =
+            json!({"driver": "qcow2", "node-name": format!("n{layer}"), "file": format!("f{layer}")});
+        for (key, value) in changed.as_object().expect("an object") {
+            all[key] = value.clone();
+        }
+        all
+    };
+    let reopen = |nodes: Value| command("blockdev-reopen", json!({"options": nodes}));
+    vec![
+        reopen(json!([node(2, json!({"backing": "n1", "detect-zeroes": "on"}))])),
+        reopen(json!([node(2, json!({"backing": null}))])),
+        reopen(json!([node(2, json!({"backing": "n0"}))])),
+        reopen(json!([node(2, json!({"backing": "extra"}))])),
+        reopen(json!([node(2, json!({"backing": "n1", "read-only": true}))])),
+        reopen(json!([node(1, json!({"backing": "n0", "read-only": true}))])),
+        reopen(json!([
+            node(2, json!({"backing": "n0"})),
+            node(1, json!({"backing": null}))
+        ])),
+        reopen(json!([{"driver": "copy-on-read", "node-name": "cor", "file": "over"}])),
+    ]
+}
+
+fn snapshots() -> Vec<Step> {
+    let above = |node: &str| json!({"node": node, "overlay": "over"});
+    let action = |node: &str| json!({"type": "blockdev-snapshot", "data": above(node)});
+    let transaction = |actions: Value| command("transaction", json!({"actions": actions}));
+    vec![
+        command("blockdev-snapshot", above("n2")),
+        command("blockdev-snapshot", above("n1")),
+        command("blockdev-snapshot", above("cor")),
+        command("blockdev-del", json!({"node-name": "over"})),
+        transaction(json!([action("n2")])),
+        transaction(json!([action("n2"), {"type": "abort", "data": {}}])),
+        transaction(json!([action("n2"), action("n1")])),
+    ]
+}
+
+fn resizes() -> Vec<Step> {
+    let resize = |node: &str, clusters: u64| {
+        command(
+            "block_resize",
+            json!({"node-name": node, "size": clusters * 4096}),
+        )
+    };
+    vec![
+        resize("n2", 10),
+        resize("n2", 6),
+        resize("n1", 7),
+        resize("n0", 9),
+        resize("cor", 9),
+        resize("over", 4),
     ]
 }
 
@@ -401,9 +472,9 @@ mod tests {
     use crate::scenario::validate::validate;
 
     #[test]
-    fn at_least_forty_commands_and_no_two_alike() {
+    fn at_least_sixty_commands_and_no_two_alike() {
         let commands = commands();
-        assert!(commands.len() >= 40, "{}", commands.len());
+        assert!(commands.len() >= 60, "{}", commands.len());
         for (at, one) in commands.iter().enumerate() {
             assert!(!commands[..at].contains(one), "{one:?}");
         }
