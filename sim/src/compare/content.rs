@@ -8,6 +8,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range as Span;
+use std::rc::Rc;
 
 use blkcheck_model::layer::{Cell, Layer};
 use blkcheck_model::perm::Driver;
@@ -143,6 +144,28 @@ impl Books {
         if in_half {
             let end = from.next_multiple_of(cluster).min(to);
             cells[from..end].fill(Cell::Stamp(0));
+        }
+    }
+
+    /// Images whose nodes stand on other storage than before are given up, and so is that storage: what a qcow2 node knows of
+    /// its tables is from the old one, and goes into the new one.
+    pub(super) fn moved(&mut self, before: &World, after: &World) {
+        let mut given_up = BTreeSet::new();
+        for (id, node) in after.graph.nodes() {
+            let was_open = before.graph.nodes().any(|(was, _)| was == id);
+            if node.driver != Driver::Qcow2 || !was_open {
+                continue;
+            }
+            let (old, new) = (storage(before, id), storage(after, id));
+            if old != new {
+                given_up.extend(old);
+                given_up.extend(new);
+            }
+        }
+        for name in given_up {
+            if let Some(file) = self.files.get_mut(&*name) {
+                file.lost = true;
+            }
         }
     }
 
@@ -874,6 +897,27 @@ fn laid_out(image: &Image, index: u16, grain: u64) -> File {
         copied: vec![None; grains],
         lost: false,
     }
+}
+
+/// The files that a node stands on, from above; through formats as well.
+fn storage(world: &World, id: NodeId) -> Vec<Rc<str>> {
+    let mut names = Vec::new();
+    let mut at = world.graph.primary_child(id);
+    while let Some(node) = at {
+        names.extend(world.graph.node(node).filename.clone());
+        // An overlay that was put below leaves to its backing file what it does not hold.
+        if let Some(backing) = world.graph.cow_child(node) {
+            names.extend(storage_or_own(world, backing));
+        }
+        at = world.graph.primary_child(node);
+    }
+    names
+}
+
+fn storage_or_own(world: &World, id: NodeId) -> Vec<Rc<str>> {
+    let mut names: Vec<Rc<str>> = world.graph.node(id).filename.iter().cloned().collect();
+    names.extend(storage(world, id));
+    names
 }
 
 fn source(step: usize) -> Source {

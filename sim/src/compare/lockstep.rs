@@ -332,6 +332,7 @@ impl<'a> Run<'a> {
         if predicted.is_ok() {
             self.books.opened(execute, arguments);
             self.books.resized(&before_world, &self.world);
+            self.books.moved(&before_world, &self.world);
             self.note_lengths();
             self.books.check_sharing(&self.world);
         }
