@@ -14,7 +14,7 @@ use crate::command::open::Window;
 use crate::graph::NodeId;
 use crate::perm::{Driver, Masks, Perm};
 use crate::refusal::Refusal;
-use crate::world::World;
+use crate::world::{Qcow2Facts, World};
 
 const SECTOR: u64 = 512;
 
@@ -82,10 +82,12 @@ fn truncate_qcow2(world: &mut World, id: NodeId, size: u64) -> Result<(), Refusa
     let old = graph.node(id).length;
     let covers = |backing| graph.node(backing).length > old;
     let hides = size > old && graph.cow_child(id).is_some_and(covers);
-    let is_old = world.header(id).is_some_and(|header| header.version < 3);
-    if hides && is_old {
+    // The rest of the last cluster is written; flags are for the clusters behind it.
+    let flags_zeroes =
+        |header: &Qcow2Facts| header.version < 3 && size > old.next_multiple_of(header.cluster_size);
+    if hides && world.header(id).is_some_and(flags_zeroes) {
         return Err(Refusal::new(
-            "Failed to zero out the new area: Operation not supported",
+            "Failed to zero out new clusters: Operation not supported",
         ));
     }
     if let Some(header) = world.header_mut(id) {

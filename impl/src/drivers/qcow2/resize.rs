@@ -62,7 +62,7 @@ impl Qcow2 {
                 self.change_range(cx, from, self.geometry.up(new), Change::Discard, false)
                     .await
             };
-            zeroed.map_err(failed("Failed to zero out the new area"))?;
+            zeroed.map_err(failed("Failed to zero out new clusters"))?;
         }
         let _guard = self.lock.lock().await;
         self.switch_size(cx, new)
