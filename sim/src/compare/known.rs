@@ -608,13 +608,17 @@ pub(super) fn has_bottom_on_top(world: &World) -> bool {
         .any(|(id, node)| node.bottom == Some(graph.skip_filters(id)))
 }
 
-/// Some argument names one of these nodes.
+/// Some argument names one of these nodes, those of lists of options and of actions, too.
 fn names_any(arguments: &Map<String, Value>, nodes: &[String]) -> bool {
-    arguments.values().any(|value| match value {
-        Value::String(s) => nodes.contains(s),
-        Value::Object(inner) => names_any(inner, nodes),
-        _ => false,
-    })
+    fn names(value: &Value, nodes: &[String]) -> bool {
+        match value {
+            Value::String(s) => nodes.contains(s),
+            Value::Array(list) => list.iter().any(|value| names(value, nodes)),
+            Value::Object(inner) => inner.values().any(|value| names(value, nodes)),
+            _ => false,
+        }
+    }
+    arguments.values().any(|value| names(value, nodes))
 }
 
 /// There is a raw node over an image that has a backing file.
@@ -761,6 +765,22 @@ mod tests {
         let del = |name: &str| serde_json::json!({"node-name": name});
         assert_eq!(steered("blockdev-del", del("gone")), Some("filter-outlives-job"));
         assert_eq!(steered("blockdev-del", del("here")), None);
+        let reopen =
+            |name: &str| serde_json::json!({"options": [{"driver": "copy-on-read", "node-name": name}]});
+        assert_eq!(
+            steered("blockdev-reopen", reopen("gone")),
+            Some("filter-outlives-job")
+        );
+        assert_eq!(steered("blockdev-reopen", reopen("here")), None);
+        let snapshot = |name: &str| {
+            let data = serde_json::json!({"node": name, "overlay": "o"});
+            serde_json::json!({"actions": [{"type": "blockdev-snapshot", "data": data}]})
+        };
+        assert_eq!(
+            steered("transaction", snapshot("gone")),
+            Some("filter-outlives-job")
+        );
+        assert_eq!(steered("transaction", snapshot("here")), None);
     }
 
     /// What a case in a scenario of these steps is explained by.
