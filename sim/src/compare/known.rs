@@ -331,6 +331,21 @@ pub static DEFECTS: &[Defect] = &[
         steer: None,
     },
     Defect {
+        id: "reopen-shortens-export",
+        title: "after a reopen that shortens a raw node a guest can abort the daemon",
+        qemu: "nobody above is asked; the export keeps its length, and a request past the node's end meets an assertion",
+        right: "the reopen is refused while somebody relies on the length, and a request past the end fails",
+        sure: Sure::Certain,
+        scenario: files!("reopen-shortens-export").0,
+        page: files!("reopen-shortens-export").1,
+        matches: |case| {
+            case.failed == Some(Kind::Assert)
+                && case.qemu.contains("nbd_co_send_sparse_read")
+                && graph::reopens_a_window(case)
+        },
+        steer: None,
+    },
+    Defect {
         id: "filter-keeps-length",
         title: "a filter keeps its old length when the node below is resized or replaced by an overlay",
         qemu: "nothing tells the parents; an active commit of such a filter meets an assertion",

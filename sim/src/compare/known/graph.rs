@@ -24,6 +24,16 @@ pub(super) fn after_a_double_visit(case: &Case<'_>) -> bool {
         && commands(case, "blockdev-reopen").any(|arguments| visits_twice(case.world, arguments))
 }
 
+/// Some raw node was given another window.
+pub(super) fn reopens_a_window(case: &Case<'_>) -> bool {
+    commands(case, "blockdev-reopen").any(|arguments| {
+        entries(arguments).any(|entry| {
+            let window = entry.contains_key("offset") || entry.contains_key("size");
+            window && entry.get("driver").is_some_and(|driver| driver == "raw")
+        })
+    })
+}
+
 /// A qcow2 node's file changes, and then something in the same description cannot.
 pub(super) fn loses_file(world: &World, arguments: &Map<String, Value>) -> bool {
     let command = Value::Object(arguments.clone());
