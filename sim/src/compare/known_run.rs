@@ -14,20 +14,34 @@ use crate::oracle::{OracleName, Violation};
 use crate::scenario::{Action, Format, GuestOp, Range, Scenario};
 
 /// Defects that need an order of storage requests to show.
-pub static GATED: &[Defect] = &[Defect {
-    id: "zeroes-under-write",
-    title: "zeroing or discarding a cluster does not wait for a write that is allocating it: zeroes are lost, and a \
+pub static GATED: &[Defect] = &[
+    Defect {
+        id: "zeroes-under-write",
+        title: "zeroing or discarding a cluster does not wait for a write that is allocating it: zeroes are lost, and a \
             cluster that was freed is used",
-    qemu: "writes that allocate wait for each other, but zero writes and discards look at the table alone, which the \
+        qemu: "writes that allocate wait for each other, but zero writes and discards look at the table alone, which the \
            write changes only when its data is there",
-    right: "a request that changes a cluster's entry waits for the write that is going to change it: bytes that only \
+        right: "a request that changes a cluster's entry waits for the write that is going to change it: bytes that only \
             the zero write covers are zero, and what is in use has a reference",
-    sure: Sure::Certain,
-    scenario: include_str!("../../../docs/findings/zeroes-under-write.json"),
-    page: include_str!("../../../docs/findings/zeroes-under-write.md"),
-    matches: |_| false,
-    steer: None,
-}];
+        sure: Sure::Certain,
+        scenario: include_str!("../../../docs/findings/zeroes-under-write.json"),
+        page: include_str!("../../../docs/findings/zeroes-under-write.md"),
+        matches: |_| false,
+        steer: None,
+    },
+    Defect {
+        id: "aborted-snapshot-loses-writes",
+        title: "a transaction that is aborted after a snapshot loses what guests write meanwhile, and shows them zeroes",
+        qemu: "the roll-back takes the overlay's backing link away first; guests, who are still above the overlay, go on at that \
+           moment: they read the empty overlay and write to it, and are moved back after that",
+        right: "guests wait until everything is as it was: an aborted transaction changes nothing, and what was acknowledged stays",
+        sure: Sure::Certain,
+        scenario: include_str!("../../../docs/findings/aborted-snapshot-loses-writes.json"),
+        page: include_str!("../../../docs/findings/aborted-snapshot-loses-writes.md"),
+        matches: |_| false,
+        steer: None,
+    },
+];
 
 /// The whole reviewed list.
 pub fn all() -> impl Iterator<Item = &'static Defect> {
@@ -67,6 +81,7 @@ const MATCHERS: &[(&str, Matcher)] = &[
     ("refused-stream-keeps-root", keeps_root),
     ("backing-format-of-overlay", backing_format),
     ("stream-uncovers-base", uncovers_base),
+    ("aborted-snapshot-loses-writes", loses_writes),
     ("zeroes-under-write", zeroes_under_write),
 ];
 
@@ -220,6 +235,52 @@ fn uncovers_base(found: &Found<'_>) -> bool {
         && found.says(&oracles, "expected zeroes")
         && known::is_uneven(found.scenario)
         && found.issued("block-stream")
+}
+
+/// A guest's request was in flight beside a transaction with a snapshot that was refused or is still to be, and then data are
+/// not as they should be.
+fn loses_writes(found: &Found<'_>) -> bool {
+    let oracles = [OracleName::Data, OracleName::Transparency, OracleName::Status];
+    if !oracles.contains(&found.violation.oracle) {
+        return false;
+    }
+    let (mut guests, mut transactions) = (Vec::new(), Vec::new());
+    let mut beside: Vec<StepId> = Vec::new();
+    for record in found.records {
+        match record {
+            Record::Issued(step) => match &found.scenario.steps[step.0 as usize].action {
+                Action::Guest { .. } => {
+                    guests.push(*step);
+                    beside.extend(&transactions);
+                }
+                Action::Command { execute, arguments }
+                    if execute == "transaction" && snapshots(arguments) =>
+                {
+                    transactions.push(*step);
+                    if !guests.is_empty() {
+                        beside.push(*step);
+                    }
+                }
+                _ => {}
+            },
+            Record::Ended(step, outcome) => {
+                guests.retain(|s| s != step);
+                transactions.retain(|s| s != step);
+                if matches!(outcome, Outcome::Command(Ok(_))) {
+                    beside.retain(|s| s != step);
+                }
+            }
+            _ => {}
+        }
+    }
+    !beside.is_empty()
+}
+
+/// A list of actions that goes on after a snapshot, and so can be refused after it.
+fn snapshots(arguments: &Map<String, Value>) -> bool {
+    let actions = arguments.get("actions").and_then(Value::as_array);
+    let is_snapshot = |action: &Value| action.get("type").is_some_and(|t| t == "blockdev-snapshot");
+    actions.is_some_and(|actions| actions.iter().rev().skip(1).any(is_snapshot))
 }
 
 /// A zero write or discard and another write of the same cluster were in flight together, and then data or tables are not
