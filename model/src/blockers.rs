@@ -28,19 +28,26 @@ impl Graph {
     /// # Errors
     /// The node is busy, and with what.
     pub fn check_op(&self, id: NodeId, op: Op) -> Result<(), Refusal> {
-        let reason = self.parents(id).find_map(|(_, edge)| match &edge.parent {
+        match self.busy(id, op).into_iter().next() {
+            Some(reason) => Err(reason),
+            None => Ok(()),
+        }
+    }
+
+    /// Everything that keeps `op` from touching the node, the newest first.
+    #[must_use]
+    pub fn busy(&self, id: NodeId, op: Op) -> Vec<Refusal> {
+        let reason = |parent: &Parent, role: Role| match parent {
             Parent::Job(_) => Some("block device is in use by block job: stream".to_owned()),
-            Parent::Node(overlay) if edge.role.contains(Role::COW) && op != Op::Stream => {
+            Parent::Node(overlay) if role.contains(Role::COW) && op != Op::Stream => {
                 Some(format!("node is used as backing hd of '{}'", self.name(*overlay)))
             }
             Parent::Node(_) | Parent::Export(_) | Parent::JobBackend(_) => None,
-        });
-        match reason {
-            Some(reason) => Err(Refusal::new(format!(
-                "Node '{}' is busy: {reason}",
-                self.name(id)
-            ))),
-            None => Ok(()),
-        }
+        };
+        let name = self.name(id);
+        self.parents(id)
+            .filter_map(|(_, edge)| reason(&edge.parent, edge.role))
+            .map(|reason| Refusal::new(format!("Node '{name}' is busy: {reason}")))
+            .collect()
     }
 }

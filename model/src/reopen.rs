@@ -170,6 +170,16 @@ impl Graph {
         self.reopen(queue)
     }
 
+    /// The nodes that [`Graph::set_read_only`] comes upon, in order and as often as it does.
+    #[must_use]
+    pub fn reopened_with(&self, id: NodeId) -> Vec<NodeId> {
+        let mut options = NodeOptions::default();
+        options.set("read-only", Value::Bool(true));
+        let mut queue = Queue::default();
+        queue.push(self, id, options, true);
+        queue.visits
+    }
+
     fn prepare(&mut self, entry: &mut Entry) -> Result<(), Refusal> {
         check_detect_zeroes(&entry.options, entry.unmap)?;
         let node = self.node(entry.node);

@@ -285,11 +285,15 @@ pub static DEFECTS: &[Defect] = &[
         scenario: files!("stream-over-raw-loses-data").0,
         page: files!("stream-over-raw-loses-data").1,
         matches: |case| {
-            case.what == Some(What::Content)
-                && !case.model.contains("zeroes")
-                && case.qemu == "Zero"
+            let content =
+                case.what == Some(What::Content) && !case.model.contains("zeroes") && case.qemu == "Zero";
+            let stored = case.what == Some(What::Allocation) && case.qemu == "not allocated";
+            // What the stream went over may have gone with it.
+            let moved = has_step(case, "blockdev-snapshot");
+            let dropped = || stored && commands(case).any(|(_, arguments)| has_raw(arguments, moved));
+            (content || stored)
                 && streams(case.scenario, case.step)
-                && has_raw_on_overlay(case.world)
+                && (has_raw_on_overlay(case.world) || dropped())
         },
         steer: None,
     },
@@ -339,9 +343,9 @@ pub static DEFECTS: &[Defect] = &[
         scenario: files!("reopen-shortens-export").0,
         page: files!("reopen-shortens-export").1,
         matches: |case| {
-            case.failed == Some(Kind::Assert)
-                && case.qemu.contains("nbd_co_send_sparse_read")
-                && graph::reopens_a_window(case)
+            let aborts = case.failed == Some(Kind::Assert) && case.qemu.contains("nbd_co_send_sparse_read");
+            let spins = case.failed == Some(Kind::Hang) && graph::asks_past_a_window(case);
+            (aborts || spins) && graph::reopens_a_window(case)
         },
         steer: None,
     },
@@ -445,11 +449,9 @@ pub static DEFECTS: &[Defect] = &[
         scenario: files!("reopen-drains-for-ever").0,
         page: files!("reopen-drains-for-ever").1,
         matches: |case| {
-            graph::after_a_double_visit(case) || (case.failed == Some(Kind::Hang) && reopens_twice(case))
+            graph::after_a_double_visit(case) || (graph::stands_still(case) && reopens_twice(case))
         },
-        steer: Some(|around| {
-            around.execute == "blockdev-reopen" && graph::visits_twice(around.world, around.arguments)
-        }),
+        steer: Some(|around| graph::comes_upon_twice(around.world, around.execute, around.arguments)),
     },
     Defect {
         id: "refused-reopen-loses-file",
@@ -738,6 +740,15 @@ fn file_of<'a>(options: &'a Map<String, Value>, node: &str) -> Option<&'a str> {
         .find_map(|inner| file_of(inner, node))
 }
 
+/// Some raw node is described that stands on something else than a file, or may do so later.
+fn has_raw(options: &Map<String, Value>, later: bool) -> bool {
+    let is_raw = options.get("driver").is_some_and(|driver| driver == "raw");
+    let on_image =
+        |file: &Value| file.get("driver").is_some_and(|driver| driver == "qcow2") || file.is_string();
+    let inner = || options.values().filter_map(Value::as_object);
+    (is_raw && (later || options.get("file").is_some_and(on_image))) || inner().any(|o| has_raw(o, later))
+}
+
 /// Some copy-on-read filter has a `bottom`.
 fn has_bottom(options: &Map<String, Value>) -> bool {
     options.contains_key("bottom") || options.values().filter_map(Value::as_object).any(has_bottom)
@@ -838,6 +849,17 @@ mod tests {
         assert_eq!(explained(&twice, hangs), Some("reopen-drains-for-ever"));
         assert_eq!(explained(&twice, dies), None);
         assert_eq!(explained(&steps(EVEN, &reopen("m")), hangs), None);
+        let paused = |case: &mut Case<'_>| {
+            case.what = Some(What::Jobs);
+            case.model = "job 'j' does not stay paused: ...";
+        };
+        assert_eq!(explained(&twice, paused), Some("reopen-drains-for-ever"));
+        assert_eq!(explained(&steps(EVEN, &reopen("m")), paused), None);
+        let running = |case: &mut Case<'_>| {
+            case.what = Some(What::Jobs);
+            case.model = "job 'j' does not stay running: ...";
+        };
+        assert_eq!(explained(&twice, running), None);
     }
 
     #[test]

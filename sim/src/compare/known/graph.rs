@@ -1,10 +1,10 @@
 //! What commands that change the graph have to do with known defects.
 
-use blkcheck_model::{Command, Driver, World};
+use blkcheck_model::{Command, Driver, NodeId, World};
 use serde_json::{Map, Value};
 
-use super::{Case, Kind};
-use crate::scenario::Action;
+use super::{Case, Kind, What};
+use crate::scenario::{Action, GuestOp};
 
 /// An empty list.
 pub(super) fn reopens_nothing(execute: &str, arguments: &Map<String, Value>) -> bool {
@@ -14,14 +14,71 @@ pub(super) fn reopens_nothing(execute: &str, arguments: &Map<String, Value>) -> 
 
 /// `blockdev-reopen` would come upon some node more than once.
 pub(super) fn visits_twice(world: &World, arguments: &Map<String, Value>) -> bool {
-    let visits = world.reopened(&Value::Object(arguments.clone()));
+    has_double(&world.reopened(&Value::Object(arguments.clone())))
+}
+
+/// The same, of any command that reopens: a stream makes its device writable, and a change of what is recorded its image.
+pub(super) fn comes_upon_twice(world: &World, execute: &str, arguments: &Map<String, Value>) -> bool {
+    match execute {
+        "blockdev-reopen" => visits_twice(world, arguments),
+        _ => made_writable(world, execute, arguments)
+            .is_some_and(|node| !world.graph.node(node).writable && follows_twice(world, node)),
+    }
+}
+
+/// The node that the command makes writable when it is not.
+fn made_writable(world: &World, execute: &str, arguments: &Map<String, Value>) -> Option<NodeId> {
+    let name = match execute {
+        "block-stream" => "device",
+        "change-backing-file" => "image-node-name",
+        _ => return None,
+    };
+    world.graph.find(arguments.get(name)?.as_str()?)
+}
+
+/// Some node follows this one by two ways.
+fn follows_twice(world: &World, node: NodeId) -> bool {
+    has_double(&world.graph.reopened_with(node))
+}
+
+fn has_double(visits: &[NodeId]) -> bool {
     (1..visits.len()).any(|at| visits[..at].contains(&visits[at]))
 }
 
 /// Something does not move, and a reopen before drained some node twice. Judged by who follows whom now.
 pub(super) fn after_a_double_visit(case: &Case<'_>) -> bool {
+    let by_stream = |arguments| {
+        let device = made_writable(case.world, "block-stream", arguments);
+        device.is_some_and(|device| follows_twice(case.world, device))
+    };
+    stands_still(case)
+        && (commands(case, "blockdev-reopen").any(|arguments| visits_twice(case.world, arguments))
+            || commands(case, "block-stream").any(by_stream))
+}
+
+/// A guest waits, or a job is paused that nobody paused.
+pub(super) fn stands_still(case: &Case<'_>) -> bool {
     case.failed == Some(Kind::Hang)
-        && commands(case, "blockdev-reopen").any(|arguments| visits_twice(case.world, arguments))
+        || (case.what == Some(What::Jobs) && case.model.contains("does not stay paused"))
+}
+
+/// A node was made shorter under an export, and the guest asks for the status of what is gone.
+pub(super) fn asks_past_a_window(case: &Case<'_>) -> bool {
+    let Some(Action::Guest {
+        export,
+        op: GuestOp::BlockStatus(range),
+    }) = case.scenario.steps.get(case.step).map(|step| &step.action)
+    else {
+        return false;
+    };
+    let graph = &case.world.graph;
+    let export = case
+        .world
+        .exports
+        .iter()
+        .find(|e| &*e.name == export || &*e.id == export);
+    let length = export.map(|e| graph.node(graph.edge(e.root).child).length);
+    length.is_some_and(|length| range.offset + range.length > length)
 }
 
 /// Some raw node was given another window.
