@@ -185,6 +185,28 @@ pub static DEFECTS: &[Defect] = &[
         steer: Some(|around| around.execute == "blockdev-add" && bottoms_out(around.world, around.arguments)),
     },
     Defect {
+        id: "cor-over-window-aborts",
+        title: "a read through copy-on-read over a raw node whose offset is no multiple of the image's clusters aborts the \
+                daemon",
+        qemu: "the request is rounded to clusters that begin elsewhere in this node, and what is told about the first of them \
+               ends before the request begins",
+        right: "the data: no read of a guest may end the process that serves the others",
+        sure: Sure::Certain,
+        scenario: files!("cor-over-window-aborts").0,
+        page: files!("cor-over-window-aborts").1,
+        matches: |case| {
+            let graph = &case.world.graph;
+            case.failed == Some(Kind::Assert)
+                && case
+                    .qemu
+                    .contains("bdrv_co_do_copy_on_readv: Assertion `skip_bytes < pnum'")
+                && graph
+                    .nodes()
+                    .any(|(_, node)| node.driver == Driver::Raw && node.windowed)
+        },
+        steer: None,
+    },
+    Defect {
         id: "cor-copies-below-bottom",
         title: "a copy-on-read filter whose bottom is the filtered node copies what lies below bottom",
         qemu: "the search for data starts one layer below the filtered node, past bottom, and then finds no end",

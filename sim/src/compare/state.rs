@@ -204,7 +204,15 @@ impl State {
     pub(super) fn read_header(&mut self, name: &str, bytes: &[u8], ours: impl Fn(&str) -> String) {
         let header = Qcow2::parse(bytes).ok().and_then(|image| {
             let file = image.backing_file.as_deref().filter(|f| !f.is_empty())?;
-            Some((plain(&ours(file)), image.backing_format))
+            // The daemon has its images from our server, where a scenario has files.
+            let format = image.backing_format.map(|format| {
+                if format == "nbd" {
+                    "file".to_owned()
+                } else {
+                    format
+                }
+            });
+            Some((plain(&ours(file)), format))
         });
         self.headers.insert(name.to_owned(), header);
     }
