@@ -6,12 +6,13 @@
 //! Walks are in [`crate::walk`], masks in [`crate::refresh`], changes in [`crate::change`], frozen links in
 //! [`crate::freeze`], op blockers in [`crate::blockers`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::rc::Rc;
 
 use crate::options::NodeOptions;
 use crate::perm::{Driver, Masks, Role};
+use crate::refusal::Refusal;
 
 /// A node of the graph.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -161,9 +162,42 @@ pub struct Graph {
     edges: BTreeMap<EdgeId, Edge>,
     next_node: u32,
     next_edge: u32,
+    /// Throttle groups, by name.
+    pub(crate) groups: BTreeSet<Rc<str>>,
 }
 
 impl Graph {
+    /// There is a throttle group of this name.
+    #[must_use]
+    pub fn has_group(&self, name: &str) -> bool {
+        self.groups.contains(name)
+    }
+
+    /// Throttle groups, by name.
+    pub fn groups(&self) -> impl Iterator<Item = &str> {
+        self.groups.iter().map(|name| &**name)
+    }
+
+    /// Some node is throttled by this group.
+    #[must_use]
+    pub fn group_is_in_use(&self, name: &str) -> bool {
+        self.nodes.values().any(|node| {
+            node.options
+                .get("throttle-group")
+                .is_some_and(|group| group == name)
+        })
+    }
+
+    /// Fails when a node is to be throttled by a group that there is not.
+    pub(crate) fn check_group(&self, options: &NodeOptions) -> Result<(), Refusal> {
+        match options.get("throttle-group").and_then(|group| group.as_str()) {
+            Some(group) if !self.has_group(group) => {
+                Err(Refusal::new(format!("Throttle group '{group}' does not exist")))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// No nodes.
     #[must_use]
     pub fn new() -> Graph {

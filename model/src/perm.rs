@@ -124,17 +124,20 @@ pub enum Driver {
     Qcow2,
     /// Filter that copies what is read into its child.
     CopyOnRead,
+    /// Filter that holds requests back, by the limits of its group.
+    Throttle,
 }
 
 impl Driver {
     /// All drivers of the model.
-    pub const ALL: [Driver; 6] = [
+    pub const ALL: [Driver; 7] = [
         Driver::File,
         Driver::HostDevice,
         Driver::NullCo,
         Driver::Raw,
         Driver::Qcow2,
         Driver::CopyOnRead,
+        Driver::Throttle,
     ];
 
     /// QAPI name.
@@ -147,6 +150,7 @@ impl Driver {
             Driver::Raw => "raw",
             Driver::Qcow2 => "qcow2",
             Driver::CopyOnRead => "copy-on-read",
+            Driver::Throttle => "throttle",
         }
     }
 
@@ -159,7 +163,7 @@ impl Driver {
     /// Filters always show exactly their child's content. `raw` is *not* one: chain walks stop at it.
     #[must_use]
     pub fn is_filter(self) -> bool {
-        self == Driver::CopyOnRead
+        matches!(self, Driver::CopyOnRead | Driver::Throttle)
     }
 
     /// A leaf that stores bytes itself.
@@ -180,6 +184,15 @@ impl Driver {
         match self {
             Driver::Raw => &["offset", "size"],
             Driver::Qcow2 => &crate::command::open::QCOW2_TUNING,
+            _ => &[],
+        }
+    }
+
+    /// Options of its own that may change, but have no default to go back to.
+    #[must_use]
+    pub fn lasting_options(self) -> &'static [&'static str] {
+        match self {
+            Driver::Throttle => &["throttle-group"],
             _ => &[],
         }
     }
@@ -209,7 +222,7 @@ pub fn child_masks(driver: Driver, role: Role, writable: bool, cum: Masks) -> Ma
         Driver::CopyOnRead => Masks::new((cum.perm & (CR | W | RS)) | WU, (cum.shared & (CR | W | RS)) | WU),
         // Raw never writes on its own account.
         Driver::Raw => Masks::new((by_role.perm - (W | RS)) | (cum.perm & (W | RS)), by_role.shared),
-        Driver::Qcow2 => by_role,
+        Driver::Qcow2 | Driver::Throttle => by_role,
         Driver::File | Driver::HostDevice | Driver::NullCo => {
             unreachable!("{} has no children", driver.name())
         }

@@ -198,6 +198,9 @@ impl Graph {
                 )));
             }
         }
+        if driver == Driver::Throttle {
+            self.check_group(&entry.options)?;
+        }
         if driver == Driver::Raw {
             let file = self.primary_child(entry.node).expect("raw has a file");
             entry.window = Some(Window::of(&entry.options, self.node(file).length)?);
@@ -219,6 +222,7 @@ impl Graph {
         for (option, value) in entry.options.in_order() {
             let taken_in = COMMON.contains(&option) && !FIXED.contains(&option)
                 || node.driver.mutable_options().contains(&option)
+                || node.driver.lasting_options().contains(&option)
                 || CHILDREN.contains(&option);
             // A switch that is said again is not told from one that changes.
             let same = node.options.get(option) == Some(value) && option != "force-share";

@@ -330,7 +330,9 @@ impl World {
         match facts.driver {
             Driver::File | Driver::HostDevice | Driver::NullCo => facts.filename.clone(),
             Driver::Raw if facts.windowed => None,
-            Driver::Raw | Driver::CopyOnRead => self.content_file(self.graph.primary_child(node)?),
+            Driver::Raw | Driver::CopyOnRead | Driver::Throttle => {
+                self.content_file(self.graph.primary_child(node)?)
+            }
             Driver::Qcow2 => None,
         }
     }

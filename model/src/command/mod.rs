@@ -8,6 +8,7 @@ pub mod change_backing;
 pub mod del;
 pub mod export;
 pub mod failing;
+pub mod object;
 pub mod open;
 pub mod reopen;
 pub mod resize;
@@ -65,6 +66,8 @@ fn handler(name: &str) -> Option<Handler> {
         "blockdev-snapshot" => transaction::blockdev_snapshot,
         "transaction" => transaction::transaction,
         "block_resize" => resize::block_resize,
+        "object-add" => object::object_add,
+        "object-del" => object::object_del,
         "block-export-add" => export::add,
         "block-export-del" => export::del,
         "block-stream" => stream::block_stream,

@@ -43,6 +43,7 @@ enum Kind {
     Raw { file: ChildRef },
     Qcow2 { file: ChildRef, backing: Backing },
     CopyOnRead { file: ChildRef, bottom: Option<Rc<str>> },
+    Throttle { file: ChildRef },
 }
 
 /// Options of one node, checked against the schema.
@@ -147,6 +148,12 @@ impl Options {
                 }
                 Kind::Qcow2 { file, backing }
             }
+            Driver::Throttle => {
+                args.str("throttle-group")?;
+                Kind::Throttle {
+                    file: ChildRef::parse(&args, "file", args.required("file")?)?,
+                }
+            }
             Driver::CopyOnRead => {
                 let file = ChildRef::parse(&args, "file", args.required("file")?)?;
                 Kind::CopyOnRead {
@@ -229,7 +236,10 @@ fn open(world: &mut World, options: &Options, above: Option<Above<'_>>) -> Resul
     own.join(&options.implied);
     let file = match &options.kind {
         Kind::Leaf { .. } | Kind::NullCo { .. } => None,
-        Kind::Raw { file, .. } | Kind::Qcow2 { file, .. } | Kind::CopyOnRead { file, .. } => {
+        Kind::Raw { file }
+        | Kind::Qcow2 { file, .. }
+        | Kind::CopyOnRead { file, .. }
+        | Kind::Throttle { file } => {
             // Identifiers go to children first, so whom they inherit from is set once this node has one.
             let below = Above {
                 node: None,
@@ -271,6 +281,7 @@ fn open(world: &mut World, options: &Options, above: Option<Above<'_>>) -> Resul
             let followed = above.and_then(|above| above.followed);
             open_qcow2(world, id, file.expect("has a file").0, backing, followed)?;
         }
+        Kind::Throttle { .. } => open_throttle(world, id, file.expect("has a file").0)?,
         Kind::CopyOnRead { bottom, .. } => {
             open_copy_on_read(world, id, file.expect("has a file").0, bottom.as_deref())?;
         }
@@ -540,6 +551,14 @@ fn options_of<const N: usize>(words: [(&str, &str); N]) -> NodeOptions {
         options.set(name, Value::from(word));
     }
     options
+}
+
+fn open_throttle(world: &mut World, id: NodeId, file: NodeId) -> Result<(), Refusal> {
+    let graph = &mut world.graph;
+    graph.attach_child(id, file, "file", Role::FILTERED | Role::PRIMARY)?;
+    graph.check_group(&graph.node(id).options)?;
+    graph.node_mut(id).length = graph.node(file).length;
+    Ok(())
 }
 
 /// A copy-on-read node over `file`. QEMU 10.0 hangs when `bottom` is not below it; here that is refused.

@@ -46,7 +46,7 @@ fn truncate(world: &mut World, id: NodeId, size: u64) -> Result<(), Refusal> {
     }
     let (driver, below) = (node.driver, world.graph.primary_child(id));
     match driver {
-        Driver::CopyOnRead => truncate(world, below.expect("a filter has a child"), size),
+        Driver::CopyOnRead | Driver::Throttle => truncate(world, below.expect("a filter has a child"), size),
         Driver::Raw => {
             let options = node.options.clone();
             if options.has("size") {
@@ -107,7 +107,7 @@ impl crate::Graph {
                 continue;
             };
             let length = match node.driver {
-                Driver::CopyOnRead => below,
+                Driver::CopyOnRead | Driver::Throttle => below,
                 Driver::Raw => Window::at(&node.options).length(below),
                 _ => continue,
             };

@@ -272,7 +272,7 @@ pub static DEFECTS: &[Defect] = &[
                 && case.step > 0
                 && streams(case.scenario, case.step - 1);
             // A child that had been reopened by itself follows the device again.
-            let at_once = case.what == Some(What::ReadOnly)
+            let at_once = matches!(case.what, Some(What::ReadOnly | What::Masks))
                 && case.execute == "block-stream"
                 && graph::is_refused(case);
             later || at_once

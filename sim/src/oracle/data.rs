@@ -220,7 +220,9 @@ impl Data {
                 .position(|i| *i.file == *file && i.format == format)
         };
         match facts.driver {
-            Driver::CopyOnRead => Self::disk_of(scenario, world, world.graph.filter_child(node)?),
+            Driver::CopyOnRead | Driver::Throttle => {
+                Self::disk_of(scenario, world, world.graph.filter_child(node)?)
+            }
             Driver::Raw if facts.windowed => None,
             Driver::Raw => Self::disk_of(scenario, world, world.graph.primary_child(node)?),
             Driver::Qcow2 => leaf(Format::Qcow2),
@@ -235,7 +237,7 @@ impl Data {
         loop {
             let facts = world.graph.node(node);
             node = match facts.driver {
-                Driver::CopyOnRead => world.graph.filter_child(node)?,
+                Driver::CopyOnRead | Driver::Throttle => world.graph.filter_child(node)?,
                 Driver::Raw => world.graph.primary_child(node)?,
                 Driver::Qcow2 => match world.graph.cow_child(node) {
                     None => return Some(chain),
@@ -895,7 +897,7 @@ pub(crate) fn allocation(image: &Image, grain: u64, grains: usize) -> Vec<bool> 
 fn walks_to_the_end(world: &World, node: NodeId) -> bool {
     let graph = &world.graph;
     match graph.node(node).driver {
-        Driver::CopyOnRead => graph
+        Driver::CopyOnRead | Driver::Throttle => graph
             .filter_child(node)
             .is_some_and(|n| walks_to_the_end(world, n)),
         Driver::Raw => graph

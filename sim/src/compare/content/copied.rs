@@ -85,7 +85,7 @@ impl Books {
                     self.was_read(world, child, grains);
                 }
             }
-            Driver::Raw if !facts.windowed => {
+            Driver::Throttle | Driver::Raw if !facts.windowed => {
                 if let Some(child) = world.graph.primary_child(node) {
                     self.was_read(world, child, grains);
                 }

@@ -167,7 +167,9 @@ impl Books {
         let below = || world.graph.chain_child(node);
         match facts.driver {
             _ if grain as u64 * self.grain >= facts.length => Hole::Yes,
-            Driver::CopyOnRead => below().map_or(Hole::No, |child| self.hole(world, child, grain)),
+            Driver::CopyOnRead | Driver::Throttle => {
+                below().map_or(Hole::No, |child| self.hole(world, child, grain))
+            }
             // It is asked what its file alone says.
             Driver::Raw if !facts.windowed => world
                 .graph
@@ -200,7 +202,7 @@ impl Books {
                     None => Hole::No,
                 }
             }
-            Driver::CopyOnRead | Driver::Raw if !facts.windowed => world
+            Driver::CopyOnRead | Driver::Throttle | Driver::Raw if !facts.windowed => world
                 .graph
                 .primary_child(node)
                 .map_or(Hole::No, |child| self.hole_alone(world, child, grain)),

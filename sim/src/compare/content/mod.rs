@@ -137,7 +137,7 @@ impl Books {
             }
             Driver::NullCo => self.zeroes.contains(&*facts.name).then(|| vec![0; grains]),
             Driver::Raw if facts.windowed => None,
-            Driver::Raw | Driver::CopyOnRead => {
+            Driver::Raw | Driver::CopyOnRead | Driver::Throttle => {
                 let mut view = self.view(world, world.graph.primary_child(node)?)?;
                 view.resize(grains, 0);
                 Some(view)
@@ -174,7 +174,7 @@ impl Books {
         let facts = world.graph.node(node);
         match facts.driver {
             Driver::Qcow2 => Some(node),
-            Driver::CopyOnRead => Books::top(world, world.graph.filter_child(node)?),
+            Driver::CopyOnRead | Driver::Throttle => Books::top(world, world.graph.filter_child(node)?),
             Driver::Raw if !facts.windowed => Books::top(world, world.graph.primary_child(node)?),
             _ => None,
         }

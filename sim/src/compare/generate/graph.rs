@@ -6,7 +6,7 @@
 
 use serde_json::{Value, json};
 
-use super::{Cast, OVERLAYS, any, command};
+use super::{Cast, OVERLAYS, any, command, throttle};
 use crate::rng::Rng;
 use crate::scenario::Step;
 
@@ -59,6 +59,10 @@ fn by_reference(options: &mut Value) {
 fn change(rng: &mut Rng, cast: &Cast, options: &mut Value) {
     let qcow2 = options["driver"] == "qcow2";
     let leaf = options.get("file").is_none();
+    if options["driver"] == "throttle" && rng.chance(1, 2) {
+        options["throttle-group"] = json!(throttle::group(rng, cast));
+        return;
+    }
     match rng.below(14) {
         0..=4 if qcow2 => {
             options["backing"] = match rng.below(6) {

@@ -1,5 +1,6 @@
 //! Scenarios for comparing, from seeds: a chain, and about twenty steps on it, a good part of which are refused.
-//! `graph`: commands that change the graph; `oddities`: what no program should send.
+//! `graph`: commands that change the graph; `throttle`: throttle groups and their filters; `oddities`: what no program
+//! should send.
 //!
 //! Rules: a function of the seed alone. Every command stays within what the model knows; what it answers is not looked
 //! at here. No rates that end by themselves (a speed of 1 stops a job after its first piece, for ever), no file opened
@@ -7,6 +8,7 @@
 
 mod graph;
 mod oddities;
+mod throttle;
 
 use serde_json::{Value, json};
 
@@ -32,6 +34,8 @@ struct Cast {
     nodes: Vec<String>,
     /// Options of nodes that were added, or opened inline, by name: to be reopened with.
     options: Vec<(String, Value)>,
+    /// Throttle groups that were added.
+    groups: u32,
     /// Names of overlays that were added for snapshots.
     overlays: u32,
 }
@@ -54,6 +58,7 @@ pub fn generate(seed: u64) -> Scenario {
         exported: 0,
         nodes: Vec::new(),
         options: Vec::new(),
+        groups: 0,
         overlays: 0,
     };
     let mut steps = Vec::new();
@@ -294,7 +299,7 @@ fn layer(rng: &mut Rng, cast: &Cast) -> String {
 }
 
 fn next(rng: &mut Rng, cast: &mut Cast) -> Step {
-    match rng.weighted(&[6, 5, 5, 4, 2, 6, 3, 1, 6, 3, 4]) {
+    match rng.weighted(&[6, 5, 5, 4, 2, 6, 3, 1, 6, 3, 4, 3]) {
         0 => stream(rng, cast),
         1 => verb(rng, cast),
         2 => node(rng, cast),
@@ -305,6 +310,7 @@ fn next(rng: &mut Rng, cast: &mut Cast) -> Step {
         8 => graph::reopen(rng, cast),
         9 => graph::snapshot(rng, cast),
         10 => graph::resize(rng, cast),
+        11 => throttle::step(rng, cast),
         _ => command(
             rng.pick::<&str>(&["query-jobs", "query-block-jobs", "query-block-exports"]),
             json!({}),

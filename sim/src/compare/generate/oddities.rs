@@ -31,6 +31,32 @@ pub(super) fn oddity(rng: &mut Rng, cast: &Cast) -> Step {
             "block-stream",
             json!({"job-id": "odd", "device": node, "backing-file": "x"}),
         ),
+        (
+            "blockdev-add",
+            json!({"driver": "throttle", "node-name": "odd", "file": node}),
+        ),
+        (
+            "blockdev-add",
+            json!({"driver": "throttle", "node-name": "odd", "throttle-group": "nobody"}),
+        ),
+        (
+            "blockdev-add",
+            json!({"driver": "throttle", "node-name": "odd", "throttle-group": 3, "file": node}),
+        ),
+        ("object-add", json!({"qom-type": "throttle-group"})),
+        ("object-add", json!({"id": "odd"})),
+        ("object-add", json!({"qom-type": "nothing", "id": "odd"})),
+        (
+            "object-add",
+            json!({"qom-type": "throttle-group", "id": "odd", "limits": 3}),
+        ),
+        (
+            "object-add",
+            json!({"qom-type": "throttle-group", "id": "odd", "nothing": 3}),
+        ),
+        ("object-del", json!({})),
+        ("object-del", json!({"id": "nobody"})),
+        ("object-del", json!({"id": 3})),
         ("blockdev-add", json!({"driver": "null-co"})),
         ("blockdev-add", json!({"node-name": "odd"})),
         ("blockdev-add", json!({"driver": 1, "node-name": "odd"})),

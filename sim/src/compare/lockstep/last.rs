@@ -140,6 +140,8 @@ impl Run<'_> {
         let del = |node: &blkcheck_model::Node| object(json!({"node-name": &*node.name}));
         let owned = self.world.graph.nodes().filter(|(_, n)| n.monitor_owned);
         let mut owned: Vec<Map<String, Value>> = owned.map(|(_, n)| del(n)).collect();
+        let groups = self.world.graph.groups().map(|id| object(json!({"id": id})));
+        let groups: Vec<Map<String, Value>> = groups.collect();
         self.last = Some(std::mem::take(&mut self.world));
         // What uses others was mostly made after them.
         owned.reverse();
@@ -149,8 +151,16 @@ impl Run<'_> {
             let mut gone = gone.into_iter();
             owned.retain(|_| gone.next() == Some(false));
             if owned.is_empty() || owned.len() == before {
-                return Ok(());
+                break;
             }
         }
+        if self.peer.ask_all("object-del", &groups)?.contains(&false) && owned.is_empty() {
+            return Err(Stop::Differs(
+                What::Result,
+                "a group without nodes can be deleted".to_owned(),
+                "one cannot".to_owned(),
+            ));
+        }
+        Ok(())
     }
 }
