@@ -157,6 +157,20 @@ pub enum Event {
         /// How.
         result: Result<(), Errno>,
     },
+    /// A request waits for the limits of a throttle group.
+    ThrottleQueued {
+        /// The filter.
+        node: NodeId,
+        /// The group.
+        group: Rc<str>,
+    },
+    /// A request that waited in a throttle group goes on.
+    ThrottleResumed {
+        /// The filter.
+        node: NodeId,
+        /// It did not wait any longer because the filter is drained.
+        drained: bool,
+    },
     /// Copy-on-read populates a range of a node.
     CopyOnRead {
         /// The node that is written.

@@ -17,6 +17,7 @@ use crate::graph::node::Node;
 use crate::jobs::Jobs;
 use crate::qmp::Exports;
 use crate::sync::{GraphLock, MainLock, WaitQueue};
+use crate::throttle::Groups;
 use crate::types::{EdgeId, NodeId};
 
 /// A handle to one block layer.
@@ -34,6 +35,8 @@ pub(crate) struct Inner {
     pub(crate) jobs: RefCell<Jobs>,
     /// Exports, oldest first.
     pub(crate) exports: RefCell<Exports>,
+    /// Throttle groups.
+    pub(crate) throttle: Groups,
     /// Readers: requests in flight and walks of jobs. Writer: a graph change.
     pub(crate) graph_lock: GraphLock,
     /// Held by one main-context operation at a time.
@@ -61,6 +64,7 @@ impl Layer {
                 graph: RefCell::default(),
                 jobs: RefCell::default(),
                 exports: RefCell::default(),
+                throttle: Groups::default(),
                 graph_lock: GraphLock::default(),
                 main_lock: MainLock::default(),
                 idle: WaitQueue::default(),

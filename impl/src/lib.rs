@@ -1,7 +1,7 @@
 //! A real copy-on-write block layer, usable by itself.
 //!
 //! Node graph with roles and permissions, chain freezing, drain, graph lock; drivers `file`, `host_device`,
-//! `null-co`, `raw`, `qcow2`; the `copy-on-read` filter with `bottom`; the block-stream job. The behaviour
+//! `null-co`, `raw`, `qcow2`; the filters `copy-on-read`, with `bottom`, and `throttle`; the block-stream job. The behaviour
 //! is that of QEMU 10.0's block layer, except where QEMU has a known defect (docs/deviations.md).
 //!
 //! Everything the layer needs from the world comes through [`env::Env`].
@@ -20,6 +20,7 @@ pub mod qmp;
 #[cfg(all(feature = "real", target_os = "linux", not(loom)))]
 pub mod real;
 pub mod sync;
+pub mod throttle;
 pub mod types;
 
 pub use layer::Layer;

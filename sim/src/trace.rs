@@ -215,6 +215,11 @@ impl Fold {
                 self.word(request.0);
                 self.pair(node.0, result.err().map_or(0, |e| e.0.unsigned_abs()));
             }
+            Event::ThrottleQueued { node, group } => {
+                self.text(group);
+                self.word(u64::from(node.0));
+            }
+            Event::ThrottleResumed { node, drained } => self.pair(node.0, u32::from(*drained)),
             Event::CopyOnRead {
                 node,
                 offset,
@@ -275,6 +280,8 @@ fn tag(event: &Event) -> u64 {
             Event::MainBegin { .. } => 20,
             Event::MainEnd { .. } => 21,
             Event::Qmp { .. } => 22,
+            Event::ThrottleQueued { .. } => 23,
+            Event::ThrottleResumed { .. } => 24,
         }
 }
 

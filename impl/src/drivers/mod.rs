@@ -8,6 +8,7 @@ pub mod file;
 pub mod null_co;
 pub mod qcow2;
 pub mod raw;
+pub mod throttle;
 
 use serde_json::{Map, Value};
 
@@ -16,13 +17,14 @@ use crate::error::QmpError;
 use crate::types::{EdgeId, Perm, Role};
 
 /// All drivers.
-pub static ALL: [&DriverFacts; 6] = [
+pub static ALL: [&DriverFacts; 7] = [
     &file::FILE,
     &file::HOST_DEVICE,
     &null_co::FACTS,
     &raw::FACTS,
     &qcow2::FACTS,
     &copy_on_read::FACTS,
+    &throttle::FACTS,
 ];
 
 /// The driver with this QAPI name.

@@ -47,7 +47,7 @@ impl Layer {
             return Box::pin(self.padded_read(edge, &node, pad, buf, flags)).await;
         }
         let req = Request::begin(self, &node, edge, ReqKind::Read, (offset, bytes), flags);
-        let result = if flags.contains(ReqFlags::COPY_ON_READ) {
+        let result = if copies_here(&node, flags) {
             Box::pin(copying_read(&req, offset, buf, flags)).await
         } else {
             aligned_read(&req, &driver, offset, buf, flags).await
@@ -65,7 +65,7 @@ impl Layer {
     ) -> Result<(), Errno> {
         let req = Request::begin(self, node, edge, ReqKind::Read, (pad.start, pad.bytes), flags);
         let mut bounce = vec![0; size(pad.bytes)];
-        let result = if flags.contains(ReqFlags::COPY_ON_READ) {
+        let result = if copies_here(node, flags) {
             copying_read(&req, pad.start, &mut bounce, flags).await
         } else {
             aligned_read(&req, &node.driver(), pad.start, &mut bounce, flags).await
@@ -103,7 +103,7 @@ impl Layer {
         }
         let (offset, bytes) = Pad::new(offset, bytes, align).map_or((offset, bytes), |p| (p.start, p.bytes));
         let req = Request::begin(self, &node, edge, ReqKind::Read, (offset, bytes), flags);
-        let result = if flags.contains(ReqFlags::COPY_ON_READ) {
+        let result = if copies_here(&node, flags) {
             Box::pin(copying_prefetch(&req, offset, bytes)).await
         } else {
             req.wait_for_conflicts().await;
@@ -116,6 +116,12 @@ impl Layer {
         };
         req.finish(result)
     }
+}
+
+/// Copying is this node's business, not that of its filtered child.
+fn copies_here(node: &Node, flags: ReqFlags) -> bool {
+    flags.contains(ReqFlags::COPY_ON_READ)
+        && !node.facts.supported_read_flags.contains(ReqFlags::COPY_ON_READ)
 }
 
 /// An aligned read that copies what is not allocated in the node itself.

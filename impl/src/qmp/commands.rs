@@ -13,7 +13,7 @@ use crate::qmp::export::ExportArgs;
 use crate::qmp::schema::check_blockdev;
 
 /// Every command, in alphabetical order.
-const COMMANDS: [&str; 29] = [
+const COMMANDS: [&str; 31] = [
     "block-export-add",
     "block-export-del",
     "block-job-cancel",
@@ -36,6 +36,8 @@ const COMMANDS: [&str; 29] = [
     "job-finalize",
     "job-pause",
     "job-resume",
+    "object-add",
+    "object-del",
     "query-block-exports",
     "query-block-jobs",
     "query-commands",
@@ -89,6 +91,8 @@ impl Layer {
                 let actions = transaction_args(args)?;
                 self.transaction(&actions).await?;
             }
+            "object-add" => self.object_add(args)?,
+            "object-del" => self.object_del(args)?,
             "block_resize" => self.block_resize(args).await?,
             "block-stream" => self.block_stream(stream_args(args)?).await?,
             "change-backing-file" => self.change_backing_file(args).await?,
@@ -242,6 +246,7 @@ impl Layer {
         self.reap().await;
         let left: Vec<_> = self.nodes().iter().map(|node| node.name.clone()).collect();
         assert!(left.is_empty(), "nodes are still referenced: {left:?}");
+        self.drop_throttle_groups();
         drop(main);
     }
 

@@ -7,6 +7,7 @@
 pub(crate) mod args;
 mod commands;
 mod export;
+mod object;
 mod query;
 mod schema;
 #[cfg(test)]

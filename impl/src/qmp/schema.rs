@@ -45,6 +45,10 @@ pub(crate) fn check_blockdev(mut args: Args<'_>) -> Result<(), QmpError> {
             reference(&mut args, "file", false)?;
             args.opt_str("bottom")?;
         }
+        "throttle" => {
+            args.str("throttle-group")?;
+            reference(&mut args, "file", false)?;
+        }
         // A driver that this table does not know yet says itself what it does not understand.
         _ => return Ok(()),
     }

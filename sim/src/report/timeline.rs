@@ -280,6 +280,17 @@ fn describe_request(fold: &Fold, event: &Event) -> Option<Described> {
             result: Err(e),
             ..
         } => (format!("{} failed: {e}", id(request)), false),
+        Event::ThrottleQueued { node, group } => (
+            format!("{} makes a request wait, group {group}", fold.node_name(*node)),
+            false,
+        ),
+        Event::ThrottleResumed { node, drained } => {
+            let why = if *drained { ": drained" } else { "" };
+            (
+                format!("{} lets a request go on{why}", fold.node_name(*node)),
+                false,
+            )
+        }
         Event::CopyOnRead {
             node,
             offset,
