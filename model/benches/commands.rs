@@ -22,6 +22,7 @@ fn chain() -> World {
                 cluster_size: 65536,
                 version: 3,
                 backing: None,
+                bitmaps: Vec::new(),
             }),
         };
         (Rc::from(format!("/f{n}")), facts)

@@ -10,6 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::rc::Rc;
 
+use crate::bitmap::Bitmap;
 use crate::options::NodeOptions;
 use crate::perm::{Driver, Masks, Role};
 use crate::refusal::Refusal;
@@ -120,6 +121,8 @@ pub struct Node {
     pub bottom: Option<NodeId>,
     /// A job's own reference to the filter it made.
     pub held_by_job: bool,
+    /// Dirty bitmaps, newest first.
+    pub bitmaps: Vec<Bitmap>,
     /// Edges from above, newest first.
     pub parents: Vec<EdgeId>,
     /// Edges to below, newest first.
@@ -149,6 +152,7 @@ impl Node {
             inherits_from: None,
             bottom: None,
             held_by_job: false,
+            bitmaps: Vec::new(),
             parents: Vec::new(),
             children: Vec::new(),
         }
@@ -164,6 +168,8 @@ pub struct Graph {
     next_edge: u32,
     /// Throttle groups, by name.
     pub(crate) groups: BTreeSet<Rc<str>>,
+    /// Nodes that became writable (or read-only), in order; what follows from it is yet to be done.
+    flips: Vec<(NodeId, bool)>,
 }
 
 impl Graph {
@@ -211,6 +217,24 @@ impl Graph {
     #[must_use]
     pub fn node(&self, id: NodeId) -> &Node {
         self.nodes.get(&id).unwrap_or_else(|| panic!("no node {id:?}"))
+    }
+
+    /// The node, if it is still there.
+    #[must_use]
+    pub fn get(&self, id: NodeId) -> Option<&Node> {
+        self.nodes.get(&id)
+    }
+
+    /// The node is writable from now on, or read-only.
+    pub(crate) fn set_writable(&mut self, id: NodeId, writable: bool) {
+        if std::mem::replace(&mut self.node_mut(id).writable, writable) != writable {
+            self.flips.push((id, writable));
+        }
+    }
+
+    /// Nodes that became writable or read-only since the last call.
+    pub(crate) fn take_flips(&mut self) -> Vec<(NodeId, bool)> {
+        std::mem::take(&mut self.flips)
     }
 
     /// The node, to change it.
@@ -348,7 +372,8 @@ impl Graph {
         self.parents(id).all(|(_, edge)| edge.parent.is_backend())
     }
 
-    /// How many refer to the node: its parents, the monitor, a filter whose `bottom` it is, the job that made it.
+    /// How many refer to the node: its parents, the monitor, a filter whose `bottom` it is, the job that made it,
+    /// exports that show its bitmaps.
     #[must_use]
     pub fn refcount(&self, id: NodeId) -> usize {
         let node = self.node(id);
@@ -357,7 +382,12 @@ impl Graph {
             .values()
             .filter(|other| other.bottom == Some(id))
             .count();
-        node.parents.len() + as_bottom + usize::from(node.monitor_owned) + usize::from(node.held_by_job)
+        let shown = node.bitmaps.iter().filter(|b| b.shown_by.is_some()).count();
+        node.parents.len()
+            + as_bottom
+            + shown
+            + usize::from(node.monitor_owned)
+            + usize::from(node.held_by_job)
     }
 
     /// Closes every node that nobody refers to, and then those that only it referred to.

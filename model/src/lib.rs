@@ -6,10 +6,12 @@
 //! * [`world`]: execute QMP commands, predict answers, follow jobs ([`World`]);
 //! * [`options`], [`reopen`]: options of nodes, and changing them;
 //! * [`graph`], [`walk`], [`perm`], [`refresh`], [`freeze`], [`blockers`], [`change`]: the node graph and its rules;
+//! * [`bitmap`], [`marking`]: dirty bitmaps, and what marks them;
 //! * [`job`]: state machine, verbs, pauses;
 //! * [`layer`], [`status`], [`stream`]: what layers hold, what a read through a chain sees, what a stream may copy;
 //! * [`register`]: which reads a history of guest requests allows.
 
+pub mod bitmap;
 pub mod blockers;
 pub mod change;
 pub mod command;
@@ -17,6 +19,7 @@ pub mod freeze;
 pub mod graph;
 pub mod job;
 pub mod layer;
+pub mod marking;
 pub mod options;
 pub mod perm;
 pub mod refresh;
@@ -28,6 +31,7 @@ pub mod stream;
 pub mod walk;
 pub mod world;
 
+pub use bitmap::{Bitmap, StoredBitmap};
 pub use command::Command;
 pub use graph::{EdgeId, Graph, Node, NodeId, Parent};
 pub use job::{JobStatus, Outcome};

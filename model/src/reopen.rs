@@ -9,6 +9,7 @@
 
 use serde_json::Value;
 
+use crate::bitmap::Bitmap;
 use crate::command::open::{Window, check_detect_zeroes};
 use crate::graph::{EdgeId, Graph, NodeId};
 use crate::options::NodeOptions;
@@ -146,7 +147,7 @@ impl Graph {
             .collect();
         let mut starts = Vec::new();
         for entry in &queue.entries {
-            self.node_mut(entry.node).writable = !entry.options.is_on("read-only");
+            self.set_writable(entry.node, !entry.options.is_on("read-only"));
             starts.push(entry.node);
             starts.extend(&entry.let_go);
         }
@@ -200,6 +201,10 @@ impl Graph {
         }
         if driver == Driver::Throttle {
             self.check_group(&entry.options)?;
+        }
+        let unstored = |bitmap: &Bitmap| bitmap.persistent && !bitmap.read_only && !bitmap.inconsistent;
+        if entry.options.is_on("read-only") && !node.writable && node.bitmaps.iter().any(unstored) {
+            return Err(Refusal::new("No write access"));
         }
         if driver == Driver::Raw {
             let file = self.primary_child(entry.node).expect("raw has a file");

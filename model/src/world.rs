@@ -11,6 +11,7 @@ use std::rc::Rc;
 
 use serde_json::Value;
 
+use crate::bitmap::StoredBitmap;
 use crate::command::{self, Command};
 use crate::graph::{BackingHeader, EdgeId, Graph, NodeId, Parent};
 use crate::job::{Ghost, Job, JobStatus, Outcome};
@@ -37,6 +38,8 @@ pub struct Qcow2Facts {
     pub version: u8,
     /// The backing file on record.
     pub backing: Option<BackingHeader>,
+    /// Bitmaps that are stored, in the order of the directory.
+    pub bitmaps: Vec<StoredBitmap>,
 }
 
 /// A file as the outside world knows it.
@@ -124,7 +127,7 @@ impl World {
         let result = command::apply(&mut next, command);
         match &result {
             Ok(_) => {
-                next.graph.reap();
+                next.reap();
                 debug_assert_eq!(next.graph.check(), Ok(()), "after {command:?}");
                 *self = next;
             }
@@ -260,7 +263,7 @@ impl World {
             _ => {}
         }
         let error = command::stream::complete(self, at, outcome, writable);
-        self.graph.reap();
+        self.reap();
         debug_assert_eq!(self.graph.check(), Ok(()), "after job '{id}' completed");
         Ok(error)
     }
@@ -275,7 +278,7 @@ impl World {
         for edge in self.jobs.remove(at).edges {
             self.graph.remove_edge_and_refresh(edge);
         }
-        self.graph.reap();
+        self.reap();
     }
 
     /// Removes a job whose `null` a client is yet to see.

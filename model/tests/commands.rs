@@ -13,6 +13,7 @@ fn chain() -> World {
             cluster_size: 65536,
             version: 3,
             backing: None,
+            bitmaps: Vec::new(),
         };
         let facts = FileFacts {
             kind: FileKind::Regular,

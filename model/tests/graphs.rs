@@ -20,6 +20,7 @@ fn world() -> World {
             cluster_size: 512,
             version: 3,
             backing,
+            bitmaps: Vec::new(),
         };
         let facts = FileFacts {
             kind: FileKind::Regular,

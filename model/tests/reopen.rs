@@ -28,6 +28,7 @@ fn world() -> World {
                 cluster_size: 65536,
                 version: 3,
                 backing,
+                bitmaps: Vec::new(),
             }),
         };
         (Rc::from(name), facts)

@@ -476,6 +476,7 @@ pub(crate) fn world_of(scenario: &Scenario) -> World {
             cluster_size: u64::from(image.cluster_size),
             version: if image.compat == 2 { 2 } else { 3 },
             backing,
+            bitmaps: Vec::new(),
         });
         let facts = FileFacts {
             kind: if scenario.disk.devices {

@@ -185,6 +185,52 @@ impl<'a> Args<'a> {
         self.opt_int(name).map(|value| value.expect("just found"))
     }
 
+    /// An optional unsigned number of 32 bits.
+    ///
+    /// # Errors
+    /// Another type, another number.
+    pub fn opt_u32(&self, name: &'static str) -> Result<Option<u32>, Refusal> {
+        let Some(value) = self.optional(name) else {
+            return Ok(None);
+        };
+        if !value.is_u64() && !value.is_i64() {
+            let name = self.full_name(name);
+            return Err(Refusal::new(format!("Parameter '{name}' expects uint64")));
+        }
+        // Here the path is not told.
+        let number = value.as_u64().and_then(|number| u32::try_from(number).ok());
+        number
+            .map(Some)
+            .ok_or_else(|| Refusal::new(format!("Parameter '{name}' expects uint32_t")))
+    }
+
+    /// An optional list of strings and objects. `kind`: what the schema calls such an item.
+    ///
+    /// # Errors
+    /// Another type, of the list or of an item.
+    pub fn strings_or_objects(
+        &self,
+        name: &'static str,
+        kind: &str,
+    ) -> Result<Vec<Result<&'a str, Args<'a>>>, Refusal> {
+        let Some(list) = self.optional(name) else {
+            return Ok(Vec::new());
+        };
+        let list = list.as_array().ok_or_else(|| self.wrong_type(name, "array"))?;
+        let item = |(at, item): (usize, &'a Value)| match item {
+            Value::String(text) => Ok(Ok(text.as_str())),
+            Value::Object(object) => {
+                let path = self.full_name(&format!("{name}[{at}]."));
+                Ok(Err(Args::nested(object, path)))
+            }
+            // An item has no name of its own.
+            _ => Err(Refusal::new(format!(
+                "Invalid parameter type for 'null', expected: {kind}"
+            ))),
+        };
+        list.iter().enumerate().map(item).collect()
+    }
+
     /// An optional one of a few words.
     ///
     /// # Errors

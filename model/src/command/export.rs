@@ -7,8 +7,9 @@ use std::rc::Rc;
 use serde_json::Value;
 
 use crate::command::args::Args;
+use crate::command::bitmap::{self, Source, check_shown};
 use crate::command::{is_well_formed, lookup};
-use crate::graph::Parent;
+use crate::graph::{Graph, NodeId, Parent};
 use crate::perm::{Masks, Perm};
 use crate::refusal::Refusal;
 use crate::world::{Export, World};
@@ -25,7 +26,7 @@ pub(crate) fn add(world: &mut World, arguments: &Value) -> Result<(), Refusal> {
     args.opt_bool("allow-inactive")?;
     let name = args.opt_str("name")?.unwrap_or(node_name);
     args.opt_str("description")?;
-    args.optional("bitmaps");
+    let bitmaps = bitmap::sources(&args)?;
     args.opt_bool("allocation-depth")?;
     args.finish()?;
 
@@ -52,6 +53,10 @@ pub(crate) fn add(world: &mut World, arguments: &Value) -> Result<(), Refusal> {
         return Err(Refusal::new(format!(
             "NBD server already has export named '{name}'"
         )));
+    }
+    let shown = find_shown(world, node, &bitmaps, writable)?;
+    for (node, at) in shown {
+        world.graph.node_mut(node).bitmaps[at].shown_by = Some(id.clone());
     }
     // Clients are told the length once, so nobody may change it.
     world
@@ -80,6 +85,65 @@ pub(crate) fn del(world: &mut World, arguments: &Value) -> Result<(), Refusal> {
         return Err(Refusal::new(format!("export '{id}' still in use")));
     }
     let export = world.exports.remove(at);
+    world.graph.no_longer_shown(&export.id);
     world.graph.remove_edge_and_refresh(export.root);
     Ok(())
+}
+
+/// The bitmaps that clients are to see: by name alone on the node or the first one below it in its chain that has such a
+/// one.
+fn find_shown(
+    world: &World,
+    node: NodeId,
+    bitmaps: &[Source<'_>],
+    writable: bool,
+) -> Result<Vec<(NodeId, usize)>, Refusal> {
+    let find = |source: &Source<'_>| {
+        let found = match *source {
+            Source::Of(node, name) => world.find_bitmap(node, name)?,
+            Source::Here(name) => world
+                .graph
+                .find_in_chain(node, name)
+                .ok_or_else(|| Refusal::new(format!("Bitmap '{name}' is not found")))?,
+        };
+        let owner = world.graph.node(found.0);
+        let bitmap = &owner.bitmaps[found.1];
+        check_shown(bitmap)?;
+        let below = match source {
+            Source::Here(_) => found.0,
+            Source::Of(..) => node,
+        };
+        if !writable && world.graph.node(below).writable && bitmap.enabled {
+            return Err(Refusal::new(format!(
+                "Enabled bitmap '{}' incompatible with readonly export",
+                bitmap.name
+            )));
+        }
+        Ok(found)
+    };
+    bitmaps.iter().map(find).collect()
+}
+
+impl Graph {
+    fn find_in_chain(&self, top: NodeId, name: &str) -> Option<(NodeId, usize)> {
+        let mut chain = std::iter::successors(Some(top), |id| {
+            self.filter_child(*id).or_else(|| self.cow_child(*id))
+        });
+        chain.find_map(|id| {
+            let bitmaps = &self.node(id).bitmaps;
+            let at = bitmaps.iter().position(|bitmap| &*bitmap.name == name)?;
+            Some((id, at))
+        })
+    }
+
+    fn no_longer_shown(&mut self, export: &str) {
+        let ids: Vec<NodeId> = self.nodes().map(|(id, _)| id).collect();
+        for id in ids {
+            for bitmap in &mut self.node_mut(id).bitmaps {
+                if bitmap.shown_by.as_deref() == Some(export) {
+                    bitmap.shown_by = None;
+                }
+            }
+        }
+    }
 }

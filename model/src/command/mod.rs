@@ -4,6 +4,7 @@
 //! order. The world it works on is a copy, so a refusal may leave it half changed.
 
 pub mod args;
+pub mod bitmap;
 pub mod change_backing;
 pub mod del;
 pub mod export;
@@ -68,6 +69,13 @@ fn handler(name: &str) -> Option<Handler> {
         "block_resize" => resize::block_resize,
         "object-add" => object::object_add,
         "object-del" => object::object_del,
+        "block-dirty-bitmap-add" => bitmap::add,
+        "block-dirty-bitmap-remove" => bitmap::remove,
+        "block-dirty-bitmap-clear" => bitmap::clear,
+        "block-dirty-bitmap-enable" => bitmap::enable,
+        "block-dirty-bitmap-disable" => bitmap::disable,
+        "block-dirty-bitmap-merge" => bitmap::merge,
+        "x-debug-block-dirty-bitmap-sha256" => bitmap::sha256,
         "block-export-add" => export::add,
         "block-export-del" => export::del,
         "block-stream" => stream::block_stream,

@@ -392,6 +392,11 @@ impl Window {
         }
     }
 
+    /// Where it begins.
+    pub(crate) fn offset(self) -> u64 {
+        self.offset
+    }
+
     /// What the options say, for a file of this length.
     pub(crate) fn of(options: &NodeOptions, real: u64) -> Result<Window, Refusal> {
         let Window { offset, size } = Window::at(options);
@@ -458,6 +463,7 @@ fn open_qcow2(
     node.recorded_backing = recorded.as_ref().map(|header| header.file.clone());
     node.names_backing = recorded.as_ref().is_some_and(|header| !header.file.is_empty());
     let own = node.options.clone();
+    world.load_bitmaps(id);
     let followed = Followed {
         image: world.image_file(id).expect("a qcow2 node has a file"),
         above,

@@ -10,6 +10,7 @@ use serde_json::Value;
 
 use crate::blockers::Op;
 use crate::command::args::Args;
+use crate::command::bitmap::check_change;
 use crate::command::open::Window;
 use crate::graph::NodeId;
 use crate::perm::{Driver, Masks, Perm};
@@ -35,6 +36,7 @@ pub(crate) fn block_resize(world: &mut World, arguments: &Value) -> Result<(), R
         .graph
         .check_root(node, Masks::new(Perm::RESIZE, Perm::all()))?;
     truncate(world, node, size)?;
+    world.graph.resize_bitmaps(false);
     world.graph.lengths_follow();
     Ok(())
 }
@@ -89,6 +91,12 @@ fn truncate_qcow2(world: &mut World, id: NodeId, size: u64) -> Result<(), Refusa
         return Err(Refusal::new(
             "Failed to zero out new clusters: Operation not supported",
         ));
+    }
+    for stored in world.header(id).into_iter().flat_map(|header| &header.bitmaps) {
+        let bitmaps = &world.graph.node(id).bitmaps;
+        if let Some(bitmap) = bitmaps.iter().find(|bitmap| bitmap.name == stored.name) {
+            check_change(bitmap)?;
+        }
     }
     if let Some(header) = world.header_mut(id) {
         header.virtual_size = size;

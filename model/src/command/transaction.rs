@@ -9,6 +9,7 @@ use serde_json::Value;
 
 use crate::blockers::Op;
 use crate::command::args::Args;
+use crate::command::bitmap::{self, BitmapCommand};
 use crate::command::lookup;
 use crate::graph::{Graph, NodeId};
 use crate::perm::{Perm, Role};
@@ -19,6 +20,7 @@ use crate::world::World;
 enum Action<'a> {
     Abort,
     Snapshot(Snapshot<'a>),
+    Bitmap(&'a str, BitmapCommand<'a>),
 }
 
 /// `blockdev-snapshot`.
@@ -40,11 +42,14 @@ impl<'a> Snapshot<'a> {
 
 impl<'a> Action<'a> {
     fn parse(args: Args<'a>) -> Result<Action<'a>, Refusal> {
-        let kind = args.one_of("type", &["abort", "blockdev-snapshot"])?;
+        let kinds = [&["abort", "blockdev-snapshot"][..], &bitmap::NAMES].concat();
+        let kind = args.one_of("type", &kinds)?;
         let data = args.object("data")?;
         let action = if kind == "abort" {
             data.finish()?;
             Action::Abort
+        } else if bitmap::NAMES.contains(&kind) {
+            Action::Bitmap(kind, BitmapCommand::parse(kind, data)?)
         } else {
             Action::Snapshot(Snapshot::parse(data)?)
         };
@@ -52,10 +57,11 @@ impl<'a> Action<'a> {
         Ok(action)
     }
 
-    fn name(&self) -> &'static str {
+    fn name(&self) -> &'a str {
         match self {
             Action::Abort => "abort",
             Action::Snapshot(_) => "blockdev-snapshot",
+            Action::Bitmap(name, _) => name,
         }
     }
 }
@@ -93,8 +99,10 @@ fn carry_out(world: &mut World, actions: &[Action<'_>]) -> Result<(), Refusal> {
         match action {
             Action::Abort => return Err(Refusal::new("Transaction aborted using Abort action")),
             Action::Snapshot(snapshot) => snapshotted.push(prepare(world, snapshot)?),
+            Action::Bitmap(_, command) => command.carry_out(world)?,
         }
     }
+    world.remove_bitmaps();
     // An overlay may be longer or shorter than what it is put on.
     world.graph.lengths_follow();
     for node in snapshotted.into_iter().rev() {
