@@ -128,3 +128,17 @@ fn at_least_a_hundred_kinds_of_refusals_agree() {
         insta::assert_snapshot!("compare-refusals", kinds.into_iter().collect::<Vec<_>>().join("\n"));
     });
 }
+
+#[test]
+fn what_the_daemon_is_told_can_be_told_again() {
+    if !has_daemon("what_the_daemon_is_told_can_be_told_again") {
+        return;
+    }
+    let cost = blkcheck_sim::compare::cost::measure(0..20, None).expect("a daemon");
+    assert!(cost.scenarios >= 15, "{cost:?}");
+    assert!(cost.steps > 10 * u64::from(cost.scenarios), "{cost:?}");
+    assert!(
+        cost.daemon > std::time::Duration::ZERO && cost.compared > std::time::Duration::ZERO,
+        "{cost:?}"
+    );
+}

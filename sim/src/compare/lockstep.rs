@@ -575,7 +575,7 @@ fn is_query(execute: &str) -> bool {
 }
 
 /// Whether some command of the scenario opens a node without saying its name.
-fn makes_up_names(scenario: &Scenario) -> bool {
+pub(super) fn makes_up_names(scenario: &Scenario) -> bool {
     fn unnamed(options: &Map<String, Value>) -> bool {
         let children = options.values().filter_map(Value::as_object);
         (options.contains_key("driver") && !options.contains_key("node-name"))

@@ -8,6 +8,7 @@
 //! * [`exhaustive`]: every sequence of a fixed set of commands up to a length;
 //! * [`beyond`]: scenarios of commands that the model does not know, judged by what holds whatever they mean;
 //! * [`known`]: defects of the daemon that were reviewed and are held to be its own;
+//! * [`cost`]: what comparing costs, beside what the daemon costs;
 //! * [`campaign`]: many scenarios; what is found is shrunk and saved.
 //!
 //! Not here: interleavings, which `run --on qemu` judges and [`crate::agree`] compares; failing storage; timers.
@@ -15,6 +16,7 @@
 pub mod beyond;
 pub mod campaign;
 mod content;
+pub mod cost;
 pub mod exhaustive;
 pub mod generate;
 pub mod known;

@@ -25,8 +25,6 @@ use crate::scenario::{Format, Image, Scenario};
 
 /// A daemon that answers nothing for so long hangs. All requests are answered at once, so this is ample.
 const HANGS_AFTER: Duration = Duration::from_secs(10);
-/// Looks at the sockets before sleeping.
-const SPINS: u32 = 2;
 /// Scenarios after which a daemon is replaced, so that what it leaks cannot add up.
 const SCENARIOS: u32 = 5000;
 
@@ -49,6 +47,22 @@ struct Running {
     patience: Duration,
 }
 
+/// Sockets to look at.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Ready {
+    monitor: bool,
+    server: bool,
+    client: bool,
+}
+
+impl Ready {
+    const ALL: Ready = Ready {
+        monitor: true,
+        server: true,
+        client: true,
+    };
+}
+
 /// The daemon, and a scenario's words for it.
 #[derive(Debug)]
 pub struct Peer {
@@ -62,6 +76,22 @@ pub struct Peer {
     events: Vec<(String, Value)>,
     /// Daemons started.
     starts: u32,
+    /// What is said to the daemon, when somebody wants to know.
+    journal: Option<Vec<Said>>,
+    /// Commands before this scenario.
+    first: u64,
+}
+
+/// Something that a daemon was told, or was waited for with.
+#[derive(Clone, Debug)]
+pub(super) enum Said {
+    /// A command, in the daemon's words.
+    Command(Vec<u8>),
+    /// The answer to the command of this number, from 0 in each scenario.
+    Answer(u64),
+    Guest(String, Ask),
+    HangUp(String),
+    Rest,
 }
 
 impl Peer {
@@ -81,6 +111,8 @@ impl Peer {
             names: Names::default(),
             events: Vec::new(),
             starts: 0,
+            journal: None,
+            first: 0,
         })
     }
 
@@ -121,6 +153,7 @@ impl Peer {
         running.client.reset();
         running.server.reset();
         let before = if names { running.next_made_up()? } else { 0 };
+        self.first = running.monitor.answered();
         self.names.reset(Daemon::STORAGE, before);
         for (index, image) in (0..).zip(&scenario.images) {
             let mut image = image.clone();
@@ -132,6 +165,51 @@ impl Peer {
         Ok(())
     }
 
+    /// Notes from now on what the daemon is told.
+    pub(super) fn keep_journal(&mut self) {
+        self.journal = Some(Vec::new());
+    }
+
+    /// What it was told since.
+    pub(super) fn take_journal(&mut self) -> Vec<Said> {
+        self.journal.take().unwrap_or_default()
+    }
+
+    fn note(&mut self, said: impl FnOnce() -> Said) {
+        if let Some(journal) = &mut self.journal {
+            journal.push(said());
+        }
+    }
+
+    /// Tells it the same again and looks at no answer.
+    ///
+    /// # Errors
+    /// The daemon broke.
+    pub(super) fn repeat(&mut self, said: &Said) -> Result<(), Broken> {
+        let first = self.first;
+        let running = self.running.as_mut().expect("a scenario is under way");
+        match said {
+            Said::Command(line) => {
+                running.monitor.send_line(line);
+            }
+            Said::Answer(id) => {
+                let answered = |r: &mut Running| r.monitor.answered() > first + id;
+                running.until("a command is not answered", answered)?;
+            }
+            Said::Guest(export, ask) => {
+                running.request(export, ask.clone())?;
+            }
+            Said::HangUp(export) => running.client.hang_up(export),
+            Said::Rest => running.rest(&mut Vec::new())?,
+        }
+        Ok(())
+    }
+
+    /// Whether answers are thrown away unread.
+    pub(super) fn skim(&mut self, skims: bool) {
+        self.running().monitor.skim(skims);
+    }
+
     /// The daemon is as empty as before the scenario.
     pub(super) fn is_clean(&mut self) {
         self.clean = true;
@@ -140,7 +218,10 @@ impl Peer {
     /// Sends a command, in a scenario's words; the number to ask for its answer with.
     pub(super) fn send(&mut self, execute: &str, arguments: &Map<String, Value>) -> u64 {
         let arguments = self.names.to_daemon(execute, arguments);
-        self.running().monitor.send(execute, &arguments)
+        let line = Monitor::line(execute, &arguments);
+        let id = self.running().monitor.send_line(&line);
+        self.note(|| Said::Command(line));
+        id
     }
 
     /// Waits for the answer to a command that was sent.
@@ -148,6 +229,8 @@ impl Peer {
     /// # Errors
     /// The daemon broke.
     pub(super) fn answer(&mut self, id: u64, what: &str) -> Result<Answered, Broken> {
+        let first = self.first;
+        self.note(|| Said::Answer(id - first));
         let running = self.running.as_mut().expect("a scenario is under way");
         Ok(match running.answer(id, what, &mut self.events)? {
             Ok(mut value) => {
@@ -189,6 +272,7 @@ impl Peer {
     /// # Errors
     /// The daemon broke.
     pub(super) fn rest(&mut self) -> Result<(), Broken> {
+        self.note(|| Said::Rest);
         let running = self.running.as_mut().expect("a scenario is under way");
         running.rest(&mut self.events)
     }
@@ -218,6 +302,7 @@ impl Peer {
     /// # Errors
     /// The daemon broke.
     pub(super) fn request(&mut self, export: &str, ask: Ask) -> Result<Answer, Broken> {
+        self.note(|| Said::Guest(export.to_owned(), ask.clone()));
         let running = self.running.as_mut().expect("a scenario is under way");
         running.request(export, ask)
     }
@@ -236,6 +321,7 @@ impl Peer {
 
     /// No guest stays connected to this export.
     pub(super) fn hang_up(&mut self, export: &str) {
+        self.note(|| Said::HangUp(export.to_owned()));
         self.running().client.hang_up(export);
     }
 
@@ -293,11 +379,15 @@ impl Running {
         Ok(running)
     }
 
-    /// One look at every socket; whatever the daemon waits for it gets.
-    fn pump(&mut self) -> Result<bool, Broken> {
-        let mut stirred = self.monitor.pump()?;
-        stirred |= self.server.pump().map_err(Broken::Nonsense)?;
-        stirred |= self.client.pump().map_err(Broken::Nonsense)?;
+    /// One look at these sockets; whatever the daemon waits for it gets.
+    fn pump(&mut self, ready: Ready) -> Result<bool, Broken> {
+        let mut stirred = ready.monitor && self.monitor.pump()?;
+        if ready.server {
+            stirred |= self.server.pump().map_err(Broken::Nonsense)?;
+        }
+        if ready.client {
+            stirred |= self.client.pump().map_err(Broken::Nonsense)?;
+        }
         while !self.server.held().is_empty() {
             self.server.release(0);
             stirred = true;
@@ -310,38 +400,48 @@ impl Running {
 
     fn until(&mut self, what: &str, mut done: impl FnMut(&mut Running) -> bool) -> Result<(), Broken> {
         let mut watch: Option<Stopwatch> = None;
-        let mut looks = 0u32;
+        let mut ready = Ready::ALL;
         loop {
-            let stirred = self.pump()?;
+            let stirred = self.pump(ready)?;
             if done(self) {
                 return Ok(());
             }
-            looks = if stirred { 0 } else { looks + 1 };
-            if looks < SPINS {
+            if stirred {
+                ready = Ready::ALL;
                 continue;
             }
-            self.doze();
+            ready = self.doze();
             if watch.get_or_insert_with(Stopwatch::start).elapsed() > self.patience {
                 return Err(Broken::Hangs(format!("{what} in {} s", self.patience.as_secs())));
             }
         }
     }
 
-    /// Sleeps until the daemon says something, or for a moment.
-    fn doze(&self) {
+    /// Sleeps until the daemon says something, or for a moment. Where it has said something.
+    fn doze(&self) -> Ready {
         let (listener, connections) = self.server.sockets();
         let mut sockets = vec![
             PollFd::new(self.monitor.socket(), PollFlags::IN),
             PollFd::new(listener, PollFlags::IN),
         ];
         sockets.extend(connections.map(|c| PollFd::new(c, PollFlags::IN)));
+        let ours = sockets.len();
         sockets.extend(self.client.sockets().map(|c| PollFd::new(c, PollFlags::IN)));
         let moment = Timespec {
             tv_sec: 0,
             tv_nsec: 50_000_000,
         };
-        // Whatever this says, we look again.
-        let _ = poll(&mut sockets, Some(&moment));
+        if poll(&mut sockets, Some(&moment)).is_ok_and(|count| count > 0) {
+            let said = |sockets: &[PollFd<'_>]| sockets.iter().any(|s| !s.revents().is_empty());
+            Ready {
+                monitor: said(&sockets[..1]),
+                server: said(&sockets[1..ours]),
+                client: said(&sockets[ours..]),
+            }
+        } else {
+            // It may be waiting for us to send the rest of something.
+            Ready::ALL
+        }
     }
 
     /// The answer to this command. What is said before it is kept.
@@ -378,7 +478,7 @@ impl Running {
     fn rest(&mut self, events: &mut Vec<(String, Value)>) -> Result<(), Broken> {
         loop {
             self.sleepers.wait(Whom::All)?;
-            let stirred = self.pump()?;
+            let stirred = self.pump(Ready::ALL)?;
             let mut news = false;
             while let Some(message) = self.monitor.take() {
                 news = true;

@@ -36,6 +36,7 @@ pub struct Monitor {
     next: u64,
     answered: u64,
     gone: bool,
+    skims: bool,
     scratch: Vec<u8>,
 }
 
@@ -55,21 +56,44 @@ impl Monitor {
             next: 0,
             answered: 0,
             gone: false,
+            skims: false,
             scratch: vec![0; 1 << 16],
         })
     }
 
     /// Sends a command; the number that its answer will have.
     pub fn send(&mut self, execute: &str, arguments: &Map<String, Value>) -> u64 {
-        let id = self.next;
-        self.next += 1;
+        self.send_line(&Monitor::line(execute, arguments))
+    }
+
+    /// A command as it is sent.
+    #[must_use]
+    pub fn line(execute: &str, arguments: &Map<String, Value>) -> Vec<u8> {
         let mut message = json!({"execute": execute});
         if !arguments.is_empty() {
             message["arguments"] = Value::Object(arguments.clone());
         }
-        self.output.extend_from_slice(message.to_string().as_bytes());
+        message.to_string().into_bytes()
+    }
+
+    /// The same, of a command that is written out already.
+    pub fn send_line(&mut self, line: &[u8]) -> u64 {
+        let id = self.next;
+        self.next += 1;
+        self.output.extend_from_slice(line);
         self.push();
         id
+    }
+
+    /// From now on answers are counted and thrown away, events only thrown away.
+    pub fn skim(&mut self, skims: bool) {
+        self.skims = skims;
+    }
+
+    /// Answers so far: the number of the next one.
+    #[must_use]
+    pub fn answered(&self) -> u64 {
+        self.answered
     }
 
     /// A command was sent and is not answered.
@@ -120,6 +144,11 @@ impl Monitor {
         while let Some(end) = self.input[used..].iter().position(|b| *b == b'\n') {
             let line = &self.input[used..used + end];
             used += end + 1;
+            if self.skims {
+                let answers: [&[u8]; 2] = [b"{\"return\"", b"{\"error\""];
+                self.answered += u64::from(answers.iter().any(|start| line.starts_with(start)));
+                continue;
+            }
             match parse(line) {
                 Ok(Parsed::Greeting(greeting)) => self.greeting = Some(greeting),
                 Ok(Parsed::Event(name, data)) => self.messages.push_back(Message::Event(name, data)),

@@ -28,9 +28,10 @@ const EINVAL: u32 = 22;
 #[derive(Debug)]
 pub struct Disk {
     name: String,
+    /// What was stored: up to where the file would end.
     bytes: Vec<u8>,
-    /// Where the file would end.
-    end: usize,
+    /// As the daemon sees it; zeroes behind the bytes.
+    length: usize,
     contested: bool,
 }
 
@@ -44,13 +45,13 @@ impl Disk {
     /// The file's bytes.
     #[must_use]
     pub fn file(&self) -> &[u8] {
-        &self.bytes[..self.end]
+        &self.bytes
     }
 
     /// Length as the daemon sees it: the file and the room behind it, bytes.
     #[must_use]
     pub fn length(&self) -> u64 {
-        self.bytes.len() as u64
+        self.length as u64
     }
 
     /// Two connections wrote to it.
@@ -59,10 +60,19 @@ impl Disk {
         self.contested
     }
 
-    fn range(&mut self, request: &Request) -> Option<&mut [u8]> {
-        let start = usize::try_from(request.offset).ok()?;
-        let end = start.checked_add(request.length as usize)?;
-        self.bytes.get_mut(start..end)
+    /// The bytes from `start` to `end`, of which those that are stored come first; the rest are zeroes.
+    fn stored(&self, start: usize, end: usize) -> &[u8] {
+        let stored = self.bytes.len();
+        &self.bytes[start.min(stored)..end.min(stored)]
+    }
+
+    /// Somewhere to store these bytes: the file ends behind them, if not later.
+    fn room(&mut self, start: usize, end: usize) -> &mut [u8] {
+        assert!(start <= end && end <= self.length, "inside");
+        if self.bytes.len() < end {
+            self.bytes.resize(end, 0);
+        }
+        &mut self.bytes[start..end]
     }
 }
 
@@ -140,13 +150,11 @@ impl Server {
     }
 
     /// A new disk: these bytes, and `room` behind them.
-    pub fn add(&mut self, name: &str, mut bytes: Vec<u8>, room: u64) {
-        let end = bytes.len();
-        bytes.resize(end + index(room), 0);
+    pub fn add(&mut self, name: &str, bytes: Vec<u8>, room: u64) {
         self.disks.push(Disk {
             name: name.to_owned(),
+            length: bytes.len() + index(room),
             bytes,
-            end,
             contested: false,
         });
     }
@@ -293,7 +301,7 @@ impl Server {
                     }
                     Some(disk) => {
                         let mut export = info::EXPORT.to_be_bytes().to_vec();
-                        export.extend_from_slice(&(self.disks[disk].bytes.len() as u64).to_be_bytes());
+                        export.extend_from_slice(&self.disks[disk].length().to_be_bytes());
                         export.extend_from_slice(&FLAGS.to_be_bytes());
                         wire::put_option_reply(out, number, reply::INFO, &export);
                         let mut sizes = info::BLOCK_SIZE.to_be_bytes().to_vec();
@@ -379,27 +387,27 @@ impl Server {
     pub fn release(&mut self, at: usize) {
         let held = self.held.remove(at);
         let disk = &mut self.disks[held.disk];
-        let (request, end) = (held.request, disk.bytes.len() as u64);
+        let request = held.request;
+        let last = request.offset.checked_add(u64::from(request.length));
+        let inside = last.is_some_and(|last| last <= disk.length());
+        let (start, end) = if inside {
+            let start = index(request.offset);
+            (start, start + request.length as usize)
+        } else {
+            (0, 0)
+        };
         let mut error = 0;
-        let mut data: &[u8] = &[];
-        let inside = request
-            .offset
-            .checked_add(u64::from(request.length))
-            .is_some_and(|e| e <= end);
+        let mut data: (&[u8], usize) = (&[], 0);
         match request.command {
             Command::Flush => {}
-            Command::Read if inside => data = disk.range(&request).expect("inside"),
-            Command::Write | Command::WriteZeroes if inside => {
-                let range = disk.range(&request).expect("inside");
-                if request.command == Command::Write {
-                    range.copy_from_slice(&held.data);
-                } else {
-                    range.fill(0);
-                }
-                disk.end = disk.end.max(index(request.offset) + request.length as usize);
-            }
+            Command::Read if inside => data = (disk.stored(start, end), end - start),
+            Command::Write if inside => disk.room(start, end).copy_from_slice(&held.data),
+            Command::WriteZeroes if inside => disk.room(start, end).fill(0),
             // What was discarded reads as zeroes, like a hole.
-            Command::Trim if inside => disk.range(&request).expect("inside").fill(0),
+            Command::Trim if inside => {
+                let end = end.min(disk.bytes.len());
+                disk.bytes[start.min(end)..end].fill(0);
+            }
             Command::Write | Command::WriteZeroes => error = ENOSPC,
             Command::Read | Command::Trim | Command::Disconnect | Command::Status => error = EINVAL,
         }
@@ -410,10 +418,11 @@ impl Server {
     pub fn fail(&mut self, at: usize, errno: u32) {
         assert!(errno != 0, "no error");
         let held = self.held.remove(at);
-        Server::answer(&mut self.connections, &held, errno, &[]);
+        Server::answer(&mut self.connections, &held, errno, (&[], 0));
     }
 
-    fn answer(connections: &mut [Connection], held: &Held, error: u32, data: &[u8]) {
+    /// `data`: bytes, and how many there are with the zeroes behind them.
+    fn answer(connections: &mut [Connection], held: &Held, error: u32, (data, length): (&[u8], usize)) {
         let Some(connection) = connections.iter_mut().find(|c| c.id == held.connection) else {
             return;
         };
@@ -421,7 +430,9 @@ impl Server {
         out.extend_from_slice(&wire::SIMPLE.to_be_bytes());
         out.extend_from_slice(&error.to_be_bytes());
         out.extend_from_slice(&held.request.cookie.to_be_bytes());
+        let end = out.len() + length;
         out.extend_from_slice(data);
+        out.resize(end, 0);
         connection.send();
     }
 }
