@@ -11,6 +11,8 @@
 //! Everything else about the layer is compared as ever, so a state that is not on the list is a finding.
 //! Not here: comparing. [`crate::oracle`] does that.
 
+mod drained;
+
 use std::rc::Rc;
 
 use blkcheck_impl::error::Errno;
@@ -71,6 +73,8 @@ struct Operation {
     faults: u32,
     /// Node names that the layer made up meanwhile.
     auto_names: u32,
+    /// A job goes on that it had paused: its drain is over.
+    drained: bool,
 }
 
 /// The model beside a run.
@@ -82,6 +86,8 @@ pub struct Follower {
     journal: Vec<Entry>,
     queue: Vec<StepId>,
     operation: Option<Operation>,
+    /// The command under way, to be executed when no more jobs end.
+    postponed: Option<StepId>,
     /// Commands that let the main lock go but have not answered.
     unanswered: Vec<Operation>,
     /// Jobs that went through pending: their prepare ran.
@@ -102,6 +108,7 @@ impl Follower {
         self.journal.clear();
         self.queue.clear();
         self.operation = None;
+        self.postponed = None;
         self.unanswered.clear();
         self.prepared.clear();
         self.ordered = scenario.disk.faults.is_some();
@@ -180,6 +187,7 @@ impl Follower {
         if self.off {
             return followed;
         }
+        self.catch_up(scenario, record, &mut followed);
         match record {
             Record::Issued(step) => {
                 if let Action::Command { .. } = action(scenario, *step) {
@@ -226,8 +234,8 @@ impl Follower {
                     operation.auto_names += 1;
                 }
             }
-            Event::JobStatus { id, to, .. } => self.status(id, *to, followed),
-            Event::Qmp { name, data } => self.qmp(name, data, followed),
+            Event::JobStatus { id, from, to, .. } => self.status(id, *from, *to, followed),
+            Event::Qmp { name, data } => self.qmp(scenario, name, data, followed),
             _ => {}
         }
     }
@@ -287,7 +295,10 @@ impl Follower {
         followed.answered = Some(step);
     }
 
-    fn status(&mut self, id: &Rc<str>, to: Seen, followed: &mut Followed) {
+    fn status(&mut self, id: &Rc<str>, from: Seen, to: Seen, followed: &mut Followed) {
+        if let (Some(operation), Seen::Paused, Seen::Running) = (&mut self.operation, from, to) {
+            operation.drained = true;
+        }
         let to = model_status(to);
         followed.changed = true;
         if to == JobStatus::Pending {
@@ -297,7 +308,7 @@ impl Follower {
         self.journal.push(Entry::Status(Rc::clone(id), to));
     }
 
-    fn qmp(&mut self, name: &str, data: &Value, followed: &mut Followed) {
+    fn qmp(&mut self, scenario: &Scenario, name: &str, data: &Value, followed: &mut Followed) {
         let Some(id) = data.get("device").and_then(Value::as_str) else {
             return;
         };
@@ -306,27 +317,35 @@ impl Follower {
                 followed.wrong = self.world.job_stopped_on_error(id).err();
                 self.journal.push(Entry::Stopped(id.into()));
             }
-            "BLOCK_JOB_CANCELLED" => self.completed(id, Outcome::Cancelled, None, followed),
-            "BLOCK_JOB_COMPLETED" => {
+            "BLOCK_JOB_CANCELLED" | "BLOCK_JOB_COMPLETED" => {
+                self.postpone(scenario);
                 let error = data.get("error").and_then(Value::as_str);
-                let prepared = self.prepared.iter().any(|p| &**p == id);
-                let outcome = match error {
-                    None => Outcome::Success,
-                    Some(_) if !prepared => Outcome::Failed,
-                    // The effect is refused, as the model then says too, or storage failed.
-                    Some(error) => {
-                        let expected = self.world.clone().job_completed(id, Outcome::Success);
-                        let refused = matches!(&expected, Ok(Some(e)) if e == error);
-                        if !refused && self.storage_failed() && speaks_of_storage(error) {
-                            Outcome::Failed
-                        } else {
-                            Outcome::Success
-                        }
-                    }
+                let outcome = match name {
+                    "BLOCK_JOB_CANCELLED" => Outcome::Cancelled,
+                    _ => self.outcome(id, error),
                 };
+                let error = error.filter(|_| outcome != Outcome::Cancelled);
                 self.completed(id, outcome, error, followed);
             }
             _ => {}
+        }
+    }
+
+    /// How a job ended that was not cancelled.
+    fn outcome(&self, id: &str, error: Option<&str>) -> Outcome {
+        let Some(error) = error else {
+            return Outcome::Success;
+        };
+        if !self.prepared.iter().any(|p| &**p == id) {
+            return Outcome::Failed;
+        }
+        // The effect is refused, as the model then says too, or storage failed.
+        let expected = self.world.clone().job_completed(id, Outcome::Success);
+        let refused = matches!(&expected, Ok(Some(e)) if e == error);
+        if !refused && self.storage_failed() && speaks_of_storage(error) {
+            Outcome::Failed
+        } else {
+            Outcome::Success
         }
     }
 

@@ -146,9 +146,9 @@ impl Setup {
                 raw_tails: false,
                 rates: false,
                 inline_backing: false,
-                reopen: false,
-                snapshots: false,
-                resize: false,
+                reopen: true,
+                snapshots: true,
+                resize: true,
             },
         }
     }
@@ -342,17 +342,20 @@ impl Harness {
         let result = self.once(scenario, &mut Recorded::new(&scenario.choices));
         self.runner.keep_records(self.setup.on == On::Qemu);
         let mut result = result?;
+        let known = self.known(result.violation.as_ref());
+        // What is seen below comes from another run.
+        let (records, as_run) = (self.runner.records().to_vec(), self.runner.scenario().clone());
+        let allocation = self.allocation.borrow().clone();
         if let Some(violation) = &mut result.violation {
             self.look_closely(scenario, violation)?;
         }
-        let known = self.known(result.violation.as_ref());
         Ok(Replayed {
             trace_hash: result.trace_hash,
             known,
             violation: result.violation,
-            records: self.runner.records().to_vec(),
-            scenario: self.runner.scenario().clone(),
-            allocation: self.allocation.borrow().clone(),
+            records,
+            scenario: as_run,
+            allocation,
         })
     }
 

@@ -7,6 +7,8 @@
 
 mod graph;
 
+pub(super) use graph::visits_twice;
+
 use blkcheck_model::{Driver, World};
 use serde_json::{Map, Value};
 

@@ -4,9 +4,12 @@
 //! looked for in what happened before: a matcher wants the oracle, what it says, and the cause in the run.
 //! An entry of [`GATED`] is reproduced by `blkcheck replay --on qemu`.
 
+mod causes;
+
 use blkcheck_model::{Command, World};
 use serde_json::{Map, Value};
 
+use self::causes::Causes;
 use super::known::{self, DEFECTS, Defect, Sure};
 use crate::follow::Follower;
 use crate::history::{Outcome, Record, StepId};
@@ -67,6 +70,7 @@ struct Found<'a> {
     violation: &'a Violation,
     /// The model at the end.
     world: World,
+    causes: Causes,
 }
 
 /// A command and its arguments.
@@ -83,6 +87,11 @@ const MATCHERS: &[(&str, Matcher)] = &[
     ("stream-uncovers-base", uncovers_base),
     ("aborted-snapshot-loses-writes", loses_writes),
     ("zeroes-under-write", zeroes_under_write),
+    ("snapshot-over-shorter-overlay", snapshot_shortens),
+    ("reopen-shortens-export", reopen_shortens),
+    ("filter-keeps-length", keeps_length),
+    ("reopen-drains-for-ever", drains_for_ever),
+    ("stream-over-raw-loses-data", loses_over_raw),
 ];
 
 /// The reviewed defect that explains a finding.
@@ -90,14 +99,21 @@ const MATCHERS: &[(&str, Matcher)] = &[
 pub fn explain(scenario: &Scenario, violation: &Violation, records: &[Record]) -> Option<&'static Defect> {
     let mut follower = Follower::default();
     follower.reset(scenario);
+    let mut causes = Causes::default();
     for record in records {
-        follower.record(scenario, record);
+        let before = follower.world.clone();
+        if let Some(step) = follower.record(scenario, record).executed
+            && let Action::Command { execute, arguments } = &scenario.steps[step.0 as usize].action
+        {
+            causes.executed(&before, &follower.world, execute, arguments);
+        }
     }
     let found = Found {
         scenario,
         records,
         violation,
         world: follower.world,
+        causes,
     };
     let (id, _) = MATCHERS.iter().find(|(_, matches)| matches(&found))?;
     find(id)
@@ -276,6 +292,50 @@ fn loses_writes(found: &Found<'_>) -> bool {
     !beside.is_empty()
 }
 
+/// A guest met an assertion, and a snapshot had made what is under an export shorter.
+fn snapshot_shortens(found: &Found<'_>) -> bool {
+    past_the_end(found) && found.causes.snapshot_shortens
+}
+
+/// The same of a reopen.
+fn reopen_shortens(found: &Found<'_>) -> bool {
+    past_the_end(found) && found.causes.reopen_shortens
+}
+
+/// A node that should have followed has another length than it should have; or what lies behind the end of the node below is
+/// looked for without end.
+fn keeps_length(found: &Found<'_>) -> bool {
+    let node = found.violation.message.split(' ').next().unwrap_or_default();
+    let stale = found.says(&[OracleName::Transparency], " bytes long, expected ")
+        && found.causes.relengthed.iter().any(|n| **n == *node);
+    let endless = found.says(&[OracleName::Daemon], "without coming to rest")
+        && !found.causes.relengthed.is_empty()
+        && found.unanswered().next().is_none();
+    stale || endless
+}
+
+/// Somebody waits for ever, and a reopen before came upon a node twice.
+fn drains_for_ever(found: &Found<'_>) -> bool {
+    found.says(&[OracleName::Liveness], "nothing can happen any more") && found.causes.drained_twice
+}
+
+/// Zeroes where data were, after such a stream.
+fn loses_over_raw(found: &Found<'_>) -> bool {
+    let oracles = [OracleName::Data, OracleName::Transparency];
+    found.says(&oracles, "holds zeroes") && !found.says(&oracles, "expected zeroes") && found.causes.over_raw
+}
+
+/// One of the assertions that a request past the end of a node meets.
+fn past_the_end(found: &Found<'_>) -> bool {
+    [
+        "nbd_co_send_sparse_read",
+        "bdrv_co_write_req_prepare",
+        "blk_check_byte_request",
+    ]
+    .iter()
+    .any(|function| found.says(&[OracleName::Daemon], function))
+}
+
 /// A list of actions that goes on after a snapshot, and so can be refused after it.
 fn snapshots(arguments: &Map<String, Value>) -> bool {
     let actions = arguments.get("actions").and_then(Value::as_array);
@@ -346,15 +406,25 @@ pub(crate) fn meets(world: &World, execute: &str, arguments: &Map<String, Value>
     if let Some(defect) = known::steers_around(world, &[], execute, arguments) {
         return Some(defect.id);
     }
-    if execute != "block-stream" {
-        return None;
-    }
     let given = Value::Object(arguments.clone());
-    let refusal = world.check(&Command::new(execute, &given)).err()?;
-    refusal
-        .desc
-        .starts_with("Permission conflict on node")
-        .then_some("refused-stream-keeps-root")
+    let command = Command::new(execute, &given);
+    match execute {
+        "block-stream" if let Err(refusal) = world.check(&command) => refusal
+            .desc
+            .starts_with("Permission conflict on node")
+            .then_some("refused-stream-keeps-root"),
+        "block-stream" | "blockdev-reopen" | "blockdev-snapshot" | "transaction" | "block_resize" => {
+            causes::met_by_change(world, &command)
+        }
+        _ => None,
+    }
+}
+
+/// Whether a command takes a snapshot back, as long as which no guest may have a request in flight: the defect
+/// `aborted-snapshot-loses-writes`.
+pub(crate) fn takes_back(world: &World, execute: &str, arguments: &Map<String, Value>) -> bool {
+    let given = Value::Object(arguments.clone());
+    execute == "transaction" && snapshots(arguments) && world.check(&Command::new(execute, &given)).is_err()
 }
 
 #[cfg(test)]

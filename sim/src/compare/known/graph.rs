@@ -13,7 +13,7 @@ pub(super) fn reopens_nothing(execute: &str, arguments: &Map<String, Value>) -> 
 }
 
 /// `blockdev-reopen` would come upon some node more than once.
-pub(super) fn visits_twice(world: &World, arguments: &Map<String, Value>) -> bool {
+pub(in crate::compare) fn visits_twice(world: &World, arguments: &Map<String, Value>) -> bool {
     has_double(&world.reopened(&Value::Object(arguments.clone())))
 }
 

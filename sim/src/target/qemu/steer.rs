@@ -1,10 +1,11 @@
 //! Around the known defects: which step would meet one.
 //!
 //! Rules: the model follows the run and says what a command would do; guests' requests in flight are on a list. A command
-//! that would meet a defect is passed over, a request waits until nothing is in flight that it would meet one with.
+//! that would meet a defect is passed over, a request waits until nothing is in flight that it would meet one with. A
+//! transaction that is going to be taken back and guests' requests wait for each other.
 //! A command is judged when it is started; one that is carried out later, behind others, may meet a defect all the same.
 
-use crate::compare::known_run::{collide, largest_cluster, meets};
+use crate::compare::known_run::{collide, largest_cluster, meets, takes_back};
 use crate::follow::Follower;
 use crate::history::{Record, StepId};
 use crate::scenario::{Action, GuestOp, Scenario};
@@ -18,6 +19,8 @@ pub(super) struct Steerer {
     scenario: Scenario,
     cluster: u64,
     flying: Vec<(StepId, GuestOp)>,
+    /// Transactions under way that are going to be taken back.
+    taken_back: Vec<StepId>,
 }
 
 impl Steerer {
@@ -29,16 +32,28 @@ impl Steerer {
             scenario: scenario.clone(),
             cluster: largest_cluster(scenario),
             flying: Vec::new(),
+            taken_back: Vec::new(),
         }
     }
 
     pub(super) fn steering(&self, scenario: &Scenario, step: StepId) -> Steering {
         match &scenario.steps[step.0 as usize].action {
-            Action::Guest { op, .. } if self.flying.iter().any(|(_, o)| collide(*op, *o, self.cluster)) => {
-                Steering::Wait
+            Action::Guest { op, .. } => {
+                let collides = self.flying.iter().any(|(_, o)| collide(*op, *o, self.cluster));
+                match collides || !self.taken_back.is_empty() {
+                    true => Steering::Wait,
+                    false => Steering::Go,
+                }
             }
             Action::Command { execute, arguments } => {
-                meets(&self.follower.world, execute, arguments).map_or(Steering::Go, Steering::PassOver)
+                let world = &self.follower.world;
+                match meets(world, execute, arguments) {
+                    Some(defect) => Steering::PassOver(defect),
+                    None if !self.flying.is_empty() && takes_back(world, execute, arguments) => {
+                        Steering::Wait
+                    }
+                    None => Steering::Go,
+                }
             }
             _ => Steering::Go,
         }
@@ -47,10 +62,16 @@ impl Steerer {
     pub(super) fn issued(&mut self, scenario: &Scenario, step: StepId) {
         let known = self.scenario.steps.len();
         self.scenario.steps.extend_from_slice(&scenario.steps[known..]);
-        self.follower.record(&self.scenario, &Record::Issued(step));
-        if let Action::Guest { op, .. } = &scenario.steps[step.0 as usize].action {
-            self.flying.push((step, *op));
+        match &scenario.steps[step.0 as usize].action {
+            Action::Guest { op, .. } => self.flying.push((step, *op)),
+            Action::Command { execute, arguments }
+                if takes_back(&self.follower.world, execute, arguments) =>
+            {
+                self.taken_back.push(step);
+            }
+            _ => {}
         }
+        self.follower.record(&self.scenario, &Record::Issued(step));
     }
 
     pub(super) fn follow(&mut self, records: &[Record]) {
@@ -58,6 +79,7 @@ impl Steerer {
             self.follower.record(&self.scenario, record);
             if let Record::Ended(step, _) = record {
                 self.flying.retain(|(s, _)| s != step);
+                self.taken_back.retain(|s| s != step);
             }
         }
     }

@@ -12,7 +12,7 @@ use super::{Pending, QemuTarget};
 use crate::finish::STATUSES;
 use crate::history::{Outcome, Record, Refusal, StatusRun, StepId};
 use crate::qemu::Broken;
-use crate::qemu::names::no_such_file;
+use crate::qemu::names::{no_such_file, option_of_file};
 use crate::qemu::nbd::client::{Answer, Ask, Extent};
 use crate::qemu::qmp::Message;
 use crate::scenario::{GuestOp, Range};
@@ -152,6 +152,7 @@ impl QemuTarget {
             Err((class, desc)) => {
                 let desc = self.names.text(&desc).unwrap_or(desc);
                 let desc = no_such_file(&desc, self.running().server.missing());
+                let desc = option_of_file(&desc).unwrap_or(desc);
                 Err(Refusal { class, desc })
             }
         };

@@ -1,0 +1,141 @@
+//! Commands that drain before they look at the graph: a job may end in that drain, and then the command meets the graph
+//! after it.
+//!
+//! Rules: the model executes a command when the layer begins it. Where a job's end is told while one of these is under way,
+//! the command is taken back, the job completes, and the command is executed again when the next thing is told. Not so
+//! once a job has been resumed meanwhile: the drain is over then, and with it the command. A layer whose main operations
+//! are totally ordered never tells such an end.
+//! Not covered: a list of nodes to reopen of which some were queued before the job ended and some after it.
+
+use blkcheck_impl::event::Event;
+
+use super::{Entry, Followed, Follower, Record, Scenario, command_name, execute};
+
+/// Commands that begin with a drain.
+const DRAIN_FIRST: [&str; 3] = ["blockdev-reopen", "blockdev-snapshot", "transaction"];
+
+impl Follower {
+    /// A job ends: takes the command under way back if it was to wait for that.
+    pub(super) fn postpone(&mut self, scenario: &Scenario) {
+        let draining = self.operation.as_ref().filter(|o| !o.drained);
+        let Some(step) = draining.and_then(|o| o.step) else {
+            return;
+        };
+        if !command_name(scenario, step).is_some_and(|name| DRAIN_FIRST.contains(&name)) {
+            return;
+        }
+        let is_it = |entry: &Entry| matches!(entry, Entry::Command(s) if *s == step);
+        let Some(at) = self.journal.iter().rposition(is_it) else {
+            return;
+        };
+        self.journal.remove(at);
+        for doubt in &mut self.doubts {
+            doubt.at -= usize::from(doubt.at > at);
+        }
+        self.replay(scenario);
+        self.postponed = Some(step);
+    }
+
+    /// Executes what was postponed, unless one more job ends.
+    pub(super) fn catch_up(&mut self, scenario: &Scenario, record: &Record, followed: &mut Followed) {
+        if matches!(record, Record::Layer(Event::Qmp { name, .. }) if is_end(name)) {
+            return;
+        }
+        let Some(step) = self.postponed.take() else {
+            return;
+        };
+        let operation = self.operation.as_mut().expect("it is under way");
+        operation.prediction = execute(&mut self.world, scenario, step);
+        self.journal.push(Entry::Command(step));
+        (followed.executed, followed.changed) = (Some(step), true);
+    }
+}
+
+/// Whether an event of this name says that a job has ended.
+fn is_end(name: &str) -> bool {
+    matches!(name, "BLOCK_JOB_CANCELLED" | "BLOCK_JOB_COMPLETED")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::rc::Rc;
+
+    use blkcheck_impl::jobs::JobStatus;
+    use serde_json::json;
+
+    use super::*;
+    use crate::history::{Outcome, StepId};
+    use crate::oracle::tests::scenario_of;
+
+    /// What the model says of a reopen that takes the backing link of a stream's device away, while the stream ends.
+    fn predicted(steps: &[(JobStatus, JobStatus)]) -> Result<(), String> {
+        let scenario = scenario_of(
+            r#"{"version":1,"grain":512,"images":[
+            {"file":"b","format":"qcow2","size":4096},
+            {"file":"a","format":"qcow2","size":4096,"backing-file":"b","backing-format":"qcow2"}],"steps":[
+            {"actor":"m","execute":"blockdev-add","arguments":{"driver":"qcow2","node-name":"a",
+                "file":{"driver":"file","filename":"a"}}},
+            {"actor":"m","execute":"block-stream","arguments":{"job-id":"j","device":"a"}},
+            {"actor":"m","execute":"blockdev-reopen","arguments":{"options":[{"driver":"qcow2","node-name":"a",
+                "file":{"driver":"file","filename":"a"},"backing":null}]}}]}"#,
+        );
+        let mut follower = Follower::default();
+        follower.reset(&scenario);
+        let mut tell = |record: Record| {
+            let followed = follower.record(&scenario, &record);
+            assert_eq!(followed.wrong, None, "{record:?}");
+        };
+        let begin = |what| Record::Layer(Event::MainBegin { what });
+        let end = |what| Record::Layer(Event::MainEnd { what });
+        let status = |(from, to)| {
+            Record::Layer(Event::JobStatus {
+                job: blkcheck_impl::types::JobId(0),
+                id: "j".into(),
+                from,
+                to,
+            })
+        };
+        let done = |step| Record::Ended(StepId(step), Outcome::Command(Ok(json!({}))));
+        use JobStatus::{Concluded, Created, Null, Pending, Running, Undefined, Waiting};
+        tell(Record::Issued(StepId(0)));
+        tell(begin("blockdev-add"));
+        tell(end("blockdev-add"));
+        tell(done(0));
+        tell(Record::Issued(StepId(1)));
+        tell(begin("block-stream"));
+        tell(status((Undefined, Created)));
+        tell(status((Created, Running)));
+        tell(end("block-stream"));
+        tell(done(1));
+        tell(Record::Issued(StepId(2)));
+        tell(begin("blockdev-reopen"));
+        steps.iter().for_each(|step| tell(status(*step)));
+        tell(status((Running, Waiting)));
+        tell(status((Waiting, Pending)));
+        tell(Record::Layer(Event::Qmp {
+            name: "BLOCK_JOB_COMPLETED",
+            data: Rc::new(json!({"device": "j"})),
+        }));
+        tell(status((Pending, Concluded)));
+        tell(status((Concluded, Null)));
+        tell(end("blockdev-reopen"));
+        tell(done(2));
+        let prediction = follower.prediction().expect("it was executed");
+        prediction.clone().map(drop).map_err(|refusal| refusal.desc)
+    }
+
+    #[test]
+    fn a_job_that_ends_in_the_drain_of_a_reopen_is_gone_when_it_looks() {
+        assert_eq!(predicted(&[]), Ok(()));
+    }
+
+    #[test]
+    fn a_job_that_was_resumed_meanwhile_was_there_when_it_looked() {
+        use JobStatus::{Paused, Running};
+        let frozen = predicted(&[(Running, Paused), (Paused, Running)]).expect_err("the link is frozen");
+        assert!(
+            frozen.starts_with("Cannot change frozen 'backing' link"),
+            "{frozen}"
+        );
+    }
+}
