@@ -33,6 +33,17 @@ pub static GATED: &[Defect] = &[
         steer: None,
     },
     Defect {
+        id: "discard-under-read",
+        title: "discarding a cluster does not wait for a read of it: the read returns what was written somewhere else",
+        qemu: "the cluster is given back and used for another write while a read of it is still under way",
+        right: "a cluster is used again when nobody reads it any more: a read returns the old data or zeroes",
+        sure: Sure::Certain,
+        scenario: include_str!("../../../docs/findings/discard-under-read.json"),
+        page: include_str!("../../../docs/findings/discard-under-read.md"),
+        matches: |_| false,
+        steer: None,
+    },
+    Defect {
         id: "aborted-snapshot-loses-writes",
         title: "a transaction that is aborted after a snapshot loses what guests write meanwhile, and shows them zeroes",
         qemu: "the roll-back takes the overlay's backing link away first; guests, who are still above the overlay, go on at that \
@@ -75,6 +86,8 @@ struct Found<'a> {
 
 /// A command and its arguments.
 type Given<'a> = (&'a str, &'a Map<String, Value>);
+/// A request in flight.
+type Flying = (StepId, GuestOp);
 type Matcher = fn(&Found<'_>) -> bool;
 
 const MATCHERS: &[(&str, Matcher)] = &[
@@ -86,6 +99,7 @@ const MATCHERS: &[(&str, Matcher)] = &[
     ("backing-format-of-overlay", backing_format),
     ("stream-uncovers-base", uncovers_base),
     ("aborted-snapshot-loses-writes", loses_writes),
+    ("discard-under-read", discard_under_read),
     ("zeroes-under-write", zeroes_under_write),
     ("snapshot-over-shorter-overlay", snapshot_shortens),
     ("reopen-shortens-export", reopen_shortens),
@@ -167,6 +181,25 @@ impl<'a> Found<'a> {
             Record::Issued(step) => self.command(*step).is_some_and(|(execute, _)| execute == name),
             _ => false,
         })
+    }
+
+    /// Guests' requests that were in flight together, the later one second.
+    fn pairs_in_flight(&self) -> Vec<(Flying, Flying)> {
+        let mut flying: Vec<Flying> = Vec::new();
+        let mut pairs = Vec::new();
+        for record in self.records {
+            match record {
+                Record::Issued(step) => {
+                    if let Action::Guest { op, .. } = &self.scenario.steps[step.0 as usize].action {
+                        pairs.extend(flying.iter().map(|other| (*other, (*step, *op))));
+                        flying.push((*step, *op));
+                    }
+                }
+                Record::Ended(step, _) => flying.retain(|(s, _)| s != step),
+                _ => {}
+            }
+        }
+        pairs
     }
 
     fn says(&self, oracles: &[OracleName], text: &str) -> bool {
@@ -355,22 +388,21 @@ fn zeroes_under_write(found: &Found<'_>) -> bool {
         return false;
     }
     let cluster = largest_cluster(found.scenario);
-    let mut flying: Vec<(StepId, GuestOp)> = Vec::new();
-    for record in found.records {
-        match record {
-            Record::Issued(step) => {
-                if let Action::Guest { op, .. } = &found.scenario.steps[step.0 as usize].action {
-                    if flying.iter().any(|(_, other)| collide(*op, *other, cluster)) {
-                        return true;
-                    }
-                    flying.push((*step, *op));
-                }
-            }
-            Record::Ended(step, _) => flying.retain(|(s, _)| s != step),
-            _ => {}
-        }
-    }
-    false
+    found
+        .pairs_in_flight()
+        .iter()
+        .any(|((_, a), (_, b))| changes_under_change(*a, *b, cluster))
+}
+
+/// A read shows what was written elsewhere, and a request that gives clusters back was in flight with it.
+fn discard_under_read(found: &Found<'_>) -> bool {
+    let cluster = largest_cluster(found.scenario);
+    let is_it = |step: StepId| Some(step) == found.violation.step;
+    found.says(&[OracleName::Data], "which belongs to")
+        && found
+            .pairs_in_flight()
+            .iter()
+            .any(|((s, a), (t, b))| (is_it(*s) || is_it(*t)) && frees_under_read(*a, *b, cluster))
 }
 
 /// The largest cluster of any image, in bytes.
@@ -379,15 +411,34 @@ pub(crate) fn largest_cluster(scenario: &Scenario) -> u64 {
     formatted.map(|i| u64::from(i.cluster_size)).max().unwrap_or(512)
 }
 
-/// Whether two requests in flight meet the defect `zeroes-under-write`: both change a cluster, one of them by zeroing it
-/// or giving it back.
+/// Whether two requests in flight meet a defect: `zeroes-under-write` or `discard-under-read`.
 pub(crate) fn collide(a: GuestOp, b: GuestOp, cluster: u64) -> bool {
+    changes_under_change(a, b, cluster) || frees_under_read(a, b, cluster)
+}
+
+/// Both change a cluster, one of them by zeroing it or giving it back.
+fn changes_under_change(a: GuestOp, b: GuestOp, cluster: u64) -> bool {
     let (Some((a, zeroing)), Some((b, other))) = (changes(a), changes(b)) else {
         return false;
     };
+    (zeroing || other) && share_a_cluster(a, b, cluster)
+}
+
+/// One reads a cluster that the other gives back.
+fn frees_under_read(a: GuestOp, b: GuestOp, cluster: u64) -> bool {
+    match (a, b) {
+        (GuestOp::Read(read), GuestOp::Discard(freed) | GuestOp::WriteZeroesUnmap(freed))
+        | (GuestOp::Discard(freed) | GuestOp::WriteZeroesUnmap(freed), GuestOp::Read(read)) => {
+            share_a_cluster(read, freed, cluster)
+        }
+        _ => false,
+    }
+}
+
+fn share_a_cluster(a: Range, b: Range, cluster: u64) -> bool {
     let first = |range: Range| range.offset / cluster;
     let last = |range: Range| (range.offset + range.length).div_ceil(cluster);
-    (zeroing || other) && first(a) < last(b) && first(b) < last(a)
+    first(a) < last(b) && first(b) < last(a)
 }
 
 /// What a request changes, and whether by zeroing it or giving it back.
@@ -450,7 +501,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_changes_a_cluster_by_zeroing_collides() {
+    fn only_what_zeroes_a_cluster_or_gives_it_back_collides() {
         let range = |offset, length| Range { offset, length };
         let write = GuestOp::Write(range(0, 512));
         let zeroes = |offset| GuestOp::WriteZeroes(range(offset, 512));
@@ -460,6 +511,12 @@ mod tests {
         assert!(!collide(write, write, 512), "writes wait for each other");
         assert!(!collide(GuestOp::Read(range(0, 512)), zeroes(0), 512));
         assert!(collide(GuestOp::Discard(range(0, 64)), zeroes(256), 512));
+        let read = GuestOp::Read(range(0, 512));
+        assert!(
+            collide(read, GuestOp::Discard(range(256, 512)), 512),
+            "it is given back"
+        );
+        assert!(!collide(read, GuestOp::Discard(range(512, 512)), 512));
     }
 
     fn explained(oracle: OracleName, message: &str, steps: &str, records: &[Record]) -> Option<&'static str> {
