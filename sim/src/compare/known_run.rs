@@ -16,7 +16,7 @@ use crate::history::{Outcome, Record, StepId};
 use crate::oracle::{OracleName, Violation};
 use crate::scenario::{Action, Format, GuestOp, Range, Scenario};
 
-/// Defects that need an order of storage requests to show.
+/// Defects that need an order of storage requests to show, or storage over NBD.
 pub static GATED: &[Defect] = &[
     Defect {
         id: "zeroes-under-write",
@@ -52,6 +52,19 @@ pub static GATED: &[Defect] = &[
         sure: Sure::Certain,
         scenario: include_str!("../../../docs/findings/aborted-snapshot-loses-writes.json"),
         page: include_str!("../../../docs/findings/aborted-snapshot-loses-writes.md"),
+        matches: |_| false,
+        steer: None,
+    },
+    Defect {
+        id: "stream-records-description",
+        title: "a stream to a base that was opened otherwise than its header says records a description of it, or fails for want \
+            of room",
+        qemu: "the name of such a node is a description of the whole chain below, in JSON; it goes into the header of the \
+           stream's device where it fits",
+        right: "the name of the base's file: what is below the base is for its own header to say",
+        sure: Sure::Likely,
+        scenario: include_str!("../../../docs/findings/stream-records-description.json"),
+        page: include_str!("../../../docs/findings/stream-records-description.md"),
         matches: |_| false,
         steer: None,
     },
@@ -101,6 +114,7 @@ const MATCHERS: &[(&str, Matcher)] = &[
     ("aborted-snapshot-loses-writes", loses_writes),
     ("discard-under-read", discard_under_read),
     ("zeroes-under-write", zeroes_under_write),
+    ("stream-records-description", records_description),
     ("snapshot-over-shorter-overlay", snapshot_shortens),
     ("reopen-shortens-export", reopen_shortens),
     ("filter-keeps-length", keeps_length),
@@ -115,6 +129,7 @@ pub fn explain(scenario: &Scenario, violation: &Violation, records: &[Record]) -
     follower.reset(scenario);
     let mut causes = Causes::default();
     for record in records {
+        causes.look(&follower.world);
         let before = follower.world.clone();
         if let Some(step) = follower.record(scenario, record).executed
             && let Action::Command { execute, arguments } = &scenario.steps[step.0 as usize].action
@@ -358,6 +373,14 @@ fn loses_over_raw(found: &Found<'_>) -> bool {
     found.says(&oracles, "holds zeroes") && !found.says(&oracles, "expected zeroes") && found.causes.over_raw
 }
 
+/// A stream fails at its end, to a base whose name is a description.
+fn records_description(found: &Found<'_>) -> bool {
+    found.says(
+        &[OracleName::Jobs],
+        "ends with 'No space left on device', expected no error",
+    ) && found.causes.described
+}
+
 /// One of the assertions that a request past the end of a node meets.
 fn past_the_end(found: &Found<'_>) -> bool {
     [
@@ -464,9 +487,12 @@ pub(crate) fn meets(world: &World, execute: &str, arguments: &Map<String, Value>
             .desc
             .starts_with("Permission conflict on node")
             .then_some("refused-stream-keeps-root"),
-        "block-stream" | "blockdev-reopen" | "blockdev-snapshot" | "transaction" | "block_resize" => {
-            causes::met_by_change(world, &command)
-        }
+        "block-stream"
+        | "blockdev-reopen"
+        | "blockdev-snapshot"
+        | "transaction"
+        | "block_resize"
+        | "change-backing-file" => causes::met_by_change(world, &command),
         _ => None,
     }
 }

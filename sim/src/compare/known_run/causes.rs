@@ -24,6 +24,8 @@ pub(super) struct Causes {
     pub(super) drained_twice: bool,
     /// A stream began whose chain has a raw node on an overlay.
     pub(super) over_raw: bool,
+    /// The base of a running stream has no name that would open it as it is.
+    pub(super) described: bool,
 }
 
 impl Causes {
@@ -48,6 +50,11 @@ impl Causes {
         }
         self.relengthed.extend(relengthed(before, after));
     }
+
+    /// What the model is like now.
+    pub(super) fn look(&mut self, world: &World) {
+        self.described |= has_described_base(world);
+    }
 }
 
 /// The known defect that a command which changes the graph would meet.
@@ -65,7 +72,10 @@ pub(super) fn met_by_change(world: &World, command: &Command<'_>) -> Option<&'st
             _ => "snapshot-over-shorter-overlay",
         });
     }
-    relengthed(world, &after).next().map(|_| "filter-keeps-length")
+    if relengthed(world, &after).next().is_some() {
+        return Some("filter-keeps-length");
+    }
+    has_described_base(&after).then_some("stream-records-description")
 }
 
 /// What some export shows is shorter now. Filters follow in the model, not in the daemon.
@@ -107,4 +117,98 @@ fn chain(graph: &Graph, top: NodeId) -> impl Iterator<Item = NodeId> + '_ {
     std::iter::successors(Some(top), |node| {
         graph.cow_child(*node).or_else(|| graph.primary_child(*node))
     })
+}
+
+/// Some running stream has a base that opens otherwise by its name: below it is not what its header says.
+fn has_described_base(world: &World) -> bool {
+    let graph = &world.graph;
+    world.jobs.iter().any(|job| {
+        let base = graph.cow_child(job.stream.base_overlay);
+        base.is_some_and(|base| is_described(world, graph.skip_filters(base)))
+    })
+}
+
+/// Below a node is not what its header says, or a filter that somebody asked for.
+fn is_described(world: &World, node: NodeId) -> bool {
+    let graph = &world.graph;
+    let linked = graph.cow_child(node);
+    let below = linked.map(|below| graph.skip_filters(below));
+    let mut between = std::iter::successors(linked, |node| graph.filter_child(*node));
+    if between.any(|node| graph.node(node).driver.is_filter() && !graph.node(node).implicit) {
+        return true;
+    }
+    let recorded = world.header(node).and_then(|header| header.backing.as_ref());
+    match (recorded, below) {
+        (None, None) => false,
+        (Some(recorded), Some(below)) => {
+            world.image_file(below).as_deref() != Some(&*recorded.file) || is_described(world, below)
+        }
+        _ => true,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::follow::world_of;
+    use crate::oracle::tests::scenario_of;
+
+    /// Three images in a row, the topmost exported, and an overlay that is shorter; `c` with this backing option.
+    fn world(below: &Value) -> World {
+        let scenario = scenario_of(
+            r#"{"version":1,"grain":512,"images":[
+            {"file":"b","format":"qcow2","size":4096},
+            {"file":"c","format":"qcow2","size":4096,"backing-file":"b","backing-format":"qcow2"},
+            {"file":"d","format":"qcow2","size":4096,"backing-file":"c","backing-format":"qcow2"},
+            {"file":"o","format":"qcow2","size":2048}],"steps":[]}"#,
+        );
+        let mut world = world_of(&scenario);
+        let add = |name: &str, backing: &Value| {
+            json!({"driver": "qcow2", "node-name": name, "backing": backing,
+                "file": {"driver": "file", "filename": name}})
+        };
+        let nodes = [
+            add("b", &Value::Null),
+            add("c", below),
+            add("d", &json!("c")),
+            add("o", &Value::Null),
+        ];
+        for node in &nodes {
+            let added = world.execute(&Command::new("blockdev-add", node));
+            assert!(added.is_ok(), "{added:?}");
+        }
+        let export = json!({"type": "nbd", "id": "x", "node-name": "d"});
+        let added = world.execute(&Command::new("block-export-add", &export));
+        assert!(added.is_ok(), "{added:?}");
+        world
+    }
+
+    fn met(below: &Value, execute: &str, arguments: &Value) -> Option<&'static str> {
+        met_by_change(&world(below), &Command::new(execute, arguments))
+    }
+
+    #[test]
+    fn a_base_that_its_header_does_not_open_as_it_is_is_described() {
+        let to_c = json!({"job-id": "j", "device": "d", "base-node": "c"});
+        assert_eq!(met(&json!("b"), "block-stream", &to_c), None);
+        assert_eq!(
+            met(&Value::Null, "block-stream", &to_c),
+            Some("stream-records-description")
+        );
+        let all = json!({"job-id": "j", "device": "d"});
+        assert_eq!(met(&Value::Null, "block-stream", &all), None, "there is no base");
+    }
+
+    #[test]
+    fn only_a_shorter_overlay_under_an_export_is_met() {
+        let snapshot = |node| json!({"node": node, "overlay": "o"});
+        let below = json!("b");
+        assert_eq!(
+            met(&below, "blockdev-snapshot", &snapshot("d")),
+            Some("snapshot-over-shorter-overlay")
+        );
+        assert_eq!(met(&below, "blockdev-snapshot", &snapshot("b")), None);
+    }
 }
