@@ -240,6 +240,13 @@ impl Graph {
             .and_then(|file| self.filename(file))
     }
 
+    /// The file name of a format whose file is below filters. Opening by that name gives another node.
+    #[must_use]
+    pub fn storage_name(&self, id: NodeId) -> Option<Rc<str>> {
+        let file = self.primary_child(id).map(|below| self.skip_filters(below))?;
+        self.node(file).filename.clone()
+    }
+
     /// The backing node is another one than the header says, or there is one and the header names none, or none
     /// though it names one. Such a node is not what opening its file by name gives, so it has no name of its own.
     #[must_use]

@@ -120,10 +120,8 @@ impl NodeOptions {
     #[must_use]
     pub fn in_order(&self) -> Vec<(&str, &Value)> {
         let mut all: Vec<(&str, &Value)> = self.0.iter().map(|(name, value)| (&**name, value)).collect();
-        all.sort_by_key(|(name, _)| {
-            let place = ORDER.iter().position(|o| o == name);
-            place.unwrap_or(ORDER.len())
-        });
+        // Of two in one row that of the node itself is the shorter one.
+        all.sort_by_key(|(name, _)| (row(name), name.len()));
         all
     }
 }
@@ -139,81 +137,18 @@ fn flatten_into(path: &str, object: &Map<String, Value>, flat: &mut BTreeMap<Rc<
     }
 }
 
-/// The order of QEMU's hash table for the names that can be met; others come last, by name.
-const ORDER: [&str; 72] = [
-    "cache.no-flush",
-    "file.backing",
-    "file.offset",
-    "file.auto-read-only",
-    "backing.file.cache.no-flush",
-    "locking",
-    "backing.detect-zeroes",
-    "backing.file.discard",
-    "file.lazy-refcounts",
-    "backing.driver",
-    "read-zeroes",
-    "backing.force-share",
-    "backing.node-name",
-    "backing.file.file",
-    "lazy-refcounts",
-    "backing.file.filename",
-    "file.driver",
-    "backing.read-only",
-    "file.file",
-    "detect-zeroes",
-    "file.read-zeroes",
-    "backing.file.offset",
-    "backing.file.detect-zeroes",
-    "backing.discard",
-    "offset",
-    "backing.file.backing",
-    "file.detect-zeroes",
-    "backing",
-    "throttle-group",
-    "file.filename",
-    "backing.offset",
-    "node-name",
-    "backing.read-zeroes",
-    "file.read-only",
-    "file.file.auto-read-only",
-    "file.locking",
-    "driver",
-    "file.file.driver",
-    "backing.size",
-    "backing.file.force-share",
-    "file.throttle-group",
-    "file.cache.direct",
-    "backing.file.cache.direct",
-    "backing.throttle-group",
-    "file.file.node-name",
-    "filename",
-    "file.file.filename",
-    "size",
-    "file.file.read-only",
-    "backing.cache.direct",
-    "auto-read-only",
-    "file.file.file",
-    "backing.file.node-name",
-    "read-only",
-    "file.size",
-    "file.force-share",
-    "file.cache.no-flush",
-    "backing.file",
-    "file.file.discard",
-    "backing.file.read-only",
-    "backing.file.driver",
-    "backing.cache.no-flush",
-    "cache.direct",
-    "latency-ns",
-    "discard",
-    "backing.bottom",
-    "bottom",
-    "force-share",
-    "file",
-    "backing.filename",
-    "file.node-name",
-    "file.discard",
-];
+/// The row of a name in QEMU's hash table of options.
+fn row(name: &str) -> u32 {
+    let bytes = name.bytes().zip((0u32..).map(|at| 5 * at % 24));
+    let length = u32::try_from(name.len()).expect("a short name");
+    let sum = bytes.fold(length.wrapping_mul(0x238f_13af), |sum, (byte, shift)| {
+        sum.wrapping_add(u32::from(byte) << shift)
+    });
+    sum.wrapping_mul(1_103_515_243).wrapping_add(12345) % ROWS
+}
+
+/// Rows of that table.
+const ROWS: u32 = 512;
 
 #[cfg(test)]
 mod tests {
@@ -259,6 +194,16 @@ mod tests {
     fn several_wrong_options_are_told_in_one_order() {
         let all = options(json!({"zz": 1, "node-name": "n", "force-share": true, "driver": "raw"}));
         let names: Vec<&str> = all.in_order().into_iter().map(|(name, _)| name).collect();
-        assert_eq!(names, ["node-name", "driver", "force-share", "zz"]);
+        assert_eq!(names, ["node-name", "driver", "zz", "force-share"]);
+        // As the daemon looks at them.
+        let seen = [
+            "cache.no-flush",
+            "locking",
+            "backing.driver",
+            "backing.discard",
+            "throttle-group",
+        ];
+        let rows = seen.map(row);
+        assert!(rows.is_sorted() && rows[0] < rows[1], "{rows:?}");
     }
 }

@@ -165,6 +165,7 @@ pub(crate) fn exposed(scenario: &Scenario) -> BTreeSet<&str> {
         };
         if execute == "blockdev-add" {
             protocol_nodes(arguments, None, &mut protocols, &mut exposed);
+            stands_for(arguments, &mut protocols);
         }
     }
     for step in &scenario.steps {
@@ -200,16 +201,40 @@ fn protocol_nodes<'a>(
             exposed.insert(file);
         }
     }
+    // A throttle filter has no use for its file but that of whoever is above it.
+    let driver = text("driver").filter(|driver| *driver != "throttle").or(parent);
     for value in options.values() {
         if let Value::Object(inner) = value {
-            protocol_nodes(inner, text("driver"), protocols, exposed);
+            protocol_nodes(inner, driver, protocols, exposed);
         }
+    }
+}
+
+/// Throttle filters over protocol nodes are as good as these.
+fn stands_for<'a>(options: &'a serde_json::Map<String, Value>, protocols: &mut Vec<(&'a str, &'a str)>) {
+    let text = |key: &str| options.get(key).and_then(Value::as_str);
+    if text("driver") == Some("throttle")
+        && let Some(name) = text("node-name")
+    {
+        let below = match options.get("file") {
+            Some(Value::String(below)) => protocols
+                .iter()
+                .find(|(name, _)| name == below)
+                .map(|(_, file)| *file),
+            Some(Value::Object(below)) => below.get("filename").and_then(Value::as_str),
+            _ => None,
+        };
+        protocols.extend(below.map(|file| (name, file)));
+    }
+    for inner in options.values().filter_map(Value::as_object) {
+        stands_for(inner, protocols);
     }
 }
 
 /// Whether a node other than qcow2 is put on `name`, at any depth.
 fn references(options: &serde_json::Map<String, Value>, name: &str) -> bool {
-    let qcow2 = options.get("driver").and_then(Value::as_str) == Some("qcow2");
+    let driver = options.get("driver").and_then(Value::as_str);
+    let qcow2 = matches!(driver, Some("qcow2" | "throttle"));
     options.iter().any(|(key, value)| match value {
         Value::String(s) => s == name && key != "node-name" && !(qcow2 && key == "file"),
         Value::Object(inner) => references(inner, name),
@@ -236,6 +261,13 @@ mod tests {
         assert_eq!(exposed_in(&format!("{},{}", add(file), add(format))), [""; 0]);
         let raw = r#"{"driver":"raw","node-name":"r","file":"p"}"#;
         assert_eq!(exposed_in(&format!("{},{}", add(file), add(raw))), ["a"]);
+        let filter = r#"{"driver":"throttle","node-name":"t","throttle-group":"g","file":"p"}"#;
+        let format = r#"{"driver":"qcow2","node-name":"q","file":"t"}"#;
+        assert_eq!(exposed_in(&[file, filter, format].map(add).join(",")), [""; 0]);
+        let raw_above = r#"{"driver":"raw","node-name":"r","file":"t"}"#;
+        assert_eq!(exposed_in(&[file, filter, raw_above].map(add).join(",")), ["a"]);
+        let inside = r#"{"driver":"qcow2","node-name":"q","file":{"driver":"throttle","throttle-group":"g","file":{"driver":"file","filename":"b"}}}"#;
+        assert_eq!(exposed_in(&add(inside)), [""; 0]);
         let inline = r#"{"driver":"raw","node-name":"r","file":{"driver":"file","filename":"b"}}"#;
         assert_eq!(exposed_in(&add(inline)), ["b"]);
         let inline = r#"{"driver":"qcow2","node-name":"r","file":{"driver":"file","filename":"b"}}"#;

@@ -116,6 +116,7 @@ impl Setup {
                 reopen: true,
                 snapshots: true,
                 resize: true,
+                throttle: true,
             },
             On::Loop => Reach {
                 drain: true,
@@ -127,6 +128,7 @@ impl Setup {
                 reopen: true,
                 snapshots: true,
                 resize: false,
+                throttle: true,
             },
             On::Qemu if self.is_stress() => Reach {
                 drain: false,
@@ -138,6 +140,8 @@ impl Setup {
                 reopen: false,
                 snapshots: false,
                 resize: false,
+                // The daemon throttles by the real clock.
+                throttle: false,
             },
             On::Qemu => Reach {
                 drain: false,
@@ -149,6 +153,8 @@ impl Setup {
                 reopen: true,
                 snapshots: true,
                 resize: true,
+                // The daemon throttles by the real clock.
+                throttle: false,
             },
         }
     }

@@ -8,6 +8,7 @@
 
 mod changes;
 mod counts;
+mod throttle;
 
 pub use counts::{Counts, Mark, State, unmet};
 
@@ -69,6 +70,7 @@ pub struct Detector {
     discarded: Vec<(u64, u64)>,
     longest: u64,
     change: changes::Change,
+    throttled: throttle::Throttled,
     run: Run,
 }
 
@@ -100,6 +102,7 @@ impl Detector {
         self.discarded.clear();
         (self.sections, self.main) = (0, 0);
         self.change = changes::Change::default();
+        self.throttled = throttle::Throttled::default();
         self.longest = scenario.images.iter().map(|i| i.size).max().unwrap_or(0);
         let longest = self.longest;
         self.run.short_ends.clear();
@@ -285,6 +288,9 @@ impl Detector {
     }
 
     fn accepted(&mut self, execute: &str, arguments: &Map<String, Value>) {
+        if execute == "blockdev-reopen" {
+            self.regrouped(arguments);
+        }
         if execute == "block-stream" {
             let given = |key: &str| arguments.contains_key(key);
             self.hit(match (given("base"), given("base-node"), given("bottom")) {
@@ -335,6 +341,7 @@ impl Detector {
 
     fn event(&mut self, event: &Event) {
         self.change(event);
+        self.throttle(event);
         match event {
             Event::MainBegin { .. } => self.main += 1,
             Event::MainEnd { .. } => self.main = self.main.saturating_sub(1),

@@ -244,6 +244,9 @@ impl Runner {
                 }
                 continue;
             }
+            if can.timer && total == 1 && !can.external {
+                oracles.iter_mut().try_for_each(|oracle| oracle.only_time())?;
+            }
             if self.steps >= STEP_LIMIT {
                 return Err(self.hangs("still busy after the step limit", target, oracles));
             }

@@ -4,6 +4,7 @@
 //! Rules: with `bottom` the links from the filter down to it are frozen while the filter exists (or until
 //! [`thaw`]), and the filter holds a reference on it; nothing that only lies below `bottom`, or nowhere, is copied.
 //! Without it every unallocated range is copied. Writes, zero writes and discards are forwarded.
+//! Copies are made by the node below, where they and every writer wait for each other; if that is a filter, by the one below it.
 //!
 //! Deviations from QEMU, which are all defects there:
 //! * D-2: a read past the end of the first backing layer ended early and left the buffer unfilled; the rest counts
@@ -33,7 +34,7 @@ pub static FACTS: DriverFacts = DriverFacts {
     has_block_status: false,
     has_write_zeroes: true,
     has_discard: true,
-    supported_read_flags: ReqFlags::PREFETCH,
+    supported_read_flags: ReqFlags::PREFETCH.union(ReqFlags::COPY_ON_READ),
     can_reopen: false,
     mutable_options: &[],
     child_perm,
@@ -252,8 +253,10 @@ impl Driver for CopyOnRead {
         flags: ReqFlags,
     ) -> Fut<'a, Result<(), Errno>> {
         Box::pin(async move {
+            // Whoever asks from above for copies wants them whatever this filter's own range is.
+            let wanted = flags.contains(ReqFlags::COPY_ON_READ);
             let flags = flags | ReqFlags::COPY_ON_READ;
-            let Some(bottom) = self.bottom.get() else {
+            let Some(bottom) = self.bottom.get().filter(|_| !wanted) else {
                 return cx.layer.prefetch(self.file, offset, bytes, flags).await;
             };
             let (mut at, end) = (offset, offset + bytes);

@@ -337,6 +337,8 @@ fn header_for(graph: &Graph, base: NodeId, stream: &Stream) -> BackingHeader {
         .backing_file
         .clone()
         .or_else(|| graph.filename(base))
+        // The daemon describes such a node.
+        .or_else(|| graph.storage_name(base))
         .unwrap_or_else(|| Rc::from(""));
     BackingHeader {
         file,

@@ -266,11 +266,13 @@ pub(super) fn sequential_steps(
 
 /// Whether anything in the scenario could change what a node reads as.
 fn may_change_content(scenario: &Scenario) -> bool {
-    const HARMLESS: [&str; 5] = [
+    const HARMLESS: [&str; 7] = [
         "blockdev-add",
         "blockdev-del",
         "block-export-add",
         "block-export-del",
+        "object-add",
+        "object-del",
         "change-backing-file",
     ];
     scenario.steps.iter().any(|step| match &step.action {

@@ -2,6 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
+use super::throttle::{self, Layout};
 use super::{SETUP, Swarm, command};
 use crate::rng::Rng;
 use crate::scenario::{Fill, Format, Image, Step, Stored};
@@ -31,14 +32,17 @@ pub(super) struct Chain {
     pub(super) images: Vec<Image>,
     /// Images that are open beside the chain, to become its top: o0, o1, …
     pub(super) overlays: Vec<Image>,
-    /// Nodes with a known name, base first, the filter last.
+    /// Nodes with a known name, base first, filters after what they filter.
     pub(super) nodes: Vec<NamedNode>,
+    /// Throttle filters of the setup, with all their options.
+    pub(super) throttles: Vec<Map<String, Value>>,
     /// Exports that the setup makes.
     pub(super) exports: Vec<NamedExport>,
     /// Whether lower layers are opened with a name (not from the header).
     named_lower: bool,
     inline: bool,
     cor_bottom: Option<usize>,
+    layout: Layout,
 }
 
 impl Chain {
@@ -58,30 +62,102 @@ impl Chain {
             images,
             overlays: Vec::new(),
             nodes: Vec::new(),
+            throttles: Vec::new(),
             exports: Vec::new(),
             named_lower,
             inline,
             cor_bottom,
+            layout: Layout::draw(rng, swarm, named_lower),
         };
-        let lowest = if named_lower { 0 } else { top };
-        chain.nodes = (lowest..=top)
-            .map(|layer| NamedNode {
-                name: format!("n{layer}"),
-                layer,
-            })
-            .collect();
-        if swarm.cor_node {
-            chain.nodes.push(NamedNode {
-                name: "cor".to_owned(),
-                layer: top,
-            });
-        }
+        chain.name_nodes(swarm, if named_lower { 0 } else { top });
+        chain.note_throttles(swarm);
         chain.draw_exports(rng, swarm, top);
         for number in 0..swarm.overlays {
             let overlay = overlay(rng, swarm, number, &chain.images[top]);
             chain.overlays.push(overlay);
         }
         chain
+    }
+
+    fn name_nodes(&mut self, swarm: &Swarm, lowest: usize) {
+        let top = self.images.len() - 1;
+        let mut names = Vec::new();
+        for layer in lowest..=top {
+            names.push((format!("n{layer}"), layer));
+            if self.layout.backing.get(layer + 1).is_some_and(Option::is_some) {
+                names.push((format!("tb{}", layer + 1), layer));
+            }
+        }
+        let filters = [
+            (self.layout.under_filter.is_some(), "tu"),
+            (swarm.cor_node, "cor"),
+            (self.layout.top.is_some(), "tt"),
+        ];
+        let filters = filters.into_iter().filter(|(there, _)| *there);
+        names.extend(filters.map(|(_, name)| (name.to_owned(), top)));
+        let named = |(name, layer)| NamedNode { name, layer };
+        self.nodes = names.into_iter().map(named).collect();
+    }
+
+    /// The throttle filters, as they are opened.
+    fn note_throttles(&mut self, swarm: &Swarm) {
+        let top = self.images.len() - 1;
+        let mut all = Vec::new();
+        for layer in self.layers() {
+            if !self.inline {
+                all.extend(self.file_filter(layer));
+                all.extend(self.backing_filter(layer));
+                continue;
+            }
+            // As they stand in the definition of their layer.
+            if self.layout.file[layer].is_some() {
+                all.extend(self.file_of(layer, swarm).as_object().cloned());
+            }
+            if self.layout.backing[layer].is_some() {
+                all.extend(self.backing_of(layer, swarm).as_object().cloned());
+            }
+        }
+        all.extend(self.under_filter(top));
+        all.extend(self.top_filter(swarm));
+        self.throttles = all;
+    }
+
+    /// The filter above the file of a layer, where it is opened apart.
+    fn file_filter(&self, layer: usize) -> Option<Map<String, Value>> {
+        let group = self.layout.file[layer]?;
+        let file = json!(format!("f{layer}"));
+        Some(throttle::filter(&format!("tf{layer}"), group, file))
+    }
+
+    /// The filter in the backing link of a layer, where it is opened apart.
+    fn backing_filter(&self, layer: usize) -> Option<Map<String, Value>> {
+        let (group, below) = (self.layout.backing[layer]?, layer.checked_sub(1)?);
+        let file = self.reference(below);
+        Some(throttle::filter(&format!("tb{layer}"), group, file))
+    }
+
+    fn under_filter(&self, top: usize) -> Option<Map<String, Value>> {
+        let group = self.layout.under_filter?;
+        Some(throttle::filter("tu", group, self.reference(top)))
+    }
+
+    fn top_filter(&self, swarm: &Swarm) -> Option<Map<String, Value>> {
+        let group = self.layout.top?;
+        let below = if swarm.cor_node {
+            json!("cor")
+        } else {
+            self.reference(self.images.len() - 1)
+        };
+        Some(throttle::filter("tt", group, below))
+    }
+
+    /// What the backing link of a layer leads to from the start.
+    pub(super) fn below(&self, layer: usize) -> Option<Value> {
+        let below = layer.checked_sub(1)?;
+        Some(match self.layout.backing[layer] {
+            Some(_) => json!(format!("tb{layer}")),
+            None => self.reference(below),
+        })
     }
 
     /// Layers that have a name.
@@ -107,13 +183,33 @@ impl Chain {
     /// What a layer was opened with, but for its backing file.
     pub(super) fn definition(&self, layer: usize, swarm: &Swarm) -> Map<String, Value> {
         let mut node = self.format_node(layer, swarm);
-        let file = if self.inline {
-            self.inline_file(layer, swarm)
-        } else {
-            json!(format!("f{layer}"))
-        };
-        node.insert("file".to_owned(), file);
+        node.insert("file".to_owned(), self.file_of(layer, swarm));
         node
+    }
+
+    /// The option `file` of a layer.
+    fn file_of(&self, layer: usize, swarm: &Swarm) -> Value {
+        let filter = format!("tf{layer}");
+        match (self.inline, self.layout.file[layer]) {
+            (true, Some(group)) => {
+                Value::Object(throttle::filter(&filter, group, self.inline_file(layer, swarm)))
+            }
+            (true, None) => self.inline_file(layer, swarm),
+            (false, Some(_)) => json!(filter),
+            (false, None) => json!(format!("f{layer}")),
+        }
+    }
+
+    /// The option `backing` of a layer that has one, from the start.
+    fn backing_of(&self, layer: usize, swarm: &Swarm) -> Value {
+        match (self.inline, self.layout.backing[layer]) {
+            (true, Some(group)) => {
+                let below = self.inline_node(swarm, layer - 1);
+                Value::Object(throttle::filter(&format!("tb{layer}"), group, below))
+            }
+            (true, None) => self.inline_node(swarm, layer - 1),
+            (false, _) => self.below(layer).expect("not the base"),
+        }
     }
 
     /// What the file of a layer was opened with, if it has a name.
@@ -155,6 +251,11 @@ impl Chain {
     /// Appends the commands that open the chain and make the exports.
     pub(super) fn setup(&self, rng: &mut Rng, swarm: &Swarm, steps: &mut Vec<Step>) {
         let top = self.images.len() - 1;
+        self.layout.setup(rng, swarm, steps);
+        let open = |filter: Option<Map<String, Value>>, steps: &mut Vec<Step>| {
+            let filter = filter.map(|filter| command(SETUP, "blockdev-add", Value::Object(filter)));
+            steps.extend(filter);
+        };
         if self.inline {
             steps.push(command(SETUP, "blockdev-add", self.inline_node(swarm, top)));
         } else {
@@ -164,23 +265,30 @@ impl Chain {
                     "blockdev-add",
                     self.file_node(layer, Some(&format!("f{layer}")), swarm),
                 ));
-                let mut node = self.format_node(layer, swarm);
-                node.insert("file".to_owned(), json!(format!("f{layer}")));
-                if let Some(below) = layer.checked_sub(1) {
-                    node.insert("backing".to_owned(), json!(format!("n{below}")));
+                open(self.file_filter(layer), steps);
+                open(self.backing_filter(layer), steps);
+                let mut node = self.definition(layer, swarm);
+                if let Some(below) = self.below(layer) {
+                    node.insert("backing".to_owned(), below);
                 } else if self.images[layer].format == Format::Qcow2 && rng.chance(1, 2) {
                     node.insert("backing".to_owned(), Value::Null);
                 }
                 steps.push(command(SETUP, "blockdev-add", Value::Object(node)));
             }
         }
+        open(self.under_filter(top), steps);
         if swarm.cor_node {
-            let mut filter = json!({"driver": "copy-on-read", "node-name": "cor", "file": format!("n{top}")});
+            let below = match self.layout.under_filter {
+                Some(_) => json!("tu"),
+                None => self.reference(top),
+            };
+            let mut filter = json!({"driver": "copy-on-read", "node-name": "cor", "file": below});
             if let Some(bottom) = self.cor_bottom {
                 filter["bottom"] = json!(format!("n{bottom}"));
             }
             steps.push(command(SETUP, "blockdev-add", filter));
         }
+        open(self.top_filter(swarm), steps);
         for (number, image) in self.overlays.iter().enumerate() {
             let mut add = json!({"driver": "qcow2", "node-name": format!("o{number}"), "backing": null,
                 "file": {"driver": "file", "filename": image.file}});
@@ -248,10 +356,9 @@ impl Chain {
     }
 
     fn inline_node(&self, swarm: &Swarm, layer: usize) -> Value {
-        let mut node = self.format_node(layer, swarm);
-        node.insert("file".to_owned(), self.inline_file(layer, swarm));
+        let mut node = self.definition(layer, swarm);
         if layer > 0 && self.named_lower {
-            node.insert("backing".to_owned(), self.inline_node(swarm, layer - 1));
+            node.insert("backing".to_owned(), self.backing_of(layer, swarm));
         }
         Value::Object(node)
     }

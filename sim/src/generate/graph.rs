@@ -94,7 +94,7 @@ impl Changes {
     fn backing(&self, rng: &mut Rng, chain: &Chain, layer: usize, streams: bool) -> Option<Value> {
         let below = layer.checked_sub(1);
         match rng.below(10) {
-            0..=3 => Some(below.map_or(Value::Null, |b| chain.reference(b))),
+            0..=3 => Some(chain.below(layer).unwrap_or(Value::Null)),
             4 | 5 => Some(Value::Null),
             6 => Some(json!(rng.pick(&chain.nodes).name)),
             7 if self.filters > 0 && !(self.unnamed && streams) => {

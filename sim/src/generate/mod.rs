@@ -14,6 +14,7 @@ mod guests;
 mod jobs;
 mod monitor;
 mod swarm;
+mod throttle;
 
 pub use faults::add_faults;
 pub use swarm::{Profile, Swarm};
@@ -42,6 +43,8 @@ pub struct Reach {
     pub snapshots: bool,
     /// `block_resize`.
     pub resize: bool,
+    /// Throttle groups and filters (time can pass by choice).
+    pub throttle: bool,
 }
 
 impl Reach {
@@ -58,6 +61,7 @@ impl Reach {
             reopen: true,
             snapshots: true,
             resize: true,
+            throttle: true,
         }
     }
 }

@@ -7,6 +7,7 @@ use serde_json::json;
 use super::chain::Chain;
 use super::graph::Changes;
 use super::jobs::{self, Jobs, job_verb};
+use super::throttle::Throttling;
 use super::{Swarm, command};
 use crate::rng::Rng;
 use crate::scenario::{Action, Step, WaitJob};
@@ -16,6 +17,7 @@ pub(super) const MONITOR: &str = "monitor";
 pub(super) struct Monitor {
     jobs: Jobs,
     changes: Changes,
+    throttling: Throttling,
     added: u32,
 }
 
@@ -24,6 +26,7 @@ impl Monitor {
         Monitor {
             jobs: Jobs::default(),
             changes: Changes::default(),
+            throttling: Throttling::default(),
             added: 0,
         }
     }
@@ -56,6 +59,7 @@ impl Monitor {
             }
             8 => steps.push(self.changes.snapshot(rng, chain, MONITOR)),
             9 => steps.push(self.changes.resize(rng, swarm, chain, MONITOR)),
+            10 => self.throttling.next(rng, swarm, chain, steps),
             _ => {
                 let mut stream = self.jobs.stream(rng, swarm, chain, MONITOR);
                 if self.changes.unnamed {

@@ -116,12 +116,14 @@ pub struct Swarm {
     /// Monitor turns.
     pub monitor_ops: u32,
     /// Weights of stream, job verb, wait, add/del node, add/del export, change-backing-file, query, reopen, snapshot,
-    /// resize.
-    pub monitor_weights: [u32; 10],
+    /// resize, throttle groups.
+    pub monitor_weights: [u32; 11],
     /// Images that are open beside the chain, to become its top.
     pub overlays: u32,
     /// Explicit drained sections.
     pub drains: u32,
+    /// Throttle groups from the start.
+    pub throttle_groups: u32,
 }
 
 impl Swarm {
@@ -191,6 +193,7 @@ impl Swarm {
                 3 * rng.below(3),
                 2 * rng.below(2),
                 rng.below(2),
+                1 + rng.below(3),
             ],
             overlays: 0,
             drains: if reach.drain && rng.chance(1, 2) {
@@ -198,8 +201,15 @@ impl Swarm {
             } else {
                 0
             },
+            throttle_groups: if rng.chance(1, 5) { 1 + rng.below(2) } else { 0 },
         };
         swarm.narrow(rng, profile, reach);
+        if !reach.throttle {
+            swarm.throttle_groups = 0;
+        }
+        if swarm.throttle_groups == 0 {
+            swarm.monitor_weights[10] = 0;
+        }
         let can = [reach.reopen, reach.snapshots, reach.resize];
         for (weight, can) in swarm.monitor_weights[7..].iter_mut().zip(can) {
             *weight *= u32::from(can);
@@ -220,7 +230,7 @@ impl Swarm {
             Profile::Stream => {
                 self.layers = self.layers.max(2);
                 self.monitor_ops = 2 + rng.below(8);
-                self.monitor_weights = [8, 5, 3, 0, 0, 0, 0, 0, 0, 0];
+                self.monitor_weights = [8, 5, 3, 0, 0, 0, 0, 0, 0, 0, 1];
             }
             Profile::CopyOnRead => {
                 self.cor_node = true;
@@ -230,7 +240,8 @@ impl Swarm {
             Profile::Graph => {
                 self.guest_ops = rng.below(8);
                 self.monitor_ops = 6 + rng.below(20);
-                self.monitor_weights = [4, 2, 1, 6, 3, 2, 1, 8, 4, 2];
+                self.monitor_weights = [4, 2, 1, 6, 3, 2, 1, 8, 4, 2, 4];
+                self.throttle_groups = rng.below(3);
             }
         }
     }
@@ -266,9 +277,10 @@ impl Swarm {
             guest_weights: [6, 6, 0, 1, 0, 1, 1, 0],
             reach_clusters: 2,
             monitor_ops: 1,
-            monitor_weights: [1, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+            monitor_weights: [1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
             overlays: 0,
             drains: 0,
+            throttle_groups: 0,
         }
     }
 }

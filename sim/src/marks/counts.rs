@@ -140,6 +140,16 @@ marks! {
     SnapshotMeetsWrite = "snapshot meets a guest write in flight",
     /// A transaction is refused after a snapshot of it was in place.
     TransactionRolledBack = "transaction takes a snapshot back",
+    /// A throttle group makes a request wait.
+    ThrottleQueues = "request queued by a throttle group",
+    /// A drained section begins while requests wait in a throttle group, and they go on because of it.
+    ThrottleDrained = "drained section lets queued requests through",
+    /// Requests of two nodes wait in one throttle group.
+    ThrottleShared = "throttle group shared by two nodes",
+    /// A reopen moves a filter to another throttle group, and its requests were queued when it began.
+    ThrottleRegrouped = "reopen to another throttle group with requests queued",
+    /// A throttle group makes a request wait while a job runs.
+    ThrottleBesideJob = "request queued by a throttle group while a job runs",
     /// A node gets another length, and a guest request was in flight when that began.
     ResizeMeetsRequest = "resize meets a guest request in flight",
 }
@@ -173,7 +183,7 @@ pub(super) const STATES: [(State, &str); 7] = [
     (State::Changing, "changing"),
 ];
 
-pub(super) const OPERATIONS: [&str; 30] = [
+pub(super) const OPERATIONS: [&str; 32] = [
     "read",
     "write",
     "write-fua",
@@ -194,6 +204,8 @@ pub(super) const OPERATIONS: [&str; 30] = [
     "blockdev-snapshot",
     "transaction",
     "block_resize",
+    "object-add",
+    "object-del",
     "pause",
     "resume",
     "cancel",

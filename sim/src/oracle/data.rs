@@ -643,7 +643,7 @@ impl Data {
     }
 
     /// Puts the collected values to the registers. On a loose grain a value of a lower layer passes as well, as long as
-    /// the initial content would.
+    /// the initial content would; while such a layer is being written to, it says nothing about later.
     fn judge_all(&mut self, open: Open, now: u64, mut unexplained: impl FnMut(register::Violation)) {
         let Data { disks, values, .. } = self;
         let (before, rest) = disks.split_at_mut(open.disk);
@@ -655,14 +655,26 @@ impl Data {
             chain,
             ..
         } = disk.as_mut().expect("open requests have a disk");
+        let other = |c: usize| {
+            let d = if c < open.disk {
+                &before[c]
+            } else {
+                &after[c - open.disk - 1]
+            };
+            d.as_ref()
+        };
+        let changes_below = |g: usize| {
+            let changes = |d: &Disk| d.log.iter().any(|l| l.covers(g) && l.end == u64::MAX);
+            chain.iter().any(|c| other(*c).is_some_and(changes))
+        };
+        for (g, value) in (open.first..).zip(values.iter_mut()) {
+            if value.is_some() && loose[g] && changes_below(g) {
+                *value = None;
+            }
+        }
         let lower = |g: usize, value: Value| {
             let holds = |c: &usize| {
-                let d = if *c < open.disk {
-                    &before[*c]
-                } else {
-                    &after[*c - open.disk - 1]
-                };
-                d.as_ref().is_some_and(|d| {
+                other(*c).is_some_and(|d| {
                     d.initial.get(g) == Some(&value)
                         || d.former.contains(&(g, value))
                         || d.log

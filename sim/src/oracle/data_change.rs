@@ -201,9 +201,7 @@ impl Data {
     /// Requests under way whose export shows another disk now may reach either.
     fn move_requests(&mut self, scenario: &Scenario, follower: &Follower, bottom: &Bottom, now: u64) {
         for at in 0..self.open.len() {
-            let Some(open) = self.open[at].filter(|o| o.other.is_none()) else {
-                continue;
-            };
+            let Some(open) = self.open[at] else { continue };
             let step = StepId(u32::try_from(at).expect("few steps"));
             let Some((export, _)) = super::guest(scenario, step) else {
                 continue;
@@ -211,8 +209,10 @@ impl Data {
             let to = self
                 .shown_by(scenario, follower, export)
                 .filter(|to| *to != open.disk);
-            if let Some(to) = to {
-                self.reach_another(step, open, to, bottom, now);
+            match (to, open.other) {
+                (Some(to), None) => self.reach_another(step, open, to, bottom, now),
+                (Some(to), Some(other)) if to != other.disk => self.reach_a_third(step, open, to),
+                _ => {}
             }
         }
         // What would have failed may fit by now.
@@ -267,6 +267,17 @@ impl Data {
         if logged.is_some() {
             self.loosen(to, open.first, open.last);
             self.crossed.extend([(step, open.disk), (step, to)]);
+        }
+    }
+
+    /// The request may have reached one of three disks by now: nobody follows that.
+    fn reach_a_third(&mut self, step: StepId, open: Open, to: usize) {
+        if let Some(open) = &mut self.open[step.0 as usize] {
+            open.blind = true;
+        }
+        self.give_up(open.disk, to, open.effect);
+        if let Some(other) = open.other {
+            self.give_up(other.disk, to, open.effect);
         }
     }
 

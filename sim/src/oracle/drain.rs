@@ -4,6 +4,7 @@
 //! request, and outside main-context operations (which may flush and write headers inside their own sections) no
 //! request at all begins on the node or on anything above it. At `Drained(node)` itself nothing may be in flight on
 //! the node, on anything above it, or in a backend above it. Sections nest; begins and ends balance.
+//! Throttle filters have rules of their own (`throttled`).
 //! Unchecked: parent counters (the graph oracle recomputes them), requests of targets that tell no events, and a request
 //! that a main-context operation wrongly starts inside somebody else's section.
 
@@ -11,6 +12,7 @@ use blkcheck_impl::event::{Event, Parent};
 use blkcheck_impl::types::{BackendId, NodeId, RequestId};
 
 use super::mirror::Mirror;
+use super::throttled::Throttled;
 use super::{FinalContent, Oracle, OracleName, View, Violation, violation};
 use crate::history::Record;
 use crate::scenario::Scenario;
@@ -38,6 +40,7 @@ pub struct Drain {
     /// Sum of `drained`: most events need no further look while it is 0.
     sections: u32,
     main: u32,
+    throttled: Throttled,
 }
 
 impl Drain {
@@ -225,13 +228,21 @@ impl Oracle for Drain {
         self.live.clear();
         self.sections = 0;
         self.main = 0;
+        self.throttled.reset();
     }
 
     fn record(&mut self, _view: &View<'_>, record: &Record) -> Result<(), Violation> {
         match record {
-            Record::Layer(event) => self.event(event),
+            Record::Layer(event) => {
+                self.throttled.event(event)?;
+                self.event(event)
+            }
             Record::Issued(_) | Record::Ended(..) | Record::Fault(_) => Ok(()),
         }
+    }
+
+    fn only_time(&mut self) -> Result<(), Violation> {
+        self.throttled.only_time()
     }
 
     fn closed(&mut self, _view: &View<'_>, _contents: &[FinalContent<'_>]) -> Result<(), Violation> {

@@ -16,6 +16,7 @@ mod modelled;
 mod permissions;
 mod refusals;
 mod status;
+mod throttled;
 mod unordered;
 
 pub use drain::Drain;
@@ -141,6 +142,10 @@ pub trait Oracle: std::fmt::Debug {
     fn reset(&mut self, scenario: &Scenario);
     /// Something happened.
     fn record(&mut self, view: &View<'_>, record: &Record) -> Result<(), Violation>;
+    /// Nothing can go on before time passes.
+    fn only_time(&mut self) -> Result<(), Violation> {
+        Ok(())
+    }
     /// The actors are done, nothing is in flight, jobs that end by themselves have ended; nodes are still open.
     /// `contents`: every node, read in full.
     fn quiescent(&mut self, _view: &View<'_>, _contents: &[FinalContent<'_>]) -> Result<(), Violation> {

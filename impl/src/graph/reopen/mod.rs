@@ -29,8 +29,9 @@ use queue::Entry;
 pub(crate) struct BeforeWritable {
     /// It followed the one that opened it: no option `read-only` of its own.
     followed: bool,
-    /// Of it and what follows it: not even allowed to become writable.
-    barred: Vec<Rc<Node>>,
+    /// How it and what follows it are open. A follower that was reopened by itself may be writable, or not even allowed to
+    /// become writable.
+    flags: Vec<(Rc<Node>, OpenFlags)>,
 }
 
 impl Layer {
@@ -54,26 +55,25 @@ impl Layer {
 
     /// Makes a node read-only or writable (`bdrv_reopen_set_read_only`), and with it what follows it.
     pub async fn set_read_only(&self, node: NodeId, read_only: bool) -> Result<(), QmpError> {
+        self.reopen(&self.read_only_queue(node, read_only)).await
+    }
+
+    fn read_only_queue(&self, node: NodeId, read_only: bool) -> Vec<Entry> {
         // From now on this is an option of its own, and it no longer follows the node that opened it.
         let mut options = options::Flat::new();
         options.insert("read-only".to_owned(), read_only.into());
         let mut queue = Vec::new();
         self.queue_reopen(&mut queue, self.node(node), options, true);
-        self.reopen(&queue).await
+        queue
     }
 
     /// What [`Layer::undo_writable`] has to know of a node that a command is about to make writable.
     pub(crate) fn before_writable(&self, node: NodeId) -> BeforeWritable {
-        let mut options = options::Flat::new();
-        options.insert("read-only".to_owned(), false.into());
-        let mut queue = Vec::new();
-        self.queue_reopen(&mut queue, self.node(node), options, true);
-        let barred = queue
-            .iter()
-            .filter(|e| !e.node.flags.get().contains(OpenFlags::ALLOW_RDWR));
+        let queue = self.read_only_queue(node, false);
+        let flags = queue.iter().map(|e| (Rc::clone(&e.node), e.node.flags.get()));
         BeforeWritable {
             followed: !self.node(node).options.borrow().contains_key("read-only"),
-            barred: barred.map(|e| Rc::clone(&e.node)).collect(),
+            flags: flags.collect(),
         }
     }
 
@@ -84,15 +84,17 @@ impl Layer {
         node: NodeId,
         failed: Option<BeforeWritable>,
     ) -> Result<(), QmpError> {
-        self.set_read_only(node, true).await?;
-        if let Some(before) = failed {
-            if before.followed {
-                self.node(node).options.borrow_mut().remove("read-only");
-            }
-            for node in before.barred {
-                let flags = node.flags.get();
-                node.flags.set(flags - OpenFlags::ALLOW_RDWR);
-            }
+        let mut queue = self.read_only_queue(node, true);
+        let Some(before) = failed else {
+            return self.reopen(&queue).await;
+        };
+        for entry in &mut queue {
+            let was = before.flags.iter().find(|(node, _)| node.id == entry.node.id);
+            entry.flags = was.map_or(entry.flags, |(_, flags)| *flags);
+        }
+        self.reopen(&queue).await?;
+        if before.followed {
+            self.node(node).options.borrow_mut().remove("read-only");
         }
         Ok(())
     }

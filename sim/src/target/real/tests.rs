@@ -51,6 +51,7 @@ fn runs(medium: Medium, seeds: u64) -> bool {
         reopen: true,
         snapshots: true,
         resize: medium == Medium::File,
+        throttle: true,
     };
     let generated = (0..seeds).map(|seed| generate(seed, Profile::Mixed, reach));
     let mut oracles = crate::oracle::all();
