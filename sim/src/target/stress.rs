@@ -10,9 +10,11 @@
 //! What it cannot do: repeat anything, drained sections, say when what happened inside. Its graph is looked at at the end
 //! only. A daemon that does nothing for long, or works for long without an answer, hangs.
 
+mod last;
+mod running;
+
 use std::collections::VecDeque;
 use std::fs;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
@@ -21,9 +23,9 @@ use blkcheck_impl::Layer;
 use blkcheck_impl::event::Event;
 use blkcheck_impl::jobs::JobStatus;
 use blkcheck_impl::types::JobId;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::{Map, Value, json};
 
+use self::running::Running;
 use super::{Alternatives, Capabilities, ClosedFile, Leftovers, Move, NodeContent, Target, Trouble};
 use crate::choice::Key;
 use crate::clock::Stopwatch;
@@ -31,9 +33,9 @@ use crate::finish::STATUSES;
 use crate::history::{Outcome, Record, Refusal, StatusRun, StepId};
 use crate::image::build::build;
 use crate::qemu::Broken;
-use crate::qemu::nbd::client::{Answer, Ask, Client, Extent};
-use crate::qemu::process::{Daemon, PROGRAM, Unavailable, Version, version};
-use crate::qemu::qmp::{Message, Monitor};
+use crate::qemu::nbd::client::{Answer, Ask, Extent};
+use crate::qemu::process::{PROGRAM, Unavailable, Version, version};
+use crate::qemu::qmp::Message;
 use crate::scenario::{Action, Disk, Format, GuestOp, Range, Scenario};
 use crate::stamp::{self, Source};
 
@@ -45,26 +47,10 @@ const HANGS_AFTER: Duration = Duration::from_secs(20);
 const GIVES_UP_AFTER: Duration = Duration::from_secs(300);
 /// Slowest speed limit, bytes per second.
 const SLOWEST: i64 = 64 << 10;
-/// Exports of ours, for the reads at the end.
-const OURS: &str = "blkcheck-read-";
 /// Nodes longer than this are not read.
 const LONGEST_NODE: u64 = 256 << 20;
-/// Most that is read at once.
-const PIECE: u64 = 16 << 20;
 /// Runs after which a daemon is replaced.
 const RUNS: u32 = 500;
-/// The token of requests of ours.
-const TOKEN: u32 = u32::MAX;
-
-/// A daemon and our ends to it.
-#[derive(Debug)]
-struct Running {
-    // Before the daemon: hanging up is gentler than a kill.
-    client: Client,
-    monitor: Monitor,
-    daemon: Daemon,
-    runs: u32,
-}
 
 /// A command of a scenario.
 #[derive(Clone, Debug)]
@@ -111,128 +97,6 @@ fn object(value: Value) -> Map<String, Value> {
 
 fn text<'a>(arguments: &'a Map<String, Value>, key: &str) -> Option<&'a str> {
     arguments.get(key).and_then(Value::as_str)
-}
-
-impl Running {
-    fn start(program: &Path) -> Result<Running, Trouble> {
-        let directory = Daemon::directory().map_err(unusable)?;
-        let client = Client::new(&Daemon::export_socket(directory.path()));
-        let (ours, theirs) = UnixStream::pair().map_err(unusable)?;
-        let monitor = Monitor::new(ours).map_err(unusable)?;
-        let daemon = Daemon::start(program, directory, theirs).map_err(unusable)?;
-        let mut running = Running {
-            client,
-            monitor,
-            daemon,
-            runs: 0,
-        };
-        running
-            .until("no greeting", |r| r.monitor.greeting().is_some())
-            .map_err(unusable)?;
-        let agreed = running.ask("qmp_capabilities", &Map::new()).map_err(unusable)?;
-        agreed.map_err(|(_, refusal)| unusable(refusal))?;
-        for n in 0..IO_THREADS {
-            let thread = object(json!({"qom-type": "iothread", "id": format!("io{n}")}));
-            let made = running.ask("object-add", &thread).map_err(unusable)?;
-            made.map_err(|(_, refusal)| unusable(refusal))?;
-        }
-        Ok(running)
-    }
-
-    /// One look at every socket.
-    fn pump(&mut self) -> Result<(), Broken> {
-        self.monitor.pump()?;
-        self.client.pump().map_err(Broken::Nonsense)?;
-        if self.monitor.is_gone() {
-            return Err(self.daemon.ended());
-        }
-        Ok(())
-    }
-
-    /// Sleeps until the daemon says something, or for a moment.
-    fn doze(&self) {
-        let mut sockets = vec![PollFd::new(self.monitor.socket(), PollFlags::IN)];
-        sockets.extend(self.client.sockets().map(|c| PollFd::new(c, PollFlags::IN)));
-        let moment = Timespec {
-            tv_sec: 0,
-            tv_nsec: 50_000_000,
-        };
-        // Whatever this says, we look again.
-        let _ = poll(&mut sockets, Some(&moment));
-    }
-
-    /// Pumps until `done`.
-    fn until(&mut self, what: &str, mut done: impl FnMut(&mut Running) -> bool) -> Result<(), Broken> {
-        let watch = Stopwatch::start();
-        loop {
-            self.pump()?;
-            if done(self) {
-                return Ok(());
-            }
-            self.doze();
-            let waited = watch.elapsed();
-            let patient = waited < HANGS_AFTER || (waited < GIVES_UP_AFTER && !self.had_its_time());
-            if !patient {
-                return Err(Broken::Hangs(format!("{what} in {} s", waited.as_secs())));
-            }
-        }
-    }
-
-    /// All threads of the daemon sleep: whoever waits for it waits in vain.
-    fn had_its_time(&self) -> bool {
-        let tasks = fs::read_dir(format!("/proc/{}/task", self.daemon.pid()));
-        let mut states = tasks.into_iter().flatten().flatten().filter_map(|t| {
-            let stat = fs::read_to_string(t.path().join("stat")).ok()?;
-            stat.rsplit_once(") ")?.1.chars().next()
-        });
-        states.all(|s| s == 'S')
-    }
-
-    /// A command of ours. What else is said meanwhile is dropped.
-    fn ask(
-        &mut self,
-        execute: &str,
-        arguments: &Map<String, Value>,
-    ) -> Result<Result<Value, (String, String)>, Broken> {
-        let id = self.monitor.send(execute, arguments);
-        let mut answer = None;
-        self.until(&format!("{execute} is not answered"), |running| {
-            while let Some(message) = running.monitor.take() {
-                if let Message::Answer(number, result) = message
-                    && number == id
-                {
-                    answer = Some(result);
-                }
-            }
-            answer.is_some()
-        })?;
-        Ok(answer.expect("just came"))
-    }
-
-    /// A request of ours, to its end.
-    fn request(&mut self, export: &str, ask: Ask) -> Result<Answer, Broken> {
-        let submitted = self.client.submit(export, TOKEN, ask);
-        submitted.map_err(|e| Broken::Nonsense(e.to_string()))?;
-        let mut answer = None;
-        self.until("a request is not answered", |running| {
-            answer = running.client.answers().find(|(token, _)| *token == TOKEN);
-            answer.is_some()
-        })?;
-        Ok(answer.expect("just came").1)
-    }
-
-    /// All bytes of an export; none when one cannot be read.
-    fn read_whole(&mut self, export: &str, size: u64) -> Result<Vec<u8>, Broken> {
-        let mut bytes = Vec::new();
-        while size <= LONGEST_NODE && (bytes.len() as u64) < size {
-            let at = bytes.len() as u64;
-            match self.request(export, Ask::Read(at, PIECE.min(size - at)))? {
-                Answer::Read(Ok(piece)) => bytes.extend_from_slice(&piece),
-                _ => return Ok(Vec::new()),
-            }
-        }
-        Ok(bytes)
-    }
 }
 
 impl StressTarget {
@@ -484,124 +348,6 @@ impl StressTarget {
             }
         }
         Ok(())
-    }
-
-    /// Nodes as the daemon shows them, and who is above whom.
-    fn look(&mut self) -> Result<Graph, Broken> {
-        let graph = self.running().ask("x-debug-query-block-graph", &Map::new())?;
-        let graph = graph.map_err(|e| Broken::Nonsense(format!("no graph: {}", e.1)))?;
-        let list = |key: &str| graph[key].as_array().cloned().unwrap_or_default();
-        let all: Vec<(u64, String, bool)> = list("nodes")
-            .iter()
-            .filter_map(|n| {
-                let is_node = n["type"] == "block-driver";
-                Some((n["id"].as_u64()?, n["name"].as_str()?.to_owned(), is_node))
-            })
-            .collect();
-        let name = |id: &Value| all.iter().find(|(n, ..)| Some(*n) == id.as_u64());
-        let edges = list("edges");
-        let edges = edges.iter().filter_map(|e| {
-            let (_, parent, is_node) = name(&e["parent"])?;
-            let above = if *is_node { parent.clone() } else { String::new() };
-            Some((above, name(&e["child"])?.1.clone()))
-        });
-        let edges = edges.collect();
-        let nodes = all
-            .into_iter()
-            .filter(|(.., is_node)| *is_node)
-            .map(|(_, n, _)| n);
-        Ok((nodes.collect(), edges))
-    }
-
-    /// Reads every node that somebody could read.
-    fn read_all(&mut self) -> Result<Vec<NodeContent>, Broken> {
-        let (nodes, edges) = self.look()?;
-        let mut found = Vec::new();
-        for name in nodes {
-            let has_children = edges.iter().any(|(above, _)| *above == name);
-            let is_alone = !edges.iter().any(|(_, below)| *below == name);
-            // Whoever has a made-up name is not known by it.
-            if name.starts_with('#') || !(has_children || is_alone) {
-                continue;
-            }
-            let export = format!("{OURS}{}", found.len());
-            let add = object(
-                json!({"type": "nbd", "id": export, "name": export, "node-name": name,
-                "allocation-depth": true}),
-            );
-            let running = self.running();
-            if running.ask("block-export-add", &add)?.is_err() {
-                continue;
-            }
-            let connected = running.client.connect(&export);
-            connected.map_err(|e| Broken::Nonsense(e.to_string()))?;
-            running.until("an export does not open", |r| r.client.size(&export).is_some())?;
-            let size = running.client.size(&export).expect("just opened");
-            let allocated = match running.request(&export, Ask::Status(0, size.min(LONGEST_NODE)))? {
-                Answer::Status(Ok(extents)) => extents.iter().map(|e| (e.bytes, e.depth == 1)).collect(),
-                _ => Vec::new(),
-            };
-            let content = NodeContent {
-                name,
-                bytes: Vec::new(),
-                allocated,
-                zeroes: Vec::new(),
-            };
-            found.push((export, size, content));
-        }
-        for (export, size, content) in &mut found {
-            content.bytes = self.running().read_whole(export, *size)?;
-        }
-        for (export, ..) in &found {
-            let running = self.running();
-            running.client.hang_up(export);
-            let delete = object(json!({"id": export, "mode": "hard"}));
-            let deleted = running.ask("block-export-del", &delete)?;
-            deleted.map_err(|e| Broken::Nonsense(format!("an export stays: {}", e.1)))?;
-        }
-        let contents = found.into_iter().map(|(.., content)| content);
-        Ok(contents.filter(|c| !c.bytes.is_empty()).collect())
-    }
-
-    fn take_down(&mut self) -> Result<Leftovers, Broken> {
-        self.running().client.reset();
-        for (id, _) in std::mem::take(&mut self.exports) {
-            // Some are gone already.
-            let delete = object(json!({"id": id, "mode": "hard"}));
-            let _ = self.running().ask("block-export-del", &delete)?;
-        }
-        // An export that goes takes its time.
-        let watch = Stopwatch::start();
-        loop {
-            let exports = self.running().ask("query-block-exports", &Map::new())?;
-            let none = matches!(&exports, Ok(Value::Array(exports)) if exports.is_empty());
-            if none || watch.elapsed() > HANGS_AFTER {
-                break;
-            }
-        }
-        loop {
-            let before = self.nodes.len();
-            for name in std::mem::take(&mut self.nodes).into_iter().rev() {
-                let delete = object(json!({ "node-name": name }));
-                if self.running().ask("blockdev-del", &delete)?.is_err() {
-                    self.nodes.insert(0, name);
-                }
-            }
-            if self.nodes.is_empty() || self.nodes.len() == before {
-                break;
-            }
-        }
-        let (nodes, _) = self.look()?;
-        let mut tasks = Vec::new();
-        let jobs = self.running().ask("query-jobs", &Map::new())?;
-        if !matches!(&jobs, Ok(Value::Array(jobs)) if jobs.is_empty()) {
-            tasks.push("a job");
-        }
-        Ok(Leftovers {
-            tasks,
-            storage: Vec::new(),
-            graph: nodes.into_iter().map(|n| format!("node {n}")).collect(),
-        })
     }
 }
 
