@@ -240,11 +240,15 @@ impl Graph {
             .and_then(|file| self.filename(file))
     }
 
-    /// The file name of a format whose file is below filters. Opening by that name gives another node.
+    /// What a header records of a node: its file name or, where only a description gives this very node (a window of a file,
+    /// say), the name of the file that the description ends in. The daemon records the description as a whole (`json:`).
     #[must_use]
-    pub fn storage_name(&self, id: NodeId) -> Option<Rc<str>> {
-        let file = self.primary_child(id).map(|below| self.skip_filters(below))?;
-        self.node(file).filename.clone()
+    pub fn name_on_record(&self, id: NodeId) -> Option<Rc<str>> {
+        let described = || {
+            let mut below = std::iter::successors(Some(id), |id| self.primary_child(*id));
+            below.find_map(|id| self.node(id).filename.clone())
+        };
+        self.filename(id).or_else(described)
     }
 
     /// The backing node is another one than the header says, or there is one and the header names none, or none

@@ -346,10 +346,21 @@ impl World {
         self.content_file(self.graph.primary_child(node)?)
     }
 
+    /// The same, also where the node is given only the beginning of the file.
+    pub(crate) fn header_file(&self, node: NodeId) -> Option<Rc<str>> {
+        let below = self.graph.primary_child(node)?;
+        let facts = self.graph.node(below);
+        let begins = facts.options.get("offset").is_none_or(|offset| *offset == 0);
+        match facts.driver {
+            Driver::Raw if facts.windowed && begins => self.content_file(self.graph.primary_child(below)?),
+            _ => self.content_file(below),
+        }
+    }
+
     /// What the header of a qcow2 node says.
     #[must_use]
     pub fn header(&self, node: NodeId) -> Option<&Qcow2Facts> {
-        self.files.get(&self.image_file(node)?)?.qcow2.as_ref()
+        self.files.get(&self.header_file(node)?)?.qcow2.as_ref()
     }
 
     /// Records another backing file in the header of a qcow2 node.
@@ -364,7 +375,7 @@ impl World {
 
     /// The header that a qcow2 node writes; none if it was given a file that has none.
     pub(crate) fn header_mut(&mut self, node: NodeId) -> Option<&mut Qcow2Facts> {
-        let file = self.image_file(node)?;
+        let file = self.header_file(node)?;
         Rc::make_mut(self.files.get_mut(&file)?).qcow2.as_mut()
     }
 

@@ -289,3 +289,23 @@ fn a_stream_that_storage_fails_is_undone_or_done() {
     done.job_status("j", JobStatus::Aborting).unwrap();
     done.job_status("j", JobStatus::Concluded).unwrap();
 }
+
+#[test]
+fn a_window_at_the_start_of_a_file_shows_its_header() {
+    let mut world = chain();
+    for node in ["n3", "n2"] {
+        run(&mut world, "blockdev-del", json!({"node-name": node})).unwrap();
+    }
+    let image = |offset: u32| {
+        let file = json!({"driver": "file", "filename": "/f3"});
+        let window = json!({"driver": "raw", "node-name": "w", "offset": offset, "size": 1024, "file": file});
+        json!({"driver": "qcow2", "node-name": "x", "file": window, "backing": null})
+    };
+    refused(&world, "blockdev-add", image(512), "Image is not in qcow2 format");
+    run(&mut world, "blockdev-add", image(0)).unwrap();
+    let node = |name: &str| world.graph.find(name).unwrap();
+    assert_eq!(world.graph.node(node("x")).length, 1 << 20);
+    // Opening the file by its name gives something else than the window, yet that name is what a header can record.
+    assert_eq!(world.graph.full_name(node("w")), None);
+    assert_eq!(world.graph.name_on_record(node("w")).as_deref(), Some("/f3"));
+}

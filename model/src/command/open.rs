@@ -465,7 +465,7 @@ fn open_qcow2(
     let own = node.options.clone();
     world.load_bitmaps(id);
     let followed = Followed {
-        image: world.image_file(id).expect("a qcow2 node has a file"),
+        image: world.header_file(id).expect("a qcow2 node has a file"),
         above,
     };
     let below = Above {

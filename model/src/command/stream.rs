@@ -336,9 +336,7 @@ fn header_for(graph: &Graph, base: NodeId, stream: &Stream) -> BackingHeader {
     let file = stream
         .backing_file
         .clone()
-        .or_else(|| graph.filename(base))
-        // The daemon describes such a node.
-        .or_else(|| graph.storage_name(base))
+        .or_else(|| graph.name_on_record(base))
         .unwrap_or_else(|| Rc::from(""));
     BackingHeader {
         file,

@@ -350,11 +350,12 @@ pub static DEFECTS: &[Defect] = &[
         scenario: files!("snapshot-over-shorter-overlay").0,
         page: files!("snapshot-over-shorter-overlay").1,
         matches: |case| {
-            case.failed == Some(Kind::Assert)
+            let aborts = case.failed == Some(Kind::Assert)
                 && (case.qemu.contains("nbd_co_send_sparse_read")
                     || case.qemu.contains("bdrv_co_write_req_prepare")
-                    || case.qemu.contains("blk_check_byte_request"))
-                && has_shorter_overlay(case)
+                    || case.qemu.contains("blk_check_byte_request"));
+            let spins = case.failed == Some(Kind::Hang) && graph::asks_past_the_end(case);
+            (aborts || spins) && has_shorter_overlay(case)
         },
         steer: None,
     },
@@ -368,7 +369,7 @@ pub static DEFECTS: &[Defect] = &[
         page: files!("reopen-shortens-export").1,
         matches: |case| {
             let aborts = case.failed == Some(Kind::Assert) && case.qemu.contains("nbd_co_send_sparse_read");
-            let spins = case.failed == Some(Kind::Hang) && graph::asks_past_a_window(case);
+            let spins = case.failed == Some(Kind::Hang) && graph::asks_past_the_end(case);
             (aborts || spins) && graph::reopens_a_window(case)
         },
         steer: None,
@@ -726,7 +727,7 @@ fn reopens_twice(case: &Case<'_>) -> bool {
         })
 }
 
-/// Some snapshot put an image on top that is shorter than another one.
+/// Some snapshot put an image on top that is shorter than another one, or may have been made so.
 fn has_shorter_overlay(case: &Case<'_>) -> bool {
     let size = |file: &str| {
         case.scenario
@@ -740,8 +741,13 @@ fn has_shorter_overlay(case: &Case<'_>) -> bool {
         .filter(|(execute, _)| *execute == "blockdev-snapshot")
         .any(|(_, arguments)| {
             let overlay = arguments.get("overlay").and_then(Value::as_str);
+            let resized = commands(case).any(|(execute, resize)| {
+                execute == "block_resize"
+                    && overlay.is_some()
+                    && resize.get("node-name").and_then(Value::as_str) == overlay
+            });
             let file = overlay.and_then(|node| commands(case).find_map(|(_, add)| file_of(add, node)));
-            file.and_then(size).is_some_and(|size| Some(size) < longest)
+            resized || file.and_then(size).is_some_and(|size| Some(size) < longest)
         })
 }
 

@@ -63,7 +63,7 @@ pub(super) fn stands_still(case: &Case<'_>) -> bool {
 }
 
 /// A node was made shorter under an export, and the guest asks for the status of what is gone.
-pub(super) fn asks_past_a_window(case: &Case<'_>) -> bool {
+pub(super) fn asks_past_the_end(case: &Case<'_>) -> bool {
     let Some(Action::Guest {
         export,
         op: GuestOp::BlockStatus(range),
