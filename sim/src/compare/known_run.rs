@@ -362,9 +362,11 @@ fn keeps_length(found: &Found<'_>) -> bool {
     stale || endless
 }
 
-/// Somebody waits for ever, and a reopen before came upon a node twice.
+/// Somebody waits for ever, or the daemon itself for a drain, and a reopen before came upon a node twice.
 fn drains_for_ever(found: &Found<'_>) -> bool {
-    found.says(&[OracleName::Liveness], "nothing can happen any more") && found.causes.drained_twice
+    found.causes.drained_twice
+        && (found.says(&[OracleName::Liveness], "nothing can happen any more")
+            || found.says(&[OracleName::Daemon], "without coming to rest"))
 }
 
 /// Zeroes where data were, after such a stream.
@@ -483,6 +485,9 @@ pub(crate) fn meets(world: &World, execute: &str, arguments: &Map<String, Value>
     let given = Value::Object(arguments.clone());
     let command = Command::new(execute, &given);
     match execute {
+        "block-stream" if causes::looks_among_descriptions(world, &command) => {
+            Some("stream-records-description")
+        }
         "block-stream" if let Err(refusal) = world.check(&command) => refusal
             .desc
             .starts_with("Permission conflict on node")

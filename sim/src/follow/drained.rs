@@ -2,9 +2,9 @@
 //! after it.
 //!
 //! Rules: the model executes a command when the layer begins it. Where a job's end is told while one of these is under way,
-//! the command is taken back, the job completes, and the command is executed again when the next thing is told. Not so
-//! once a job has been resumed meanwhile: the drain is over then, and with it the command. A layer whose main operations
-//! are totally ordered never tells such an end.
+//! the command is taken back, the job completes and concludes, and the command is executed again. Not so once a job has been
+//! resumed meanwhile: the drain is over then, and with it the command. A layer whose main operations are totally ordered
+//! never tells such an end.
 //! Not covered: a list of nodes to reopen of which some were queued before the job ended and some after it.
 
 use blkcheck_impl::event::Event;
@@ -36,9 +36,9 @@ impl Follower {
         self.postponed = Some(step);
     }
 
-    /// Executes what was postponed, unless one more job ends.
+    /// Executes what was postponed, when jobs have no more to say.
     pub(super) fn catch_up(&mut self, scenario: &Scenario, record: &Record, followed: &mut Followed) {
-        if matches!(record, Record::Layer(Event::Qmp { name, .. }) if is_end(name)) {
+        if matches!(record, Record::Layer(Event::Qmp { .. } | Event::JobStatus { .. })) {
             return;
         }
         let Some(step) = self.postponed.take() else {
@@ -49,11 +49,6 @@ impl Follower {
         self.journal.push(Entry::Command(step));
         (followed.executed, followed.changed) = (Some(step), true);
     }
-}
-
-/// Whether an event of this name says that a job has ended.
-fn is_end(name: &str) -> bool {
-    matches!(name, "BLOCK_JOB_CANCELLED" | "BLOCK_JOB_COMPLETED")
 }
 
 #[cfg(test)]
@@ -67,18 +62,29 @@ mod tests {
     use crate::history::{Outcome, StepId};
     use crate::oracle::tests::scenario_of;
 
-    /// What the model says of a reopen that takes the backing link of a stream's device away, while the stream ends.
-    fn predicted(steps: &[(JobStatus, JobStatus)]) -> Result<(), String> {
+    /// A reopen that takes the backing link of a stream's device away.
+    const REOPEN: &str = r#""blockdev-reopen","arguments":{"options":[{"driver":"qcow2","node-name":"a",
+        "file":{"driver":"file","filename":"a"},"backing":null}]}"#;
+    /// A snapshot of that device, to an overlay that is not there.
+    const SNAPSHOT: &str = r#""blockdev-snapshot","arguments":{"node":"a","overlay":"o"}"#;
+
+    /// What the model says of a command while the stream ends.
+    fn predicted(command: &str, steps: &[(JobStatus, JobStatus)]) -> Result<(), String> {
         let scenario = scenario_of(
-            r#"{"version":1,"grain":512,"images":[
+            &r#"{"version":1,"grain":512,"images":[
             {"file":"b","format":"qcow2","size":4096},
             {"file":"a","format":"qcow2","size":4096,"backing-file":"b","backing-format":"qcow2"}],"steps":[
             {"actor":"m","execute":"blockdev-add","arguments":{"driver":"qcow2","node-name":"a",
                 "file":{"driver":"file","filename":"a"}}},
             {"actor":"m","execute":"block-stream","arguments":{"job-id":"j","device":"a"}},
-            {"actor":"m","execute":"blockdev-reopen","arguments":{"options":[{"driver":"qcow2","node-name":"a",
-                "file":{"driver":"file","filename":"a"},"backing":null}]}}]}"#,
+            {"actor":"m","execute":COMMAND}]}"#
+                .replace("COMMAND", command),
         );
+        let name = if command == REOPEN {
+            "blockdev-reopen"
+        } else {
+            "blockdev-snapshot"
+        };
         let mut follower = Follower::default();
         follower.reset(&scenario);
         let mut tell = |record: Record| {
@@ -108,7 +114,7 @@ mod tests {
         tell(end("block-stream"));
         tell(done(1));
         tell(Record::Issued(StepId(2)));
-        tell(begin("blockdev-reopen"));
+        tell(begin(name));
         steps.iter().for_each(|step| tell(status(*step)));
         tell(status((Running, Waiting)));
         tell(status((Waiting, Pending)));
@@ -118,21 +124,25 @@ mod tests {
         }));
         tell(status((Pending, Concluded)));
         tell(status((Concluded, Null)));
-        tell(end("blockdev-reopen"));
+        tell(end(name));
         tell(done(2));
         let prediction = follower.prediction().expect("it was executed");
         prediction.clone().map(drop).map_err(|refusal| refusal.desc)
     }
 
     #[test]
-    fn a_job_that_ends_in_the_drain_of_a_reopen_is_gone_when_it_looks() {
-        assert_eq!(predicted(&[]), Ok(()));
+    fn a_job_that_ends_in_the_drain_of_a_command_is_gone_when_it_looks() {
+        assert_eq!(predicted(REOPEN, &[]), Ok(()));
+        // Nobody blocks the node any more.
+        let gone = predicted(SNAPSHOT, &[]).expect_err("there is no such overlay");
+        assert!(gone.starts_with("Cannot find device='o'"), "{gone}");
     }
 
     #[test]
     fn a_job_that_was_resumed_meanwhile_was_there_when_it_looked() {
         use JobStatus::{Paused, Running};
-        let frozen = predicted(&[(Running, Paused), (Paused, Running)]).expect_err("the link is frozen");
+        let frozen =
+            predicted(REOPEN, &[(Running, Paused), (Paused, Running)]).expect_err("the link is frozen");
         assert!(
             frozen.starts_with("Cannot change frozen 'backing' link"),
             "{frozen}"

@@ -78,6 +78,19 @@ pub(super) fn met_by_change(world: &World, command: &Command<'_>) -> Option<&'st
     has_described_base(&after).then_some("stream-records-description")
 }
 
+/// A stream looks for its base by a file's name, and some node of the chain has a description for a name: over NBD the daemon then
+/// goes by what headers say.
+pub(super) fn looks_among_descriptions(world: &World, command: &Command<'_>) -> bool {
+    let text = |key: &str| command.arguments.get(key).and_then(Value::as_str);
+    let device = text("device").and_then(|name| world.graph.find(name));
+    command.execute == "block-stream"
+        && text("base").is_some()
+        && device.is_some_and(|device| {
+            let mut nodes = chain(&world.graph, device);
+            nodes.any(|node| world.graph.node(node).driver == Driver::Qcow2 && is_described(world, node))
+        })
+}
+
 /// What some export shows is shorter now. Filters follow in the model, not in the daemon.
 fn shortens_an_export(before: &World, after: &World) -> bool {
     let length = |world: &World, root| {
