@@ -73,8 +73,8 @@ struct Operation {
     faults: u32,
     /// Node names that the layer made up meanwhile.
     auto_names: u32,
-    /// A job goes on that it had paused: its drain is over.
-    drained: bool,
+    /// How often a job went on that it had paused: so many of its drains are over.
+    drains: u32,
 }
 
 /// The model beside a run.
@@ -297,7 +297,7 @@ impl Follower {
 
     fn status(&mut self, id: &Rc<str>, from: Seen, to: Seen, followed: &mut Followed) {
         if let (Some(operation), Seen::Paused, Seen::Running) = (&mut self.operation, from, to) {
-            operation.drained = true;
+            operation.drains += 1;
         }
         let to = model_status(to);
         followed.changed = true;

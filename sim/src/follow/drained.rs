@@ -3,25 +3,32 @@
 //!
 //! Rules: the model executes a command when the layer begins it. Where a job's end is told while one of these is under way,
 //! the command is taken back, the job completes and concludes, and the command is executed again. Not so once a job has been
-//! resumed meanwhile: the drain is over then, and with it the command. A layer whose main operations are totally ordered
-//! never tells such an end.
+//! resumed after the last drain: the command is over then. A snapshot drains everything, and then once more what it is
+//! about. A layer whose main operations are totally ordered never tells such an end.
 //! Not covered: a list of nodes to reopen of which some were queued before the job ended and some after it.
 
 use blkcheck_impl::event::Event;
 
 use super::{Entry, Followed, Follower, Record, Scenario, command_name, execute};
 
-/// Commands that begin with a drain.
-const DRAIN_FIRST: [&str; 3] = ["blockdev-reopen", "blockdev-snapshot", "transaction"];
+/// Commands that begin with drains, and how many.
+const DRAIN_FIRST: [(&str, u32); 3] = [
+    ("blockdev-reopen", 1),
+    ("blockdev-snapshot", 2),
+    ("transaction", 2),
+];
 
 impl Follower {
     /// A job ends: takes the command under way back if it was to wait for that.
     pub(super) fn postpone(&mut self, scenario: &Scenario) {
-        let draining = self.operation.as_ref().filter(|o| !o.drained);
-        let Some(step) = draining.and_then(|o| o.step) else {
+        let Some((step, over)) = self.operation.as_ref().and_then(|o| Some((o.step?, o.drains))) else {
             return;
         };
-        if !command_name(scenario, step).is_some_and(|name| DRAIN_FIRST.contains(&name)) {
+        let name = command_name(scenario, step);
+        if !DRAIN_FIRST
+            .iter()
+            .any(|(first, drains)| Some(*first) == name && over < *drains)
+        {
             return;
         }
         let is_it = |entry: &Entry| matches!(entry, Entry::Command(s) if *s == step);
