@@ -156,6 +156,12 @@ const DEFECTIVE: &[(&str, &str, &str)] = &[
         "holds the wrong data",
         "holds zeroes",
     ),
+    // refused-stream-pins-read-only
+    (
+        "tests/regressions/refused-change-closes-a-node-below.json",
+        "takes ['consistent-read'], shares",
+        "",
+    ),
     // nbd-short-tail-hangs
     ("tests/scenarios/short-backing.json", "", "it hangs"),
     // inline-backing-over-header

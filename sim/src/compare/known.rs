@@ -275,7 +275,7 @@ pub static DEFECTS: &[Defect] = &[
                 && streams(case.scenario, case.step - 1);
             // A child that had been reopened by itself follows the device again.
             let at_once = matches!(case.what, Some(What::ReadOnly | What::Masks))
-                && case.execute == "block-stream"
+                && matches!(case.execute, "block-stream" | "change-backing-file")
                 && graph::is_refused(case);
             later || at_once
         },

@@ -6,7 +6,7 @@
 
 mod causes;
 
-use blkcheck_model::{Command, World};
+use blkcheck_model::{Command, Driver, World};
 use serde_json::{Map, Value};
 
 use self::causes::Causes;
@@ -18,6 +18,18 @@ use crate::scenario::{Action, Format, GuestOp, Range, Scenario};
 
 /// Defects that need an order of storage requests to show, or storage over NBD.
 pub static GATED: &[Defect] = &[
+    Defect {
+        id: "copy-above-filter-undoes-write",
+        title: "copy-on-read above another filter copies there, and undoes what somebody writes to the node below meanwhile",
+        qemu: "the node that a copy-on-read filter asks for copies makes them, also if it is a filter itself: what it keeps others \
+           from touching is its own cluster, not that of the image",
+        right: "a copy and writes to the image wait for each other, wherever they come from: what was acknowledged stays",
+        sure: Sure::Certain,
+        scenario: include_str!("../../../docs/findings/copy-above-filter-undoes-write.json"),
+        page: include_str!("../../../docs/findings/copy-above-filter-undoes-write.md"),
+        matches: |_| false,
+        steer: None,
+    },
     Defect {
         id: "zeroes-under-write",
         title: "zeroing or discarding a cluster does not wait for a write that is allocating it: zeroes are lost, and a \
@@ -114,6 +126,7 @@ const MATCHERS: &[(&str, Matcher)] = &[
     ("aborted-snapshot-loses-writes", loses_writes),
     ("discard-under-read", discard_under_read),
     ("zeroes-under-write", zeroes_under_write),
+    ("copy-above-filter-undoes-write", undoes_write),
     ("stream-records-description", records_description),
     ("snapshot-over-shorter-overlay", snapshot_shortens),
     ("reopen-shortens-export", reopen_shortens),
@@ -338,6 +351,20 @@ fn loses_writes(found: &Found<'_>) -> bool {
         }
     }
     !beside.is_empty()
+}
+
+/// Old data where something was written, and a copy-on-read filter stands on another filter or on a raw node.
+fn undoes_write(found: &Found<'_>) -> bool {
+    let oracles = [OracleName::Data, OracleName::Transparency, OracleName::Status];
+    let graph = &found.world.graph;
+    let copies_there = |(id, node): (blkcheck_model::NodeId, &blkcheck_model::Node)| {
+        let below = graph.filter_child(id).map(|below| graph.node(below).driver);
+        node.driver == Driver::CopyOnRead
+            && matches!(below, Some(Driver::CopyOnRead | Driver::Throttle | Driver::Raw))
+    };
+    oracles.contains(&found.violation.oracle)
+        && found.violation.message.contains("overwritten by step")
+        && graph.nodes().any(copies_there)
 }
 
 /// A guest met an assertion, and a snapshot had made what is under an export shorter.

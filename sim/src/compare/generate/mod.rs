@@ -1,12 +1,13 @@
 //! Scenarios for comparing, from seeds: a chain, and about twenty steps on it, a good part of which are refused.
-//! `graph`: commands that change the graph; `throttle`: throttle groups and their filters; `oddities`: what no program
-//! should send.
+//! `graph`: commands that change the graph; `nodes`: nodes of every driver; `throttle`: throttle groups and their filters;
+//! `oddities`: what no program should send.
 //!
 //! Rules: a function of the seed alone. Every command stays within what the model knows; what it answers is not looked
 //! at here. No rates that end by themselves (a speed of 1 stops a job after its first piece, for ever), no file opened
 //! twice, nothing discarded on nodes that pass it on.
 
 mod graph;
+mod nodes;
 mod oddities;
 mod throttle;
 
@@ -34,6 +35,8 @@ struct Cast {
     nodes: Vec<String>,
     /// Options of nodes that were added, or opened inline, by name: to be reopened with.
     options: Vec<(String, Value)>,
+    /// Children that were described with a name.
+    deep: u32,
     /// Throttle groups that were added.
     groups: u32,
     /// Names of overlays that were added for snapshots.
@@ -58,6 +61,7 @@ pub fn generate(seed: u64) -> Scenario {
         exported: 0,
         nodes: Vec::new(),
         options: Vec::new(),
+        deep: 0,
         groups: 0,
         overlays: 0,
     };
@@ -427,6 +431,9 @@ fn node(rng: &mut Rng, cast: &mut Cast) -> Step {
             any(rng, cast)
         };
         return command("blockdev-del", json!({"node-name": name}));
+    }
+    if rng.chance(1, 3) {
+        return nodes::add(rng, cast);
     }
     let name = match rng.below(16) {
         0 => any(rng, cast),
