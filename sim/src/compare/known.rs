@@ -664,7 +664,7 @@ fn names_any(arguments: &Map<String, Value>, nodes: &[String]) -> bool {
 }
 
 /// There is a raw node over an image that has a backing file.
-fn has_raw_on_overlay(world: &World) -> bool {
+pub(super) fn has_raw_on_overlay(world: &World) -> bool {
     let graph = &world.graph;
     graph.nodes().any(|(id, node)| {
         let below = graph.primary_child(id).map(|below| graph.skip_filters(below));

@@ -396,10 +396,15 @@ fn drains_for_ever(found: &Found<'_>) -> bool {
             || found.says(&[OracleName::Daemon], "without coming to rest"))
 }
 
-/// Zeroes where data were, after such a stream.
+/// Zeroes where data were, after such a stream; or such a node is there, and block status calls data zeroes.
 fn loses_over_raw(found: &Found<'_>) -> bool {
     let oracles = [OracleName::Data, OracleName::Transparency];
-    found.says(&oracles, "holds zeroes") && !found.says(&oracles, "expected zeroes") && found.causes.over_raw
+    let lost = found.says(&oracles, "holds zeroes")
+        && !found.says(&oracles, "expected zeroes")
+        && found.causes.over_raw;
+    let called_zero = found.says(&[OracleName::Status], "block status says ZERO at")
+        && known::has_raw_on_overlay(&found.world);
+    lost || called_zero
 }
 
 /// A stream fails at its end, to a base whose name is a description.
