@@ -286,6 +286,22 @@ pub trait Driver: fmt::Debug {
         None
     }
 
+    /// Whether a bitmap can be stored.
+    fn check_bitmap(&self, cx: &Cx, _name: &str, _granularity: u64) -> Result<(), QmpError> {
+        let text = format!("Can't store persistent bitmaps to {}", cx.node.name);
+        Err(QmpError::errno(&text, Errno::ENOTSUP))
+    }
+
+    /// What is stored of a bitmap goes, if anything is.
+    fn remove_bitmap<'a>(&'a self, _cx: &'a Cx, _name: &'a str) -> Fut<'a, Result<(), QmpError>> {
+        Box::pin(std::future::ready(Ok(())))
+    }
+
+    /// The node is open with other flags now, and may write if they say so. It is drained.
+    fn reopened<'a>(&'a self, _cx: &'a Cx) -> Fut<'a, ()> {
+        Box::pin(std::future::ready(()))
+    }
+
     /// Name by which a header would refer to this node's content (file name for protocol drivers, that of the
     /// primary child otherwise).
     fn filename(&self, cx: &Cx) -> String {

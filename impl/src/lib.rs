@@ -6,6 +6,7 @@
 //!
 //! Everything the layer needs from the world comes through [`env::Env`].
 
+mod dirty;
 pub mod driver;
 pub mod drivers;
 pub mod env;

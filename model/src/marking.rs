@@ -107,6 +107,22 @@ impl World {
         }
     }
 
+    /// Everything is closed, whoever refers to it: what images hold of bitmaps then.
+    pub fn close_all(&mut self) {
+        let images: Vec<NodeId> = self
+            .graph
+            .nodes()
+            .filter(|(_, node)| node.driver == Driver::Qcow2 && node.writable)
+            .map(|(id, _)| id)
+            .collect();
+        for id in images {
+            let bitmaps = self.graph.node(id).bitmaps.clone();
+            if let Some(header) = self.header_mut(id) {
+                store(header, &bitmaps);
+            }
+        }
+    }
+
     /// Closes what nobody refers to any more; bitmaps are stored.
     pub(crate) fn reap(&mut self) {
         self.bitmaps_follow_flags();

@@ -40,6 +40,8 @@ pub enum Stream {
     Faults,
     /// What may fail at all.
     FaultPlan,
+    /// Dirty bitmaps between the other steps.
+    Bitmaps,
 }
 
 impl Rng {
@@ -51,6 +53,7 @@ impl Rng {
             Stream::Schedule => 0x7363_6865_6475_6c65,
             Stream::Faults => 0x6661_756c_7473_0000,
             Stream::FaultPlan => 0x6661_756c_7470_6c61,
+            Stream::Bitmaps => 0x6269_746d_6170_7300,
         };
         // Mixed before use: seeds that follow each other must not give shifted copies of one stream.
         let mut rng = Rng {

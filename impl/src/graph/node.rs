@@ -9,6 +9,7 @@ use std::rc::Rc;
 
 use serde_json::{Map, Value};
 
+use crate::dirty::DirtyBitmap;
 use crate::driver::{Driver, DriverFacts};
 use crate::io::state::NodeIo;
 use crate::types::{EdgeId, NodeId, OpenFlags};
@@ -65,6 +66,8 @@ pub struct Node {
     pub backing: Cell<Option<EdgeId>>,
     /// Op blockers: (who, reason), newest first. Who: an edge of the blocker.
     pub blockers: RefCell<Vec<Blocker>>,
+    /// Dirty bitmaps, newest first.
+    pub(crate) bitmaps: RefCell<Vec<Rc<DirtyBitmap>>>,
     /// Request state.
     pub io: NodeIo,
     /// Flags the node will have once the reopen that is being prepared commits.
@@ -119,6 +122,7 @@ impl Node {
             file: Cell::new(None),
             backing: Cell::new(None),
             blockers: RefCell::default(),
+            bitmaps: RefCell::default(),
             io: NodeIo::default(),
             reopen_flags: Cell::new(None),
             mark: Cell::new(0),

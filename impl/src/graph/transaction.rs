@@ -4,12 +4,13 @@
 //! from its action to the end. The first refusal takes everything back; otherwise commits run in reverse order.
 //! What a refused transaction leaves is what was there, also where the overlay had parents of its own: QEMU moves those
 //! to the node below.
-//! Not here: actions on bitmaps, backups and internal snapshots, and so no grouped completion.
+//! Not here: backups and internal snapshots, and so no grouped completion.
 
 use super::DrainGuard;
 use super::blockers::OpType;
 use super::tran::Tran;
 use crate::Layer;
+use crate::dirty::commands::{BitmapCommand, Undo};
 use crate::error::QmpError;
 use crate::types::{NodeId, Perm};
 
@@ -23,6 +24,8 @@ pub(crate) enum Action {
         /// Name of the image.
         overlay: String,
     },
+    /// A command on a dirty bitmap.
+    Bitmap(BitmapCommand),
     /// Refuses, for tests.
     Abort,
 }
@@ -33,6 +36,7 @@ struct Prepared {
     log: Tran,
     /// Nodes with the overlay that each of them got.
     snapshots: Vec<(NodeId, NodeId)>,
+    bitmaps: Vec<Undo>,
     sections: Vec<DrainGuard>,
 }
 
@@ -48,6 +52,7 @@ impl Layer {
                 Action::Snapshot { node, overlay } => {
                     self.prepare_snapshot(node, overlay, &mut prepared).await
                 }
+                Action::Bitmap(command) => self.prepare_bitmap(command, &mut prepared).await,
                 Action::Abort => Err(QmpError::generic("Transaction aborted using Abort action")),
             };
             if result.is_err() {
@@ -57,10 +62,18 @@ impl Layer {
         let Prepared {
             log,
             snapshots,
+            bitmaps,
             sections,
         } = prepared;
         let write = self.graph_write().await;
         let result = log.finish(self, result);
+        for done in bitmaps.into_iter().rev() {
+            if result.is_ok() {
+                done.commit();
+            } else {
+                done.take_back();
+            }
+        }
         for (node, overlay) in snapshots.iter().rev() {
             self.refresh_open_limits(&self.node(*overlay));
             self.refresh_open_limits(&self.node(*node));
@@ -102,6 +115,14 @@ impl Layer {
         prepared.snapshots.push((node, overlay.id));
         self.refresh_open_limits(&overlay);
         self.lengths_follow(overlay.id);
+        Ok(())
+    }
+
+    async fn prepare_bitmap(&self, command: &BitmapCommand, prepared: &mut Prepared) -> Result<(), QmpError> {
+        if let Some(node) = command.node(self) {
+            prepared.sections.push(self.drained(node.id).await);
+        }
+        prepared.bitmaps.push(command.carry_out(self).await?);
         Ok(())
     }
 

@@ -60,6 +60,7 @@ impl Layer {
         }
         let length = align_up(length, SECTOR);
         node.io.length.set(length);
+        node.resize_bitmaps();
         Ok(length)
     }
 

@@ -161,7 +161,8 @@ pub(crate) async fn prepare(
     bytes: u64,
     flags: ReqFlags,
 ) -> Result<(), Errno> {
-    if !req.node.is_writable() {
+    // A bitmap that cannot mark what is written would claim that it was not.
+    if !req.node.is_writable() || req.node.has_frozen_bitmap() {
         return Err(Errno::EPERM);
     }
     if flags.contains(ReqFlags::SERIALISING) {
@@ -223,6 +224,13 @@ pub(crate) fn finish(node: &Node, kind: ReqKind, offset: u64, bytes: u64, result
     }
     if bytes > 0 && matches!(kind, ReqKind::Write | ReqKind::WriteZeroes) {
         io.wr_highest_offset.set(io.wr_highest_offset.get().max(end));
+    }
+    if node.bitmaps.borrow().is_empty() {
+        return;
+    }
+    node.resize_bitmaps();
+    if kind != ReqKind::Truncate {
+        node.mark_dirty(offset, bytes);
     }
 }
 

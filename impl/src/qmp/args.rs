@@ -116,6 +116,43 @@ impl<'a> Args<'a> {
         self.opt_int(name)?.ok_or_else(|| self.missing(name))
     }
 
+    /// An optional unsigned integer of 32 bits.
+    pub(crate) fn opt_u32(&mut self, name: &'static str) -> Result<Option<u32>, QmpError> {
+        let Some(value) = self.get(name) else {
+            return Ok(None);
+        };
+        if !value.is_u64() && !value.is_i64() {
+            let name = self.path(name);
+            return Err(QmpError::generic(format!("Parameter '{name}' expects uint64")));
+        }
+        // QEMU says no path here.
+        let number = value.as_u64().and_then(|number| u32::try_from(number).ok());
+        let refusal = || QmpError::generic(format!("Parameter '{name}' expects uint32_t"));
+        number.map(Some).ok_or_else(refusal)
+    }
+
+    /// An optional list of strings and objects; `kind`: the schema's name for an item.
+    pub(crate) fn strings_or_objects(
+        &mut self,
+        name: &'static str,
+        kind: &str,
+    ) -> Result<Vec<Result<&'a str, Args<'a>>>, QmpError> {
+        let list = match self.get(name) {
+            None => return Ok(Vec::new()),
+            Some(Value::Array(list)) => list,
+            Some(_) => return Err(self.wrong_type(name, "array")),
+        };
+        let item = |(i, value): (usize, &'a Value)| match value {
+            Value::String(text) => Ok(Ok(text.as_str())),
+            Value::Object(map) => Ok(Err(Args::at(map, format!("{}[{i}].", self.path(name))))),
+            // An item has no name of its own.
+            _ => Err(QmpError::generic(format!(
+                "Invalid parameter type for 'null', expected: {kind}"
+            ))),
+        };
+        list.iter().enumerate().map(item).collect()
+    }
+
     /// An optional word out of a list.
     pub(crate) fn opt_enum<T: Copy>(
         &mut self,

@@ -4,6 +4,7 @@ use serde_json::{Map, Value, json};
 use std::rc::Rc;
 
 use crate::Layer;
+use crate::dirty::commands::{self as bitmaps, BitmapCommand};
 use crate::error::{ErrorClass, QmpError};
 use crate::graph::blockers::OpType;
 use crate::graph::transaction::Action;
@@ -13,7 +14,13 @@ use crate::qmp::export::ExportArgs;
 use crate::qmp::schema::check_blockdev;
 
 /// Every command, in alphabetical order.
-const COMMANDS: [&str; 31] = [
+const COMMANDS: [&str; 38] = [
+    "block-dirty-bitmap-add",
+    "block-dirty-bitmap-clear",
+    "block-dirty-bitmap-disable",
+    "block-dirty-bitmap-enable",
+    "block-dirty-bitmap-merge",
+    "block-dirty-bitmap-remove",
     "block-export-add",
     "block-export-del",
     "block-job-cancel",
@@ -44,6 +51,7 @@ const COMMANDS: [&str; 31] = [
     "query-jobs",
     "query-named-block-nodes",
     "transaction",
+    "x-debug-block-dirty-bitmap-sha256",
     "x-debug-query-block-graph",
 ];
 
@@ -102,6 +110,16 @@ impl Layer {
                 args.opt_enum("mode", &[("safe", ()), ("hard", ())])?;
                 args.finish()?;
                 self.export_del(id).await?;
+            }
+            _ if bitmaps::NAMES.contains(&command) => {
+                let command = BitmapCommand::read(command, args)?;
+                self.bitmap_command(&command).await?;
+            }
+            "x-debug-block-dirty-bitmap-sha256" => {
+                let (node, name) = (args.str("node")?, args.str("name")?);
+                args.finish()?;
+                let (_, bitmap) = self.find_bitmap(node, name)?;
+                return Ok(json!({"sha256": bitmap.sha256()}));
             }
             _ if command.starts_with("block-job-") || command.starts_with("job-") => {
                 self.job_command(command, args).await?;
@@ -298,25 +316,26 @@ fn snapshot_args(mut args: Args<'_>) -> Result<Action, QmpError> {
     Ok(Action::Snapshot { node, overlay })
 }
 
-/// The actions that this layer knows.
-const ACTIONS: [(&str, bool); 2] = [("abort", false), ("blockdev-snapshot", true)];
-
 fn transaction_args(mut args: Args<'_>) -> Result<Vec<Action>, QmpError> {
+    let snapshots = [("abort", "abort"), ("blockdev-snapshot", "blockdev-snapshot")];
+    let known = [&snapshots[..], &bitmaps::NAMES.map(|name| (name, name))].concat();
     let mut actions = Vec::new();
     let mut names = Vec::new();
     for (map, path) in args.objects("actions")? {
         let mut action = Args::at(map, path);
         action.require("type")?;
-        let is_snapshot = action.opt_enum("type", &ACTIONS)?.expect("just required");
+        let name = action.opt_enum("type", &known)?.expect("just required");
         action.require("data")?;
         let data = action.opt_object("data")?.expect("just required");
-        if is_snapshot {
-            actions.push(snapshot_args(data)?);
-        } else {
-            data.finish()?;
-            actions.push(Action::Abort);
-        }
-        names.push(if is_snapshot { ACTIONS[1].0 } else { ACTIONS[0].0 });
+        actions.push(match name {
+            "abort" => {
+                data.finish()?;
+                Action::Abort
+            }
+            "blockdev-snapshot" => snapshot_args(data)?,
+            _ => Action::Bitmap(BitmapCommand::read(name, data)?),
+        });
+        names.push(name);
         action.finish()?;
     }
     let mut grouped = false;

@@ -9,12 +9,14 @@ use std::rc::Rc;
 use serde_json::{Value, json};
 
 use crate::Layer;
+use crate::dirty::commands::{Source, sources};
+use crate::dirty::{DirtyBitmap, Use};
 use crate::error::QmpError;
 use crate::event::Event;
 use crate::io::backend::{Backend, BackendRef};
 use crate::jobs::id_wellformed;
 use crate::qmp::args::Args;
-use crate::types::Perm;
+use crate::types::{NodeId, Perm};
 
 /// Arguments of block-export-add.
 #[derive(Debug)]
@@ -23,6 +25,7 @@ pub(crate) struct ExportArgs {
     node_name: String,
     name: Option<String>,
     writable: bool,
+    bitmaps: Vec<Source>,
 }
 
 impl ExportArgs {
@@ -38,6 +41,7 @@ impl ExportArgs {
         args.opt_bool("allow-inactive")?;
         let name = args.opt_string("name")?;
         args.opt_str("description")?;
+        let bitmaps = sources(&mut args)?;
         args.opt_bool("allocation-depth")?;
         args.finish()?;
         Ok(ExportArgs {
@@ -45,6 +49,7 @@ impl ExportArgs {
             node_name,
             name,
             writable,
+            bitmaps,
         })
     }
 }
@@ -55,6 +60,8 @@ struct Export {
     /// Name by which clients ask for it.
     name: Rc<str>,
     backend: BackendRef,
+    /// Bitmaps that its clients see: they are busy, and their nodes are held.
+    bitmaps: Vec<(NodeId, Rc<DirtyBitmap>)>,
     /// Being deleted: its last requests are still under way.
     shutting_down: bool,
 }
@@ -112,7 +119,20 @@ impl Layer {
             backend.remove().await;
             return refusal(format!("NBD server already has export named '{name}'"));
         }
+        let bitmaps = match self.shown_bitmaps(node, &args.bitmaps, args.writable) {
+            Ok(bitmaps) => bitmaps,
+            Err(refusal) => {
+                backend.remove().await;
+                return Err(refusal);
+            }
+        };
+        for (node, bitmap) in &bitmaps {
+            if !bitmap.busy.replace(true) {
+                self.hold(*node);
+            }
+        }
         let export = Export {
+            bitmaps,
             id: args.id.into(),
             name: name.into(),
             backend: backend.downgrade(),
@@ -146,16 +166,51 @@ impl Layer {
             )));
         }
         backend.remove().await;
-        self.inner
-            .exports
-            .borrow_mut()
-            .list
-            .retain(|export| *export.id != *id);
+        let gone: Vec<Export> = {
+            let mut exports = self.inner.exports.borrow_mut();
+            exports.list.extract_if(.., |export| *export.id == *id).collect()
+        };
+        for (node, bitmap) in gone.into_iter().flat_map(|export| export.bitmaps) {
+            if bitmap.busy.replace(false) {
+                self.unhold(node);
+            }
+        }
         self.emit(|| Event::Qmp {
             name: "BLOCK_EXPORT_DELETED",
             data: Rc::new(json!({"id": id})),
         });
         Ok(())
+    }
+
+    /// The bitmaps that are named, and their nodes: by name alone the first one on the way down the chain.
+    fn shown_bitmaps(
+        &self,
+        node: NodeId,
+        sources: &[Source],
+        writable: bool,
+    ) -> Result<Vec<(NodeId, Rc<DirtyBitmap>)>, QmpError> {
+        let find = |source: &Source| {
+            let own = matches!(source, Source::Here(_));
+            let (owner, bitmap) = match source {
+                Source::Of(node, name) => self.find_bitmap(node, name)?,
+                Source::Here(name) => {
+                    let chain = std::iter::successors(Some(node), |id| self.filter_or_cow(*id));
+                    let mut nodes = chain.map(|id| self.node(id));
+                    nodes
+                        .find_map(|node| node.bitmap(name).map(|bitmap| (node, bitmap)))
+                        .ok_or_else(|| QmpError::generic(format!("Bitmap '{name}' is not found")))?
+                }
+            };
+            bitmap.check(Use::Look)?;
+            if own && !writable && owner.is_writable() && bitmap.enabled.get() {
+                let name = &bitmap.name;
+                return Err(QmpError::generic(format!(
+                    "Enabled bitmap '{name}' incompatible with readonly export"
+                )));
+            }
+            Ok((owner.id, bitmap))
+        };
+        sources.iter().map(find).collect()
     }
 
     /// Deletes all exports. Main lock held.

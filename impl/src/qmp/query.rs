@@ -1,7 +1,7 @@
 //! The queries about nodes: `query-named-block-nodes`, `x-debug-query-block-graph`.
 //!
 //! Rules: nodes newest first, implicit filters included; a node that lost its child or its driver is listed as far
-//! as it can be. Not here: statistics, throttling and dirty-bitmap members, which this layer has nothing to say about.
+//! as it can be. Not here: statistics and throttling members, which this layer has nothing to say about.
 
 use std::collections::BTreeMap;
 
@@ -156,6 +156,9 @@ impl Layer {
             },
             "write_threshold": 0,
         });
+        if let Some(bitmaps) = node.bitmaps_info() {
+            info["dirty-bitmaps"] = bitmaps;
+        }
         if let Some((file, format)) = driver.and_then(|driver| driver.backing_header()) {
             image["backing-filename"] = json!(file);
             image["full-backing-filename"] = json!(crate::graph::open::combine_filename(&filename, &file));

@@ -54,14 +54,14 @@ pub(crate) fn add(world: &mut World, arguments: &Value) -> Result<(), Refusal> {
             "NBD server already has export named '{name}'"
         )));
     }
-    let shown = find_shown(world, node, &bitmaps, writable)?;
-    for (node, at) in shown {
-        world.graph.node_mut(node).bitmaps[at].shown_by = Some(id.clone());
-    }
     // Clients are told the length once, so nobody may change it.
     world
         .graph
         .set_root_masks(root, Masks::new(perm, Perm::all() - Perm::RESIZE))?;
+    let shown = find_shown(world, node, &bitmaps, writable)?;
+    for (node, at) in shown {
+        world.graph.node_mut(node).bitmaps[at].shown_by = Some(id.clone());
+    }
     world.exports.push(Export {
         id,
         name: Rc::from(name),
@@ -109,11 +109,9 @@ fn find_shown(
         let owner = world.graph.node(found.0);
         let bitmap = &owner.bitmaps[found.1];
         check_shown(bitmap)?;
-        let below = match source {
-            Source::Here(_) => found.0,
-            Source::Of(..) => node,
-        };
-        if !writable && world.graph.node(below).writable && bitmap.enabled {
+        // Only a bitmap of the export's own chain is held to record what its clients see.
+        let own = matches!(source, Source::Here(_));
+        if own && !writable && owner.writable && bitmap.enabled {
             return Err(Refusal::new(format!(
                 "Enabled bitmap '{}' incompatible with readonly export",
                 bitmap.name

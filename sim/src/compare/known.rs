@@ -5,6 +5,7 @@
 //! exhaustive campaigns steer around what ends a daemon, so that it does not hide the rest; a scenario file is always
 //! carried out as it stands.
 
+mod bitmaps;
 mod graph;
 
 pub(super) use graph::visits_twice;
@@ -277,7 +278,7 @@ pub static DEFECTS: &[Defect] = &[
             let at_once = matches!(case.what, Some(What::ReadOnly | What::Masks))
                 && matches!(case.execute, "block-stream" | "change-backing-file")
                 && graph::is_refused(case);
-            later || at_once
+            later || at_once || bitmaps::after_a_refused_stream(case)
         },
         steer: None,
     },
@@ -490,6 +491,74 @@ pub static DEFECTS: &[Defect] = &[
         steer: Some(|around| {
             around.execute == "blockdev-reopen" && graph::loses_file(around.world, around.arguments)
         }),
+    },
+    Defect {
+        id: "merge-of-nothing",
+        title: "block-dirty-bitmap-merge of an empty list crashes the daemon",
+        qemu: "the copy that the merges are made in is made by the first of them; without any it is not there",
+        right: "nothing to do is done: no argument of a command may end the process that serves other guests",
+        sure: Sure::Certain,
+        scenario: files!("merge-of-nothing").0,
+        page: files!("merge-of-nothing").1,
+        matches: |case| {
+            case.failed == Some(Kind::Crash) && bitmaps::merges_nothing(case.execute, case.arguments)
+        },
+        steer: Some(|around| bitmaps::merges_nothing(around.execute, around.arguments)),
+    },
+    Defect {
+        id: "enable-of-missing-bitmap",
+        title: "a transaction that enables a bitmap which does not exist crashes the daemon",
+        qemu: "the roll-back of the action puts the state of the bitmap back without asking whether one was found",
+        right: "the refusal that the command alone gets: `Dirty bitmap '…' not found`",
+        sure: Sure::Certain,
+        scenario: files!("enable-of-missing-bitmap").0,
+        page: files!("enable-of-missing-bitmap").1,
+        matches: |case| {
+            case.failed == Some(Kind::Crash)
+                && bitmaps::enables_missing(case.world, case.execute, case.arguments)
+        },
+        steer: Some(|around| bitmaps::enables_missing(around.world, around.execute, around.arguments)),
+    },
+    Defect {
+        id: "refused-enable-disables",
+        title: "a transaction that is refused because it enables a bitmap in use disables that bitmap",
+        qemu: "the action is refused before it notes whether the bitmap was enabled, and its roll-back takes that for no",
+        right: "a refused command changes nothing: else writes from then on are missing in the next incremental backup",
+        sure: Sure::Certain,
+        scenario: files!("refused-enable-disables").0,
+        page: files!("refused-enable-disables").1,
+        matches: |case| {
+            case.what == Some(What::Bitmaps)
+                && case.qemu.contains("recording: false")
+                && bitmaps::enables_unusable(case.world, case.execute, case.arguments)
+        },
+        steer: Some(|around| bitmaps::enables_unusable(around.world, around.execute, around.arguments)),
+    },
+    Defect {
+        id: "refused-reopen-stops-writes",
+        title: "a refused read-only blockdev-reopen of an image with persistent bitmaps makes every later guest write fail",
+        qemu: "bitmaps are stored and become read-only while the reopen is prepared, and stay so when it is refused; a write to \
+               a node with a read-only bitmap is refused",
+        right: "a refused command changes nothing: guests go on writing, and bitmaps recording",
+        sure: Sure::Certain,
+        scenario: files!("refused-reopen-stops-writes").0,
+        page: files!("refused-reopen-stops-writes").1,
+        matches: bitmaps::after_a_failed_freeze,
+        steer: Some(|around| bitmaps::fails_to_freeze(around.world, around.execute, around.arguments)),
+    },
+    Defect {
+        id: "shown-bitmap-aborts",
+        title: "deleting or resizing a node aborts the daemon while an export of another node shows one of its bitmaps",
+        qemu: "the export marks the bitmap as in use but holds neither its node nor the node's length; both end in an assertion",
+        right: "the node is in use, so that deleting it is refused; resizing it resizes the bitmap",
+        sure: Sure::Certain,
+        scenario: files!("shown-bitmap-aborts").0,
+        page: files!("shown-bitmap-aborts").1,
+        matches: |case| {
+            case.failed == Some(Kind::Assert)
+                && bitmaps::takes_what_is_shown(case.world, case.execute, case.arguments)
+        },
+        steer: Some(|around| bitmaps::takes_what_is_shown(around.world, around.execute, around.arguments)),
     },
     Defect {
         id: "reopen-of-nothing",

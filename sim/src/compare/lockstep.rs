@@ -15,6 +15,7 @@ use blkcheck_model::blockers::Op;
 use blkcheck_model::{Command, Driver, World};
 use serde_json::{Map, Value, json};
 
+use super::bitmaps;
 use super::content::Books;
 use super::known::{self, Case, Defect};
 use super::peer::Peer;
@@ -269,6 +270,9 @@ impl<'a> Run<'a> {
                 if execute == "block_resize" && names_a_file(&self.world, arguments) {
                     return Ok(());
                 }
+                if self.is_unsettled(execute, arguments) {
+                    return Ok(());
+                }
                 let around = self.manner.steer
                     && known::steers_around(&self.world, &self.seen.leftovers, execute, arguments).is_some();
                 if around {
@@ -357,7 +361,7 @@ impl<'a> Run<'a> {
             self.events()?;
             self.jobs_rest()?;
         }
-        let flags = self.manner.flags_always || CHANGES_FLAGS.contains(&execute);
+        let flags = self.manner.flags_always || CHANGES_FLAGS.contains(&execute) || bitmaps::any(&self.world);
         self.look_at(graph, flags)?;
         if let Some((what, model, qemu)) = self.differences().into_iter().next() {
             return Err(Stop::Differs(what, model, qemu));
@@ -401,11 +405,14 @@ impl<'a> Run<'a> {
         let flags = |s: &State| s.read_only.clone();
         let same = State {
             read_only: flags(&self.seen),
+            bitmaps: self.seen.bitmaps.clone(),
             ..before.clone()
         } == self.seen;
         let same_flags =
             before.read_only.is_none() || self.seen.read_only.is_none() || flags(before) == flags(&self.seen);
-        if same && same_flags {
+        let same_bitmaps =
+            before.bitmaps.is_none() || self.seen.bitmaps.is_none() || before.bitmaps == self.seen.bitmaps;
+        if same && same_flags && same_bitmaps {
             return Ok(());
         }
         Err(Stop::Differs(
@@ -468,7 +475,7 @@ impl<'a> Run<'a> {
             let jobs = self.peer.ask("query-jobs", &none)?.map_err(refused)?;
             self.seen.read_jobs(&jobs).map_err(nonsense)?;
         }
-        self.seen.read_only = None;
+        (self.seen.read_only, self.seen.bitmaps) = (None, None);
         if flags && self.seen.leftovers.is_empty() {
             let Value::Object(flat) = json!({"flat": true}) else {
                 unreachable!("an object")
@@ -478,12 +485,15 @@ impl<'a> Run<'a> {
                 .ask("query-named-block-nodes", &flat)?
                 .map_err(refused)?;
             self.seen.read_nodes(&nodes).map_err(nonsense)?;
+            if let Some(seen) = &mut self.seen.bitmaps {
+                bitmaps::ask_digests(self.peer, &bitmaps::of_model(&self.world), seen)?;
+            }
         }
         self.read_headers();
         self.events()
     }
 
-    fn differences(&self) -> Vec<(What, String, String)> {
+    pub(super) fn differences(&self) -> Vec<(What, String, String)> {
         let model = State::of_model(&self.world);
         let found = self.seen.against(&model);
         found.into_iter().map(|d| (d.what, d.model, d.qemu)).collect()
@@ -523,7 +533,12 @@ impl<'a> Run<'a> {
             self.events()?;
             self.jobs_rest()?;
         }
-        Ok(())
+        let done = matches!(answer, Answer::Read(Ok(_)) | Answer::Done(Ok(())));
+        if done {
+            self.guest_marked(&name, op)
+        } else {
+            Ok(())
+        }
     }
 
     /// A connection that was lost may be that of a daemon that died.

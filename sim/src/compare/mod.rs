@@ -14,6 +14,7 @@
 //! Not here: interleavings, which `run --on qemu` judges and [`crate::agree`] compares; failing storage; timers.
 
 pub mod beyond;
+mod bitmaps;
 pub mod campaign;
 mod content;
 pub mod cost;
@@ -51,6 +52,8 @@ pub enum What {
     Content,
     /// What a layer holds itself.
     Allocation,
+    /// Dirty bitmaps.
+    Bitmaps,
     /// A refused command changed something.
     Refusal,
 }
@@ -70,6 +73,7 @@ impl What {
             What::Jobs => "jobs",
             What::Content => "content",
             What::Allocation => "allocation",
+            What::Bitmaps => "bitmaps",
             What::Refusal => "state after refusal",
         }
     }
@@ -81,7 +85,7 @@ impl What {
             What::Events | What::Jobs => OracleName::Jobs,
             What::Nodes | What::Edges => OracleName::Graph,
             What::Masks | What::ReadOnly => OracleName::Permissions,
-            What::Content => OracleName::Data,
+            What::Content | What::Bitmaps => OracleName::Data,
             What::Backing | What::Allocation => OracleName::Image,
         }
     }

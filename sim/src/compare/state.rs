@@ -13,6 +13,7 @@ use blkcheck_model::World;
 use serde_json::Value;
 
 use super::What;
+use super::bitmaps::{self, Bitmaps};
 use crate::image::read::Qcow2;
 use crate::qemu::names::plain;
 
@@ -35,6 +36,8 @@ pub(super) struct State {
     pub(super) headers: BTreeMap<String, Header>,
     /// Nodes and whether they are read-only; none where it was not asked for.
     pub(super) read_only: Option<Vec<(String, bool)>>,
+    /// Bitmaps; none where they were not asked for.
+    pub(super) bitmaps: Option<Bitmaps>,
     /// Filters of finished streams, without anything below.
     pub(super) leftovers: Vec<String>,
 }
@@ -104,6 +107,7 @@ impl State {
             jobs,
             headers: headers.collect(),
             read_only: Some(read_only),
+            bitmaps: Some(bitmaps::of_model(world)),
             leftovers: Vec::new(),
         }
     }
@@ -187,16 +191,19 @@ impl State {
 
     /// Takes in the answer to `query-named-block-nodes`.
     pub(super) fn read_nodes(&mut self, nodes: &Value) -> Result<(), String> {
-        let node = |node: &Value| {
+        let mut bitmaps = Bitmaps::new();
+        let mut node = |node: &Value| {
+            bitmaps::of_node(node, &mut bitmaps)?;
             let name = node.get("node-name")?.as_str()?.to_owned();
             Some((name, node.get("ro")?.as_bool()?))
         };
         let nodes: Option<Vec<_>> = nodes
             .as_array()
-            .and_then(|nodes| nodes.iter().map(node).collect());
+            .and_then(|nodes| nodes.iter().map(&mut node).collect());
         let mut nodes = nodes.ok_or("not a list of nodes")?;
         nodes.sort_unstable();
         self.read_only = Some(nodes);
+        self.bitmaps = Some(bitmaps);
         Ok(())
     }
 
@@ -270,6 +277,11 @@ impl State {
             if !ours.iter().all(|n| self.nodes.iter().all(|m| *m != n.0)) {
                 put(What::ReadOnly, format!("{ours:?}"), format!("{theirs:?}"));
             }
+        }
+        if let (Some(ours), Some(theirs)) = (&model.bitmaps, &self.bitmaps)
+            && let Some((ours, theirs)) = bitmaps::difference(ours, theirs)
+        {
+            put(What::Bitmaps, ours, theirs);
         }
         found
     }

@@ -3,6 +3,7 @@
 //!
 //! Rules: recomputes everything from the tables. A refcount that is too high is a leak; everything else is corruption.
 
+use super::bitmaps;
 use super::read::{Mapping, OFFSET, Qcow2, be32, be64};
 use super::to_usize;
 
@@ -123,10 +124,25 @@ impl Check<'_> {
                 Err(text) => return self.corrupt(text),
             }
         }
+        self.bitmaps();
         // What snapshots share is counted; COPIED flags are the active tables' matter.
         let copied = std::mem::take(&mut self.copied);
         self.snapshots();
         self.copied = copied;
+    }
+
+    /// The bitmap directory, and the tables and bits of every bitmap.
+    fn bitmaps(&mut self) {
+        match bitmaps::stored(&self.image) {
+            Err(text) => self.corrupt(text),
+            Ok(None) => {}
+            Ok(Some((bitmaps, (offset, size)))) => {
+                self.claim(offset, size, "bitmap directory");
+                for (offset, bytes, what) in bitmaps.into_iter().flat_map(|bitmap| bitmap.places) {
+                    self.claim(offset, bytes, what);
+                }
+            }
+        }
     }
 
     /// The snapshot table, and what each snapshot's L1 table names.

@@ -1,6 +1,7 @@
 //! Image files from the simulator's side: laid out, read and checked by code of its own, which shares nothing with the
 //! layer under test, so that the two can disagree.
 
+pub mod bitmaps;
 pub mod build;
 pub mod check;
 mod deflate;

@@ -4,7 +4,7 @@
 //! is assumed atomic: bytes beyond sector 0 that the old header uses stay as they are, new ones go to unused
 //! places and are durable first, then sector 0 switches. `ENOSPC` when no such layout exists.
 
-use super::header::{FirstCluster, Header};
+use super::header::{AUTOCLEAR_BITMAPS, FirstCluster, Header};
 use super::image::{Meta, Qcow2};
 use super::limits;
 use super::units::HostOffset;
@@ -30,42 +30,66 @@ impl Qcow2 {
         self.prepare_writable(cx).await?;
         self.settle(cx).await?;
         self.host_flush(cx).await?;
-        let next = self.meta.borrow().first_cluster(backing)?;
+        let next = {
+            let meta = self.meta.borrow();
+            meta.first_cluster(backing, meta.bitmaps_extension())?
+        };
         self.switch_first_cluster(cx, next).await?;
         let owned = backing.map(|(name, format)| (name.to_owned(), format.map(str::to_owned)));
         self.meta.borrow_mut().backing = owned;
         Ok(())
     }
 
-    /// Clears what a writer must clear (once per open): unknown autoclear bits, and the bitmaps extension, which
-    /// we would not keep consistent. Caller holds the image lock.
+    /// Clears what a writer must clear (once per open): unknown autoclear bits, and a bitmaps extension that does not
+    /// count. Caller holds the image lock.
     pub(super) async fn prepare_writable(&self, cx: &Cx) -> Result<(), Errno> {
         if self.ready_to_write.get() {
             return Ok(());
         }
         self.check_health()?;
-        let (clear, drop_bitmaps) = {
+        let (clear, keep, drop_bitmaps) = {
             let meta = self.meta.borrow();
-            (meta.header.autoclear != 0, meta.bitmaps)
+            let keep = if meta.stored.is_empty() {
+                0
+            } else {
+                AUTOCLEAR_BITMAPS
+            };
+            let keep = meta.header.autoclear & keep;
+            (
+                meta.header.autoclear != keep,
+                keep,
+                meta.bitmaps && meta.stored.is_empty(),
+            )
         };
         if clear {
             // First the bit, which makes every reader ignore the extension.
-            self.patch_header(cx, 88, &[0; 8]).await?;
-            self.meta.borrow_mut().header.autoclear = 0;
+            self.patch_header(cx, 88, &keep.to_be_bytes()).await?;
+            self.meta.borrow_mut().header.autoclear = keep;
         }
         if drop_bitmaps {
-            let next = {
-                let meta = self.meta.borrow();
-                let backing = meta.backing.as_ref().map(|(n, f)| (n.as_str(), f.as_deref()));
-                meta.first_cluster(backing)
-            };
-            // Where it cannot be dropped safely it stays, ignored.
-            if let Ok(next) = next {
-                self.switch_first_cluster(cx, next).await?;
-                self.meta.borrow_mut().bitmaps = false;
-            }
+            self.rewrite_first_cluster(cx, None).await?;
         }
         self.ready_to_write.set(true);
+        Ok(())
+    }
+
+    /// Puts this bitmaps extension into the first cluster, or takes it out: where it cannot be dropped safely it stays,
+    /// ignored.
+    pub(super) async fn rewrite_first_cluster(
+        &self,
+        cx: &Cx,
+        bitmaps: Option<[u8; 24]>,
+    ) -> Result<(), Errno> {
+        let next = {
+            let meta = self.meta.borrow();
+            let backing = meta.backing.as_ref().map(|(n, f)| (n.as_str(), f.as_deref()));
+            meta.first_cluster(backing, bitmaps)
+        };
+        if next.is_err() && bitmaps.is_none() {
+            return Ok(());
+        }
+        self.switch_first_cluster(cx, next?).await?;
+        self.meta.borrow_mut().bitmaps = bitmaps.is_some();
         Ok(())
     }
 
@@ -100,7 +124,11 @@ pub(super) struct Layout {
 
 impl Meta {
     /// A layout for these contents that can be switched to by one sector write.
-    pub(super) fn first_cluster(&self, backing: Option<(&str, Option<&str>)>) -> Result<Layout, Errno> {
+    pub(super) fn first_cluster(
+        &self,
+        backing: Option<(&str, Option<&str>)>,
+        bitmaps: Option<[u8; 24]>,
+    ) -> Result<Layout, Errno> {
         let header = &self.header;
         let cs = 1usize << header.cluster_bits;
         let old_name = usize::try_from(header.backing_offset).expect("in the first cluster");
@@ -117,6 +145,7 @@ impl Meta {
                 backing,
                 unknown_extensions: &self.unknown_extensions,
                 feature_table,
+                bitmaps,
             };
             for name_at in [0, self.extensions_end, 512, old_end.next_multiple_of(8)] {
                 let Ok(mut raw) = parts.build(name_at) else {
@@ -144,6 +173,12 @@ impl Meta {
             }
         }
         Err(Errno::ENOSPC)
+    }
+
+    /// The data of the bitmaps extension, if there is one that counts.
+    fn bitmaps_extension(&self) -> Option<[u8; 24]> {
+        let at = super::ext::place_of_bitmaps(&self.raw, &self.header).filter(|_| !self.stored.is_empty())?;
+        self.raw[at..at + 24].try_into().ok()
     }
 
     /// What the old header uses of the first cluster: extensions, and the name.

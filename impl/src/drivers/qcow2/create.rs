@@ -157,6 +157,7 @@ pub async fn create(storage: &dyn Storage, options: &CreateOptions<'_>) -> Resul
         backing: options.backing_file.map(|name| (name, options.backing_format)),
         unknown_extensions: &[],
         feature_table: geometry.v3 && cs > 4096,
+        bitmaps: None,
     };
     let failed = |e| QmpError::errno("Could not write qcow2 header", e);
     let mut first = cluster.build(0).map_err(failed)?;

@@ -16,7 +16,7 @@ pub(super) const FEATURE_TABLE: u32 = 0x6803_f857;
 /// Full disk encryption header pointer.
 const CRYPTO: u32 = 0x0537_be77;
 /// Persistent bitmaps.
-const BITMAPS: u32 = 0x2385_2875;
+pub(super) const BITMAPS: u32 = 0x2385_2875;
 
 /// What the extensions say.
 #[derive(Clone, Debug, Default)]
@@ -142,6 +142,20 @@ fn check_bitmaps(data: &[u8], header: &Header) -> Result<(), QmpError> {
         ));
     }
     Ok(())
+}
+
+/// Where the data of a bitmaps extension of the right length is, whether it counts or not; for a first cluster that was
+/// parsed.
+pub(super) fn place_of_bitmaps(raw: &[u8], header: &Header) -> Option<usize> {
+    let mut at = header.length as usize;
+    let word = |at: usize| Some(u32::from_be_bytes(raw.get(at..at + 4)?.try_into().ok()?));
+    loop {
+        match (word(at)?, word(at + 4)? as usize) {
+            (END, _) => return None,
+            (BITMAPS, 24) => return raw.get(at + 8..at + 32).map(|_| at + 8),
+            (_, len) => at += 8 + len.next_multiple_of(8),
+        }
+    }
 }
 
 /// Appends an extension, padded to 8 bytes.

@@ -274,6 +274,8 @@ pub(super) struct FirstCluster<'a> {
     pub backing: Option<(&'a str, Option<&'a str>)>,
     pub unknown_extensions: &'a [(u32, Vec<u8>)],
     pub feature_table: bool,
+    /// Data of the bitmaps extension.
+    pub bitmaps: Option<[u8; 24]>,
 }
 
 impl FirstCluster<'_> {
@@ -288,6 +290,9 @@ impl FirstCluster<'_> {
         }
         if self.feature_table {
             ext::put(&mut body, ext::FEATURE_TABLE, &ext::feature_table());
+        }
+        if let Some(data) = &self.bitmaps {
+            ext::put(&mut body, ext::BITMAPS, data);
         }
         for (kind, data) in self.unknown_extensions {
             ext::put(&mut body, *kind, data);
@@ -458,6 +463,7 @@ mod tests {
             backing: Some(("base.img", Some("raw"))),
             unknown_extensions: &unknown,
             feature_table: true,
+            bitmaps: None,
         };
         let bytes = cluster.build(0).unwrap();
         let parsed = Header::parse(bytes[..112].try_into().unwrap()).unwrap();

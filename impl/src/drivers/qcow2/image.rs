@@ -7,6 +7,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 
+use super::bitmap_dir::Stored;
 use super::cache::Cache;
 use super::epoch::Epochs;
 use super::header::Header;
@@ -68,6 +69,10 @@ pub(super) struct Meta {
     pub extensions_end: usize,
     /// There is a bitmaps extension in `raw`.
     pub bitmaps: bool,
+    /// The bitmap directory, as the file has it; empty if there is none that counts.
+    pub stored: Vec<Stored>,
+    /// Offset and bytes of the directory.
+    pub directory: Option<(u64, u64)>,
     /// Active L1 table.
     pub l1: Vec<u64>,
     /// Sectors of it to be written.

@@ -22,6 +22,12 @@ pub(super) const MAX_BACKING_FORMAT: usize = 15;
 pub(super) const HOST_END: u64 = 1 << 56;
 /// Most bitmaps.
 pub(super) const MAX_BITMAPS: u32 = 65535;
+/// Most entries of a bitmap's table.
+pub(super) const MAX_BITMAP_TABLE: u32 = 0x800_0000;
+/// Most bytes of bits of one bitmap.
+pub(super) const MAX_BITMAP_BYTES: u64 = 512 << 20;
+/// Longest name of a bitmap, bytes.
+pub(super) const MAX_BITMAP_NAME: usize = 1023;
 /// Largest bitmap directory, bytes.
 pub(super) const MAX_BITMAP_DIRECTORY: u64 = 65535 * 1024;
 

@@ -1,7 +1,7 @@
 //! The qcow2 format, versions 2 and 3.
 //!
 //! Reads everything but external data files, encryption, extended L2 entries and zstd, which are refused at open.
-//! Internal snapshots are respected, not managed; persistent bitmaps are dropped by the first writer.
+//! Internal snapshots are respected, not managed; persistent bitmaps (`bitmaps`) are loaded, kept and stored.
 //!
 //! How it is built: tables are cached whole (`cache`) and changed in memory under the image lock (`lock`);
 //! `commit` writes them in an order that survives power loss; freed clusters stay untouched until their removal is
@@ -11,6 +11,8 @@
 
 mod alloc;
 mod backing;
+mod bitmap_dir;
+mod bitmaps;
 mod cache;
 mod commit;
 mod compress;
@@ -208,6 +210,27 @@ impl Driver for Qcow2 {
         })
     }
 
+    fn check_bitmap(&self, cx: &Cx, name: &str, granularity: u64) -> Result<(), QmpError> {
+        self.judge_bitmap(cx, name, granularity)
+    }
+
+    fn remove_bitmap<'a>(&'a self, cx: &'a Cx, name: &'a str) -> Fut<'a, Result<(), QmpError>> {
+        Box::pin(async move {
+            let result = self.forget_bitmap(cx, name).await;
+            let result = self.finish(cx, result).await;
+            result.map_err(|errno| QmpError::errno("Failed to update bitmap extension", errno))
+        })
+    }
+
+    fn reopened<'a>(&'a self, cx: &'a Cx) -> Fut<'a, ()> {
+        Box::pin(async move {
+            if cx.node.is_writable() {
+                // On an error bitmaps stay read-only, and nothing can be written that they would miss.
+                let _ = self.thaw_bitmaps(cx).await;
+            }
+        })
+    }
+
     fn backing_header(&self) -> Option<(String, Option<String>)> {
         self.meta.borrow().backing.clone()
     }
@@ -218,7 +241,9 @@ impl Driver for Qcow2 {
             if !cx.node.is_writable() || self.check_health().is_err() {
                 return Ok(());
             }
-            self.write_back(cx).await
+            // What could not be stored is marked as in use.
+            let stored = self.store_bitmaps(cx).await;
+            self.write_back(cx).await.and(stored)
         })
     }
 

@@ -60,6 +60,8 @@ pub(super) async fn open(cx: &Cx, args: OpenArgs<'_>) -> Result<Rc<dyn Driver>, 
         feature_table: extensions.feature_table,
         extensions_end: extensions.end,
         bitmaps: extensions.any_bitmaps,
+        stored: Vec::new(),
+        directory: None,
         l1,
         l1_dirty: BTreeSet::new(),
         l2: Cache::new(pages(options.l2_cache.unwrap_or(limits::L2_CACHE_BYTES))),
@@ -94,9 +96,11 @@ pub(super) async fn open(cx: &Cx, args: OpenArgs<'_>) -> Result<Rc<dyn Driver>, 
         inflated: RefCell::new(None),
     };
     image.check_references(cx, writable).await?;
+    if let Some(data) = &extensions.bitmaps {
+        image.load_bitmaps(cx, data).await?;
+    }
     if writable {
-        let _guard = image.lock.lock().await;
-        let prepared = image.prepare_writable(cx).await;
+        let prepared = image.thaw_bitmaps(cx).await;
         prepared.map_err(|e| QmpError::errno("Could not update qcow2 header", e))?;
     }
     Ok(Rc::new(image))
@@ -395,6 +399,7 @@ impl Qcow2 {
     /// Prepares a switch between read-only and writable.
     pub(super) async fn switch_writable(&self, cx: &Cx, writable: bool) -> Result<(), QmpError> {
         if !writable {
+            self.freeze_bitmaps(cx).await?;
             let failed = |e| QmpError::errno("Could not write back metadata", e);
             return self.write_back(cx).await.map_err(failed);
         }
@@ -408,7 +413,12 @@ impl Qcow2 {
                 "qcow2: Image is corrupt; cannot be opened read/write",
             ));
         }
-        // The header itself is prepared by the first write: this node may not write yet.
+        if cx.node.is_writable() {
+            // It was to become read-only, and stays as it is.
+            let failed = |e| QmpError::errno("Failed to make dirty bitmaps writable", e);
+            return self.thaw_bitmaps(cx).await.map_err(failed);
+        }
+        // The header itself is prepared when the node may write.
         Ok(())
     }
 }

@@ -1,7 +1,8 @@
 //! Where the image's own metadata lies, so that data is never written over it.
 //!
 //! Rules: ranges are whole clusters and disjoint; an insertion that collides is a corruption of the image.
-//! Known: header, active L1 and L2 tables, refcount table and blocks, snapshot table, L1 tables of snapshots.
+//! Known: header, active L1 and L2 tables, refcount table and blocks, snapshot table, L1 tables of snapshots,
+//! bitmap directory and tables.
 //! Not known: L2 tables of snapshots (their refcounts protect them).
 
 use std::collections::BTreeMap;
@@ -16,6 +17,8 @@ pub(super) enum Structure {
     Reftable,
     SnapshotTable,
     InactiveL1,
+    BitmapDirectory,
+    BitmapTable,
 }
 
 impl Structure {
@@ -29,6 +32,8 @@ impl Structure {
             Structure::Reftable => "refcount table",
             Structure::SnapshotTable => "snapshot table",
             Structure::InactiveL1 => "inactive L1 table",
+            Structure::BitmapDirectory => "bitmap directory",
+            Structure::BitmapTable => "bitmap table",
         }
     }
 }

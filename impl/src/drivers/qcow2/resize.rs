@@ -27,6 +27,7 @@ impl Qcow2 {
         if !self.geometry.v3 && self.meta.borrow().header.nb_snapshots != 0 {
             return Err(QmpError::generic("Can't resize a v2 image which has snapshots"));
         }
+        self.bitmaps_can_resize(cx)?;
         let failed = |text: &'static str| move |errno| QmpError::errno(text, errno);
         {
             let _guard = self.lock_clear(0, u64::MAX).await;

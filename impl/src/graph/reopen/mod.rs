@@ -117,6 +117,12 @@ impl Layer {
         let write = self.graph_write().await;
         let result = self.switch(queue, failed);
         drop(write);
+        if result.is_ok() {
+            // From below: a format may write to its file.
+            for entry in queue.iter().rev() {
+                entry.node.driver().reopened(&self.cx(&entry.node)).await;
+            }
+        }
         if result.is_err() {
             for node in prepared.into_iter().rev() {
                 // Back to what it was; the driver did that before, and the first error is the one to report.

@@ -1,11 +1,12 @@
 //! Scenarios for comparing, from seeds: a chain, and about twenty steps on it, a good part of which are refused.
-//! `graph`: commands that change the graph; `nodes`: nodes of every driver; `throttle`: throttle groups and their filters;
-//! `oddities`: what no program should send.
+//! `bitmap`: dirty bitmaps; `graph`: commands that change the graph; `nodes`: nodes of every driver; `throttle`: throttle
+//! groups and their filters; `oddities`: what no program should send.
 //!
 //! Rules: a function of the seed alone. Every command stays within what the model knows; what it answers is not looked
 //! at here. No rates that end by themselves (a speed of 1 stops a job after its first piece, for ever), no file opened
 //! twice, nothing discarded on nodes that pass it on.
 
+mod bitmap;
 mod graph;
 mod nodes;
 mod oddities;
@@ -68,12 +69,14 @@ pub fn generate(seed: u64) -> Scenario {
     let mut steps = Vec::new();
     setup(rng, &mut cast, &mut steps);
     steps.iter().for_each(|step| remember(&mut cast, step));
+    let opened = steps.len();
     let target = steps.len() + 10 + rng.below(12) as usize;
     while steps.len() < target {
         let step = next(rng, &mut cast);
         remember(&mut cast, &step);
         steps.push(step);
     }
+    bitmap::weave(seed, &cast, &mut steps, opened);
     Scenario {
         seed: Some(seed),
         grain: GRAIN,
@@ -565,7 +568,7 @@ mod tests {
             assert_eq!(validate(&scenario), Ok(()), "seed {seed}");
             assert_eq!(scenario, generate(seed));
             assert!(
-                (11..=40).contains(&scenario.steps.len()),
+                (11..=60).contains(&scenario.steps.len()),
                 "{}",
                 scenario.steps.len()
             );

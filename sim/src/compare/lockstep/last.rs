@@ -110,6 +110,10 @@ impl Run<'_> {
             let left = format!("{:?} {:?}", self.seen.nodes, self.seen.jobs);
             return Err(Stop::Differs(What::Nodes, "nothing left".to_owned(), left));
         }
+        if let Some(last) = &self.last {
+            let result = self.stored_bitmaps(last.clone());
+            result.map_err(|(model, qemu)| Stop::Differs(What::Bitmaps, model, qemu))?;
+        }
         let result = self.books.stored(scenario, self.peer.disks());
         result.map_err(|(model, qemu)| Stop::Differs(What::Allocation, model, qemu))
     }

@@ -1,0 +1,194 @@
+//! Dirty bitmaps: which parts of a node were written since the bitmap was added or cleared.
+//!
+//! Rules (io.md 6): a bitmap belongs to one node and marks, in whole granules, what requests wrote, zeroed or discarded on
+//! that node, also when they failed, for part may have been done. It marks after the driver is done and before the
+//! request is: whoever cleared a bitmap before sees every write that was acknowledged after. A cut that no write in
+//! flight blurs needs a drain, which transactions make.
+//! Not here: successors, which only backup jobs need.
+
+pub(crate) mod bits;
+pub(crate) mod commands;
+#[cfg(test)]
+mod tests;
+
+use std::cell::{Cell, RefCell};
+use std::fmt;
+use std::rc::Rc;
+
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+
+use crate::error::QmpError;
+use crate::graph::node::Node;
+use bits::Bits;
+
+/// Longest name, bytes.
+pub(crate) const LONGEST_NAME: usize = 1023;
+
+/// One bitmap.
+pub(crate) struct DirtyBitmap {
+    /// Unique on its node.
+    pub(crate) name: Rc<str>,
+    /// Bytes per bit: a power of two, at least 512.
+    pub(crate) granularity: u64,
+    /// Length of the node, bytes.
+    pub(crate) length: Cell<u64>,
+    pub(crate) bits: RefCell<Bits>,
+    /// It records.
+    pub(crate) enabled: Cell<bool>,
+    /// Some operation uses it.
+    pub(crate) busy: Cell<bool>,
+    /// The driver stores it.
+    pub(crate) persistent: Cell<bool>,
+    /// What is stored must stay as it is.
+    pub(crate) read_only: Cell<bool>,
+    /// It was stored as in use, so that writes may be missing.
+    pub(crate) inconsistent: Cell<bool>,
+}
+
+impl fmt::Debug for DirtyBitmap {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "DirtyBitmap({})", self.name)
+    }
+}
+
+/// What a bitmap must not be.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Use {
+    /// Busy, read-only or inconsistent.
+    Change,
+    /// Busy or inconsistent.
+    Look,
+    /// Busy or read-only.
+    Remove,
+}
+
+impl DirtyBitmap {
+    /// A clean one that records.
+    pub(crate) fn new(name: &str, granularity: u64, length: u64) -> DirtyBitmap {
+        DirtyBitmap {
+            name: Rc::from(name),
+            granularity,
+            length: Cell::new(length),
+            bits: RefCell::default(),
+            enabled: Cell::new(true),
+            busy: Cell::new(false),
+            persistent: Cell::new(false),
+            read_only: Cell::new(false),
+            inconsistent: Cell::new(false),
+        }
+    }
+
+    /// Refuses what it is not fit for.
+    pub(crate) fn check(&self, wanted: Use) -> Result<(), QmpError> {
+        let name = &self.name;
+        Err(QmpError::generic(if self.busy.get() {
+            format!("Bitmap '{name}' is currently in use by another operation and cannot be used")
+        } else if self.read_only.get() && wanted != Use::Look {
+            format!("Bitmap '{name}' is readonly and cannot be modified")
+        } else if self.inconsistent.get() && wanted != Use::Remove {
+            format!("Bitmap '{name}' is inconsistent and cannot be used")
+        } else {
+            return Ok(());
+        }))
+    }
+
+    /// It is to be stored when its image is closed.
+    pub(crate) fn is_storable(&self) -> bool {
+        self.persistent.get() && !self.inconsistent.get() && !self.read_only.get()
+    }
+
+    /// How many bits it has.
+    pub(crate) fn len(&self) -> u64 {
+        self.length.get().div_ceil(self.granularity)
+    }
+
+    /// Marks `[start, end)`, as far as the node reaches.
+    pub(crate) fn mark(&self, start: u64, end: u64) {
+        let end = end.min(self.length.get());
+        if start < end {
+            let bits = start / self.granularity..end.div_ceil(self.granularity);
+            self.bits.borrow_mut().set(bits);
+        }
+    }
+
+    /// Takes in what another one of the same length has marked.
+    pub(crate) fn merge(&self, other: &DirtyBitmap) {
+        let marks = other.bits.borrow().clone();
+        for run in marks.runs() {
+            self.mark(run.start * other.granularity, run.end * other.granularity);
+        }
+    }
+
+    /// Follows its node.
+    pub(crate) fn resize(&self, length: u64) {
+        self.length.set(length);
+        self.bits.borrow_mut().truncate(self.len());
+    }
+
+    /// The digest of the bits, in whole words of 64, at least one.
+    pub(crate) fn sha256(&self) -> String {
+        let mut left = self.len().div_ceil(64).max(1) * 8;
+        let bits = self.bits.borrow();
+        let mut hash = Sha256::new();
+        let mut chunk = [0; 4096];
+        let mut at = 0;
+        while left > 0 {
+            let part = &mut chunk[..crate::io::size(left.min(4096))];
+            bits.bytes(at, part);
+            hash.update(&*part);
+            at += part.len() as u64;
+            left -= part.len() as u64;
+        }
+        hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    fn info(&self) -> Value {
+        let mut info = json!({
+            "name": *self.name,
+            "recording": self.enabled.get(),
+            "persistent": self.persistent.get(),
+            "busy": self.busy.get(),
+            "granularity": self.granularity,
+            "count": self.bits.borrow().count() * self.granularity,
+        });
+        if self.inconsistent.get() {
+            info["inconsistent"] = true.into();
+        }
+        info
+    }
+}
+
+impl Node {
+    /// The bitmap of this name.
+    pub(crate) fn bitmap(&self, name: &str) -> Option<Rc<DirtyBitmap>> {
+        self.bitmaps.borrow().iter().find(|b| *b.name == *name).cloned()
+    }
+
+    /// Every enabled bitmap marks `[offset, offset + bytes)`; all of them follow the node's length first.
+    pub(crate) fn mark_dirty(&self, offset: u64, bytes: u64) {
+        let bitmaps = self.bitmaps.borrow();
+        for bitmap in bitmaps.iter().filter(|bitmap| bitmap.enabled.get()) {
+            bitmap.mark(offset, offset + bytes);
+        }
+    }
+
+    /// Bitmaps get the node's length.
+    pub(crate) fn resize_bitmaps(&self) {
+        let length = self.io.length.get();
+        for bitmap in self.bitmaps.borrow().iter().filter(|b| b.length.get() != length) {
+            bitmap.resize(length);
+        }
+    }
+
+    /// Some bitmap must not change, so that nothing may be written.
+    pub(crate) fn has_frozen_bitmap(&self) -> bool {
+        self.bitmaps.borrow().iter().any(|bitmap| bitmap.read_only.get())
+    }
+
+    /// For `query-named-block-nodes`; none without bitmaps.
+    pub(crate) fn bitmaps_info(&self) -> Option<Value> {
+        let bitmaps = self.bitmaps.borrow();
+        (!bitmaps.is_empty()).then(|| bitmaps.iter().map(|bitmap| bitmap.info()).collect())
+    }
+}

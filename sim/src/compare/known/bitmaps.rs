@@ -1,0 +1,171 @@
+//! What commands on dirty bitmaps have to do with known defects.
+
+use blkcheck_model::{Bitmap, Command, World};
+use serde_json::{Map, Value};
+
+use super::{Case, What};
+use crate::scenario::Action;
+
+const ENABLE: &str = "block-dirty-bitmap-enable";
+const MERGE: &str = "block-dirty-bitmap-merge";
+
+/// What a command does, one by one: itself, or the actions of a transaction.
+fn parts<'a>(
+    execute: &'a str,
+    arguments: &'a Map<String, Value>,
+) -> impl Iterator<Item = (&'a str, &'a Map<String, Value>)> {
+    let actions = (execute == "transaction")
+        .then(|| arguments.get("actions")?.as_array())
+        .flatten();
+    let parts = actions.into_iter().flatten();
+    let part = |action: &'a Value| Some((action.get("type")?.as_str()?, action.get("data")?.as_object()?));
+    std::iter::once((execute, arguments)).chain(parts.filter_map(part))
+}
+
+/// Merges an empty list into something.
+pub(super) fn merges_nothing(execute: &str, arguments: &Map<String, Value>) -> bool {
+    parts(execute, arguments).any(|(kind, data)| {
+        kind == MERGE
+            && data
+                .get("bitmaps")
+                .and_then(Value::as_array)
+                .is_some_and(Vec::is_empty)
+    })
+}
+
+/// A transaction that is refused and has an action that enables a bitmap which is not there before.
+pub(super) fn enables_missing(world: &World, execute: &str, arguments: &Map<String, Value>) -> bool {
+    enables(world, execute, arguments, |bitmap| bitmap.is_none())
+}
+
+/// The same with a bitmap that takes no commands.
+pub(super) fn enables_unusable(world: &World, execute: &str, arguments: &Map<String, Value>) -> bool {
+    enables(world, execute, arguments, |bitmap| {
+        bitmap.is_some_and(|bitmap| bitmap.is_busy() || bitmap.inconsistent)
+    }) || enables_removed(execute, arguments)
+}
+
+/// An action removes what a later one enables.
+fn enables_removed(execute: &str, arguments: &Map<String, Value>) -> bool {
+    execute == "transaction"
+        && parts(execute, arguments).any(|(kind, removed)| {
+            kind == "block-dirty-bitmap-remove"
+                && parts(execute, arguments).any(|(kind, data)| kind == ENABLE && data == removed)
+        })
+}
+
+fn enables(
+    world: &World,
+    execute: &str,
+    arguments: &Map<String, Value>,
+    which: impl Fn(Option<&Bitmap>) -> bool,
+) -> bool {
+    execute == "transaction"
+        && is_refused(world, execute, arguments)
+        && parts(execute, arguments).any(|(kind, data)| kind == ENABLE && which(bitmap(world, data)))
+}
+
+fn bitmap<'a>(world: &'a World, data: &Map<String, Value>) -> Option<&'a Bitmap> {
+    let node = world.graph.find(data.get("node")?.as_str()?)?;
+    let name = data.get("name")?.as_str()?;
+    world
+        .graph
+        .node(node)
+        .bitmaps
+        .iter()
+        .find(|bitmap| &*bitmap.name == name)
+}
+
+fn is_refused(world: &World, execute: &str, arguments: &Map<String, Value>) -> bool {
+    let arguments = Value::Object(arguments.clone());
+    world.check(&Command::new(execute, &arguments)).is_err()
+}
+
+/// Takes a node away, or its length, while an export of another node shows one of its bitmaps.
+pub(super) fn takes_what_is_shown(world: &World, execute: &str, arguments: &Map<String, Value>) -> bool {
+    let shown = |bitmap: &Bitmap| bitmap.shown_by.is_some();
+    match execute {
+        "blockdev-del" | "block_resize" => arguments
+            .get("node-name")
+            .and_then(Value::as_str)
+            .and_then(|name| world.graph.find(name))
+            .is_some_and(|node| world.graph.node(node).bitmaps.iter().any(shown)),
+        _ => false,
+    }
+}
+
+/// Tries to make a writable node with persistent bitmaps read-only, and fails.
+pub(super) fn fails_to_freeze(world: &World, execute: &str, arguments: &Map<String, Value>) -> bool {
+    let persistent = |world: &World, id| {
+        let node = world.graph.get(id);
+        node.is_some_and(|node| node.writable && node.bitmaps.iter().any(|bitmap| bitmap.persistent))
+    };
+    let value = Value::Object(arguments.clone());
+    match execute {
+        "blockdev-reopen" => {
+            is_refused(world, execute, arguments)
+                && world.reopened(&value).into_iter().any(|id| persistent(world, id))
+        }
+        "blockdev-snapshot" | "transaction" => {
+            let mut after = world.clone();
+            let accepted = after.execute(&Command::new(execute, &value)).is_ok();
+            accepted
+                && parts(execute, arguments).any(|(kind, data)| {
+                    let node = data.get("node").and_then(Value::as_str);
+                    let id = node.and_then(|node| world.graph.find(node));
+                    kind == "blockdev-snapshot" && id.is_some_and(|id| persistent(&after, id))
+                })
+        }
+        _ => false,
+    }
+}
+
+/// Bitmaps are frozen by something that failed before, and so are guests' writes.
+pub(super) fn after_a_failed_freeze(case: &Case<'_>) -> bool {
+    let shows = match case.what {
+        Some(What::Content) => case.qemu.contains("fails with errno 1"),
+        Some(What::Result) => case.qemu.contains("is readonly and cannot be modified"),
+        Some(What::Bitmaps) => true,
+        _ => false,
+    };
+    shows && happened_before(case, fails_to_freeze)
+}
+
+/// A refused stream made its read-only device writable and read-only again, which stored its new bitmaps.
+pub(super) fn after_a_refused_stream(case: &Case<'_>) -> bool {
+    let shows = match case.what {
+        Some(What::Result) => {
+            case.qemu.contains("is readonly and cannot be modified") || case.model.contains("No write access")
+        }
+        Some(What::Bitmaps) => true,
+        _ => false,
+    };
+    shows && happened_before(case, stores_while_refused)
+}
+
+fn stores_while_refused(world: &World, execute: &str, arguments: &Map<String, Value>) -> bool {
+    let device = arguments.get("device").and_then(Value::as_str);
+    let device = device.and_then(|name| world.graph.find(name));
+    let new = |bitmap: &Bitmap| bitmap.persistent && !bitmap.read_only;
+    execute == "block-stream"
+        && is_refused(world, execute, arguments)
+        && device.is_some_and(|id| {
+            let node = world.graph.node(id);
+            !node.writable && node.bitmaps.iter().any(new)
+        })
+}
+
+fn happened_before(case: &Case<'_>, what: fn(&World, &str, &Map<String, Value>) -> bool) -> bool {
+    let mut world = crate::follow::world_of(case.scenario);
+    for step in &case.scenario.steps[..(case.step + 1).min(case.scenario.steps.len())] {
+        let Action::Command { execute, arguments } = &step.action else {
+            continue;
+        };
+        if what(&world, execute, arguments) {
+            return true;
+        }
+        let value = Value::Object(arguments.clone());
+        let _ = world.execute(&Command::new(execute, &value));
+    }
+    false
+}
