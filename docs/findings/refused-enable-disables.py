@@ -57,6 +57,12 @@ def steps(run):
     run.refused('''{"execute": "transaction", "arguments": {"actions": [{"type": "block-dirty-bitmap-enable",
                     "data": {"node": "n0", "name": "b"}}]}}''',
                 "Bitmap 'b' is currently in use by another operation and cannot be used")
+    run.step(4)
+    run.accepted('''{"execute": "block-export-del", "arguments": {"id": "x", "mode": "hard"}}''')
+    run.step(5)
+    run.refused('''{"execute": "block-export-add", "arguments": {"type": "nbd", "id": "y",
+            "node-name": "n0", "bitmaps": ["b"]}}''',
+                "Enabled bitmap 'b' incompatible with readonly export")
 
     # Every node reads as it should.
     run.node_holds("n0", 0x10000, [(0x10000, 0)])

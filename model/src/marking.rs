@@ -33,6 +33,20 @@ impl World {
         self.mark_below(node, bytes, |id| passes(&graph, id));
     }
 
+    /// A request on this very node ended. Unless all of it was done for `sure`, nobody knows what it marked.
+    pub fn node_written(&mut self, node: NodeId, bytes: Range<u64>, sure: bool) {
+        if bytes.is_empty() || self.graph.node(node).bitmaps.is_empty() {
+            return;
+        }
+        for bitmap in &mut self.graph.node_mut(node).bitmaps {
+            if !sure {
+                bitmap.dirty = None;
+            } else if bitmap.enabled {
+                bitmap.mark(bytes.clone());
+            }
+        }
+    }
+
     fn mark_below(&mut self, node: NodeId, mut bytes: Range<u64>, goes_on: impl Fn(NodeId) -> bool) {
         let mut next = Some(node);
         while let Some(id) = next.filter(|id| !bytes.is_empty() && goes_on(*id)) {

@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use blkcheck_impl::jobs::JobStatus;
 use serde_json::Value;
 
+use crate::image::bitmaps;
 use crate::image::check::{Problem, Severity, check};
 use crate::image::read::{Files, Qcow2, Reader};
 use crate::oracle::{FinalContent, Oracle, OracleName, View, Violation};
@@ -127,6 +128,11 @@ pub(crate) fn closed(
         oracles
             .iter_mut()
             .try_for_each(|oracle| oracle.header(view, &file.name, backing))?;
+        let stored = bitmaps::stored(&image).expect("just checked");
+        let stored = stored.map_or_else(Vec::new, |directory| directory.bitmaps);
+        oracles
+            .iter_mut()
+            .try_for_each(|oracle| oracle.bitmaps(view, &file.name, &stored))?;
     }
     let all = Closed(files);
     // An image whose backing name leads nowhere has no content of its own to compare.

@@ -104,6 +104,7 @@ impl Setup {
             On::Memory => Reach {
                 // What a snapshot leaves behind that storage failed is not told by the model.
                 snapshots: matches!(self.faults, Faults::None),
+                bitmaps: matches!(self.faults, Faults::None),
                 ..Reach::all()
             },
             On::File => Reach {
@@ -117,6 +118,7 @@ impl Setup {
                 snapshots: true,
                 resize: true,
                 throttle: true,
+                bitmaps: true,
             },
             On::Loop => Reach {
                 drain: true,
@@ -129,6 +131,7 @@ impl Setup {
                 snapshots: true,
                 resize: false,
                 throttle: true,
+                bitmaps: false,
             },
             On::Qemu if self.is_stress() => Reach {
                 drain: false,
@@ -142,6 +145,7 @@ impl Setup {
                 resize: false,
                 // The daemon throttles by the real clock.
                 throttle: false,
+                bitmaps: false,
             },
             On::Qemu => Reach {
                 drain: false,
@@ -155,6 +159,7 @@ impl Setup {
                 resize: true,
                 // The daemon throttles by the real clock.
                 throttle: false,
+                bitmaps: false,
             },
         }
     }

@@ -18,6 +18,7 @@ use std::rc::Rc;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
+use crate::Layer;
 use crate::error::QmpError;
 use crate::graph::node::Node;
 use bits::Bits;
@@ -143,6 +144,20 @@ impl DirtyBitmap {
         hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
+    fn view(&self) -> BitmapView {
+        let mut bits = vec![0; crate::io::size(self.len().div_ceil(64).max(1) * 8)];
+        self.bits.borrow().bytes(0, &mut bits);
+        BitmapView {
+            name: Rc::clone(&self.name),
+            granularity: self.granularity,
+            enabled: self.enabled.get(),
+            busy: self.busy.get(),
+            persistent: self.persistent.get(),
+            inconsistent: self.inconsistent.get(),
+            bits,
+        }
+    }
+
     fn info(&self) -> Value {
         let mut info = json!({
             "name": *self.name,
@@ -156,6 +171,42 @@ impl DirtyBitmap {
             info["inconsistent"] = true.into();
         }
         info
+    }
+}
+
+/// A bitmap as plain data.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct BitmapView {
+    /// Its name.
+    pub name: Rc<str>,
+    /// Bytes per bit.
+    pub granularity: u64,
+    /// It records.
+    pub enabled: bool,
+    /// Some operation uses it.
+    pub busy: bool,
+    /// It is stored in the image.
+    pub persistent: bool,
+    /// Writes may be missing.
+    pub inconsistent: bool,
+    /// The bits, the lowest of each byte first, in whole words of 64.
+    pub bits: Vec<u8>,
+}
+
+impl Layer {
+    /// Every node that has bitmaps, and these, newest first.
+    #[must_use]
+    pub fn inspect_bitmaps(&self) -> Vec<(Rc<str>, Vec<BitmapView>)> {
+        let nodes = self
+            .nodes()
+            .into_iter()
+            .filter(|node| !node.bitmaps.borrow().is_empty());
+        nodes
+            .map(|node| {
+                let views = node.bitmaps.borrow().iter().map(|bitmap| bitmap.view()).collect();
+                (Rc::clone(&node.name), views)
+            })
+            .collect()
     }
 }
 

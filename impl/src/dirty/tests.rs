@@ -33,6 +33,10 @@ fn count(world: &World, node: &str, name: &str) -> u64 {
     info(world, node, name)["count"].as_u64().expect("a bitmap")
 }
 
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "callers write the arguments in place"
+)]
 fn action(kind: &str, data: Value) -> Value {
     json!({"type": format!("block-dirty-bitmap-{kind}"), "data": data})
 }
@@ -45,11 +49,11 @@ fn image() -> World {
         "blockdev-add",
         json!({"driver": "file", "node-name": "f", "filename": "i"}),
     );
-    open(&world, json!(false));
+    open(&world, false);
     world
 }
 
-fn open(world: &World, read_only: Value) {
+fn open(world: &World, read_only: bool) {
     let n =
         json!({"driver": "qcow2", "node-name": "n", "file": "f", "read-only": read_only, "discard": "unmap"});
     world.qmp("blockdev-add", n);
@@ -181,12 +185,12 @@ fn what_could_not_be_stored_is_inconsistent() {
     world.qmp("block-dirty-bitmap-add", persistent);
     let close = || world.qmp("blockdev-del", json!({"node-name": "n"}));
     close();
-    open(&world, json!(false));
+    open(&world, false);
     world.fill("n", 0, 512, 1);
     world.fail("i", "write", (0, u64::MAX), Errno::EIO, u32::MAX);
     close();
     world.mend();
-    open(&world, json!(true));
+    open(&world, true);
     assert_eq!(info(&world, "n", "b")["inconsistent"], true);
     world.refused(
         "block-dirty-bitmap-clear",
@@ -194,7 +198,7 @@ fn what_could_not_be_stored_is_inconsistent() {
         "Bitmap 'b' is readonly and cannot be modified",
     );
     close();
-    open(&world, json!(false));
+    open(&world, false);
     world.refused(
         "block-dirty-bitmap-clear",
         of("n", "b"),
@@ -202,6 +206,6 @@ fn what_could_not_be_stored_is_inconsistent() {
     );
     world.qmp("block-dirty-bitmap-remove", of("n", "b"));
     close();
-    open(&world, json!(false));
+    open(&world, false);
     assert_eq!(info(&world, "n", "b"), Value::Null);
 }

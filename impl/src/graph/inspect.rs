@@ -5,6 +5,8 @@
 
 use std::rc::Rc;
 
+pub use crate::dirty::BitmapView;
+
 use crate::Layer;
 use crate::event::Parent;
 use crate::graph::edge::Edge;

@@ -186,7 +186,7 @@ impl Run<'_> {
             };
             let image = Qcow2::parse(bytes).map_err(|e| (format!("{name} is an image"), e))?;
             let theirs = stored(&image).map_err(|e| (format!("{name} has sound bitmaps"), e))?;
-            let theirs = theirs.map_or_else(Vec::new, |(bitmaps, _)| bitmaps);
+            let theirs = theirs.map_or_else(Vec::new, |directory| directory.bitmaps);
             one_image(name, &header.bitmaps, theirs)?;
         }
         Ok(())

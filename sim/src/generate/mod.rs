@@ -7,6 +7,7 @@
 //! What may fail is drawn apart, by [`add_faults`]; whether it does is a choice. Not covered: power loss; snapshots on failing
 //! storage, for which the model has no list of what may be left.
 
+mod bitmaps;
 mod chain;
 mod faults;
 mod graph;
@@ -45,6 +46,8 @@ pub struct Reach {
     pub resize: bool,
     /// Throttle groups and filters (time can pass by choice).
     pub throttle: bool,
+    /// `block-dirty-bitmap-*`, and room for what is stored of bitmaps.
+    pub bitmaps: bool,
 }
 
 impl Reach {
@@ -62,6 +65,7 @@ impl Reach {
             snapshots: true,
             resize: true,
             throttle: true,
+            bitmaps: true,
         }
     }
 }
@@ -70,10 +74,14 @@ impl Reach {
 #[must_use]
 pub fn generate(seed: u64, profile: Profile, reach: Reach) -> Scenario {
     let scenario = generate_from(&mut Rng::stream(seed, Stream::Workload), profile, reach);
-    Scenario {
+    let mut scenario = Scenario {
         seed: Some(seed),
         ..scenario
+    };
+    if reach.bitmaps && matches!(profile, Profile::Mixed | Profile::Graph) {
+        bitmaps::weave(seed, &mut scenario);
     }
+    scenario
 }
 
 /// The scenario that these draws make; for fuzzers, whose bytes are the draws.

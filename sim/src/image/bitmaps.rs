@@ -27,11 +27,20 @@ pub struct Stored {
     pub places: Vec<(u64, u64, &'static str)>,
 }
 
-/// All of them in the order of the directory, and where the directory is; none if the image has none.
+/// A directory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Directory {
+    /// Its bitmaps, in order.
+    pub bitmaps: Vec<Stored>,
+    /// Where it is: offset and bytes.
+    pub place: (u64, u64),
+}
+
+/// The directory; none if the image has none.
 ///
 /// # Errors
 /// What cannot be read.
-pub fn stored(image: &Qcow2<'_>) -> Result<Option<(Vec<Stored>, (u64, u64))>, String> {
+pub fn stored(image: &Qcow2<'_>) -> Result<Option<Directory>, String> {
     let Some(data) = extension(image)? else {
         return Ok(None);
     };
@@ -51,7 +60,10 @@ pub fn stored(image: &Qcow2<'_>) -> Result<Option<(Vec<Stored>, (u64, u64))>, St
     if at - offset != size {
         return Err(format!("the directory has {} bytes, not {size}", at - offset));
     }
-    Ok(Some((found, (offset, size))))
+    Ok(Some(Directory {
+        bitmaps: found,
+        place: (offset, size),
+    }))
 }
 
 /// Where the data of the extension is, if there is one and it counts.

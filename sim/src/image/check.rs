@@ -136,9 +136,10 @@ impl Check<'_> {
         match bitmaps::stored(&self.image) {
             Err(text) => self.corrupt(text),
             Ok(None) => {}
-            Ok(Some((bitmaps, (offset, size)))) => {
+            Ok(Some(directory)) => {
+                let (offset, size) = directory.place;
                 self.claim(offset, size, "bitmap directory");
-                for (offset, bytes, what) in bitmaps.into_iter().flat_map(|bitmap| bitmap.places) {
+                for (offset, bytes, what) in directory.bitmaps.into_iter().flat_map(|bitmap| bitmap.places) {
                     self.claim(offset, bytes, what);
                 }
             }

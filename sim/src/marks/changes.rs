@@ -28,7 +28,7 @@ impl Detector {
                 let changes = matches!(
                     *what,
                     "blockdev-reopen" | "blockdev-snapshot" | "transaction" | "block_resize"
-                );
+                ) || what.starts_with("block-dirty-bitmap-");
                 let writes = |kind| matches!(kind, ReqKind::Write | ReqKind::WriteZeroes | ReqKind::Discard);
                 self.change = Change {
                     what: changes.then_some(*what),
@@ -75,6 +75,7 @@ impl Detector {
             "blockdev-reopen" if writes && made + cut > 0 => self.hit(Mark::ReopenMeetsWrite),
             "blockdev-snapshot" | "transaction" if writes => self.hit(Mark::SnapshotMeetsWrite),
             "block_resize" if requests => self.hit(Mark::ResizeMeetsRequest),
+            _ if what.starts_with("block-dirty-bitmap-") && writes => self.hit(Mark::BitmapMeetsWrite),
             _ => {}
         }
     }

@@ -152,6 +152,8 @@ marks! {
     ThrottleBesideJob = "request queued by a throttle group while a job runs",
     /// A node gets another length, and a guest request was in flight when that began.
     ResizeMeetsRequest = "resize meets a guest request in flight",
+    /// A dirty bitmap is changed, and a guest write was in flight when that began.
+    BitmapMeetsWrite = "bitmap command meets a guest write in flight",
 }
 
 /// What was going on when an operation was issued.
@@ -302,7 +304,10 @@ impl Mark {
     /// Whether it belongs to commands that are not generated where storage fails.
     #[must_use]
     pub fn needs_sound_storage(self) -> bool {
-        matches!(self, Mark::SnapshotMeetsWrite | Mark::TransactionRolledBack)
+        matches!(
+            self,
+            Mark::SnapshotMeetsWrite | Mark::TransactionRolledBack | Mark::BitmapMeetsWrite
+        )
     }
 }
 

@@ -3,6 +3,7 @@
 //! Rules: independent of each other; sound (a verdict is never wrong); incremental; reset in place between runs.
 //! Each lives in its own file with tests that show it firing on a deliberately wrong history.
 
+mod bitmap;
 pub(crate) mod bottom;
 pub(crate) mod data;
 mod drain;
@@ -32,6 +33,7 @@ pub use unordered::Unordered;
 use blkcheck_impl::Layer;
 
 use crate::history::{Record, StepId};
+use crate::image::bitmaps::Stored;
 use crate::scenario::Scenario;
 
 /// Names, as reports and scenario files have them.
@@ -61,6 +63,8 @@ pub enum OracleName {
     Liveness,
     /// Images on disk are sound after a clean close and hold what the guest saw.
     Image,
+    /// Dirty bitmaps hold what was written.
+    Bitmap,
     /// Nothing is left behind.
     Leaks,
     /// The subject panicked.
@@ -88,6 +92,7 @@ impl OracleName {
             OracleName::Refusals => "refusals",
             OracleName::Liveness => "liveness",
             OracleName::Image => "image",
+            OracleName::Bitmap => "bitmap",
             OracleName::Leaks => "leaks",
             OracleName::Panic => "panic",
             OracleName::Daemon => "daemon",
@@ -162,6 +167,10 @@ pub trait Oracle: std::fmt::Debug {
         _file: &str,
         _backing: Option<(&str, Option<&str>)>,
     ) -> Result<(), Violation> {
+        Ok(())
+    }
+    /// The layer was shut down; these bitmaps a qcow2 image stores.
+    fn bitmaps(&mut self, _view: &View<'_>, _file: &str, _stored: &[Stored]) -> Result<(), Violation> {
         Ok(())
     }
     /// The layer was shut down. `contents`: every image file, read independently.

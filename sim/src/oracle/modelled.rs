@@ -1,12 +1,13 @@
 //! The oracles that compare with the model: one model follows the run, several judges look at it, each under its own
 //! name in verdicts: `refusals`, `graph`, `permissions` and `frozen` (settled comparison), `jobs` (what the model says a
-//! job cannot do), `data`, `status`, `transparency`, `bottom`.
+//! job cannot do), `data`, `status`, `transparency`, `bottom`, `bitmap`.
 
 use blkcheck_impl::Layer;
 use blkcheck_impl::event::Event;
 use blkcheck_impl::graph::inspect::GraphView;
 use blkcheck_impl::jobs::JobStatus;
 
+use super::bitmap::Bitmaps;
 use super::bottom::Bottom;
 use super::data::{Data, guest};
 use super::graph::{self, Comparison};
@@ -14,6 +15,7 @@ use super::mirror::Mirror;
 use super::{FinalContent, Oracle, OracleName, View, Violation, refusals, violation};
 use crate::follow::Follower;
 use crate::history::{Outcome, Record};
+use crate::image::bitmaps::Stored;
 use crate::scenario::Scenario;
 
 /// See the module.
@@ -24,6 +26,7 @@ pub struct Modelled {
     comparison: Comparison,
     data: Data,
     bottom: Bottom,
+    bitmaps: Bitmaps,
     /// Something may have changed since the layer's books were last looked at.
     changed: bool,
     /// The layer's books when everything was settled last. Records come in batches, after the fact, so that books can
@@ -65,6 +68,9 @@ impl Modelled {
         }
         self.data.end_change(&self.bottom);
         verdict?;
+        if let Some(layer) = view.layer {
+            self.bitmaps.judge(&self.follower.world, layer, false)?;
+        }
         if books.is_some() {
             self.changed = false;
             self.books = books;
@@ -108,6 +114,7 @@ impl Oracle for Modelled {
         self.mirror.reset();
         self.data.reset(scenario);
         self.bottom.reset(scenario);
+        self.bitmaps.reset();
         self.changed = false;
         self.books = None;
     }
@@ -166,7 +173,10 @@ impl Oracle for Modelled {
                 self.bottom.ended(*step, outcome);
                 self.data.ended(view, *step, outcome)?;
             }
-            Record::Fault(fault) => self.data.fault(fault),
+            Record::Fault(fault) => {
+                self.bitmaps.fault();
+                self.data.fault(fault);
+            }
             Record::Layer(event) => {
                 if let (Some(outcome), Event::Qmp { data, .. }) = (followed.completed, event)
                     && let Some(id) = data.get("device").and_then(serde_json::Value::as_str)
@@ -174,6 +184,7 @@ impl Oracle for Modelled {
                     self.changed = true;
                     self.bottom.completed(id, outcome);
                 }
+                self.bitmaps.event(&mut self.follower.world, &self.mirror, event);
                 self.bottom
                     .event(view.scenario, &self.follower.world, &self.mirror, event)?;
             }
@@ -191,6 +202,9 @@ impl Oracle for Modelled {
         }
         if let Some(layer) = view.layer {
             graph::counters(&layer.inspect())?;
+            if !self.follower.is_off() {
+                self.bitmaps.judge(&self.follower.world, layer, true)?;
+            }
         }
         self.data.quiescent(view, &self.follower, contents)?;
         self.bottom
@@ -215,6 +229,10 @@ impl Oracle for Modelled {
             format!("found:    {backing:?}"),
         ];
         Err(violation(OracleName::Image, None, message, evidence))
+    }
+
+    fn bitmaps(&mut self, _view: &View<'_>, file: &str, stored: &[Stored]) -> Result<(), Violation> {
+        self.bitmaps.stored(&self.follower.world, file, stored)
     }
 
     fn closed(&mut self, view: &View<'_>, contents: &[FinalContent<'_>]) -> Result<(), Violation> {

@@ -61,7 +61,7 @@ fn step(rng: &mut Rng, cast: &Cast, exports: &mut u32) -> Step {
 }
 
 fn verb(rng: &mut Rng) -> &'static str {
-    *rng.pick(&["remove", "clear", "clear", "enable", "disable"])
+    rng.pick::<&str>(&["remove", "clear", "clear", "enable", "disable"])
 }
 
 fn node(rng: &mut Rng, cast: &Cast) -> String {

@@ -52,6 +52,7 @@ fn runs(medium: Medium, seeds: u64) -> bool {
         snapshots: true,
         resize: medium == Medium::File,
         throttle: true,
+        bitmaps: medium == Medium::File,
     };
     let generated = (0..seeds).map(|seed| generate(seed, Profile::Mixed, reach));
     let mut oracles = crate::oracle::all();

@@ -1,0 +1,227 @@
+//! Dirty bitmaps hold what they must: a bitmap is never smaller than what requests that ended well changed on its node
+//! since it was added, cleared or enabled; at rest it is no larger either. Flags are as the model says.
+//!
+//! How: the layer tells when a request ends, which is when it has marked; the model's bitmaps are marked then, node by node,
+//! and commands on bitmaps do with them in the model what they should. Looked at with a command's answer (nothing is
+//! missing: the layer may be ahead of what it has told) and when everything is at rest (nothing more).
+//! A closed image holds what the model says that it holds.
+//! Not judged: what requests left that failed, or that ended while a command on bitmaps was under way (a transaction drains
+//! first); anything once storage failed; where qcow2 writes in its file.
+
+use std::collections::BTreeMap;
+
+use blkcheck_impl::Layer;
+use blkcheck_impl::event::{Event, ReqKind};
+use blkcheck_impl::graph::inspect::BitmapView;
+use blkcheck_impl::types::{NodeId, RequestId};
+use blkcheck_model::{Bitmap, World};
+
+use super::mirror::Mirror;
+use super::{OracleName, Violation, violation};
+use crate::image::bitmaps::Stored;
+
+/// Follows requests for the model's bitmaps.
+#[derive(Debug, Default)]
+pub(super) struct Bitmaps {
+    requests: BTreeMap<RequestId, (NodeId, u64, u64)>,
+    /// A command on bitmaps is under way.
+    command: bool,
+    /// Storage failed: the model may have been wound back.
+    lost: bool,
+}
+
+impl Bitmaps {
+    pub(super) fn reset(&mut self) {
+        *self = Bitmaps::default();
+    }
+
+    /// Storage failed.
+    pub(super) fn fault(&mut self) {
+        self.lost = true;
+    }
+
+    /// Marks what the event says.
+    pub(super) fn event(&mut self, world: &mut World, mirror: &Mirror, event: &Event) {
+        match event {
+            Event::RequestBegin {
+                request,
+                node,
+                kind: ReqKind::Write | ReqKind::WriteZeroes | ReqKind::Discard,
+                offset,
+                bytes,
+                ..
+            } => {
+                self.requests.insert(*request, (*node, *offset, *bytes));
+            }
+            Event::RequestEnd { request, result, .. } => {
+                if let Some((node, offset, bytes)) = self.requests.remove(request)
+                    && let Some(id) = world.graph.find(mirror.name(node))
+                {
+                    world.node_written(id, offset..offset + bytes, result.is_ok() && !self.command);
+                }
+            }
+            Event::MainBegin { what } => {
+                self.command = *what == "transaction" || what.starts_with("block-dirty-bitmap-");
+            }
+            Event::MainEnd { .. } => self.command = false,
+            _ => {}
+        }
+    }
+
+    /// Holds the layer's bitmaps against the model's. `rest`: everything is at rest.
+    pub(super) fn judge(&self, world: &World, layer: &Layer, rest: bool) -> Result<(), Violation> {
+        if self.lost || world.graph.nodes().all(|(_, node)| node.bitmaps.is_empty()) {
+            return Ok(());
+        }
+        let seen = layer.inspect_bitmaps();
+        for (_, node) in world.graph.nodes() {
+            let theirs = seen.iter().find(|(name, _)| *name == node.name);
+            let theirs = theirs.map_or(&[][..], |(_, bitmaps)| bitmaps);
+            let wrong = |name: &str, what: String| {
+                let message = format!("bitmap '{name}' of node '{}' {what}", node.name);
+                Err(violation(OracleName::Bitmap, None, message, Vec::new()))
+            };
+            for ours in &node.bitmaps {
+                let Some(found) = theirs.iter().find(|b| b.name == ours.name) else {
+                    return wrong(&ours.name, "is gone".to_owned());
+                };
+                if let Some(what) = difference(ours, found, rest) {
+                    return wrong(&ours.name, what);
+                }
+            }
+            if let Some(more) = theirs
+                .iter()
+                .find(|b| node.bitmaps.iter().all(|a| a.name != b.name))
+            {
+                return wrong(&more.name, "ought not to be there".to_owned());
+            }
+        }
+        Ok(())
+    }
+
+    /// Holds what a closed image stores against the model.
+    pub(super) fn stored(&self, world: &World, file: &str, found: &[Stored]) -> Result<(), Violation> {
+        let mut world = world.clone();
+        world.close_all();
+        let header = world.files.get(file).and_then(|facts| facts.qcow2.as_ref());
+        let Some(header) = header.filter(|_| !self.lost) else {
+            return Ok(());
+        };
+        let wrong = |name: &str, what: &str| {
+            let message = format!("bitmap '{name}' in the closed image '{file}' {what}");
+            Err(violation(OracleName::Bitmap, None, message, Vec::new()))
+        };
+        for ours in &header.bitmaps {
+            let Some(theirs) = found.iter().find(|b| *b.name == *ours.name) else {
+                return wrong(&ours.name, "is missing");
+            };
+            if (theirs.granularity, theirs.auto, theirs.in_use) != (ours.granularity, ours.auto, ours.in_use)
+            {
+                return wrong(&ours.name, &format!("ought to be {ours:?}, is {theirs:?}"));
+            }
+            let is_set = |bit: u64| {
+                let byte = usize::try_from(bit / 8).ok().and_then(|at| theirs.bits.get(at));
+                byte.is_some_and(|byte| byte >> (bit % 8) & 1 == 1)
+            };
+            let known = ours.dirty.as_ref().filter(|_| !ours.in_use);
+            if let Some(dirty) = known
+                && let Some(bit) =
+                    (0..theirs.bits.len() as u64 * 8).find(|bit| is_set(*bit) != dirty.contains(*bit))
+            {
+                let what = if is_set(bit) {
+                    "has a mark too many"
+                } else {
+                    "lacks a mark"
+                };
+                return wrong(&ours.name, &format!("{what} at {:#x}", bit * ours.granularity));
+            }
+        }
+        match found
+            .iter()
+            .find(|b| header.bitmaps.iter().all(|a| *a.name != *b.name))
+        {
+            Some(more) => wrong(&more.name, "ought not to be there"),
+            None => Ok(()),
+        }
+    }
+}
+
+fn difference(ours: &Bitmap, theirs: &BitmapView, rest: bool) -> Option<String> {
+    let flags = (
+        ours.granularity,
+        ours.enabled,
+        ours.is_busy(),
+        ours.persistent,
+        ours.inconsistent,
+    );
+    let found = (
+        theirs.granularity,
+        theirs.enabled,
+        theirs.busy,
+        theirs.persistent,
+        theirs.inconsistent,
+    );
+    if flags != found {
+        return Some(format!(
+            "has (granularity, recording, busy, persistent, inconsistent) {found:?}, expected {flags:?}"
+        ));
+    }
+    let bits = ours.image()?;
+    let bit = |bits: &[u8], at: usize| bits.get(at / 8).is_some_and(|byte| byte >> (at % 8) & 1 == 1);
+    let all = 8 * bits.len().max(theirs.bits.len());
+    let place = |at: usize| at as u64 * ours.granularity;
+    if let Some(at) = (0..all).find(|at| bit(&bits, *at) && !bit(&theirs.bits, *at)) {
+        return Some(format!(
+            "lacks the mark of a request that ended, at {:#x}",
+            place(at)
+        ));
+    }
+    if rest && let Some(at) = (0..all).find(|at| !bit(&bits, *at) && bit(&theirs.bits, *at)) {
+        return Some(format!("has a mark at {:#x} that no request made", place(at)));
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use std::rc::Rc;
+
+    use super::*;
+
+    fn ours() -> Bitmap {
+        let mut bitmap = Bitmap::new(Rc::from("b"), 512, 4096);
+        bitmap.mark(512..1024);
+        bitmap
+    }
+
+    fn theirs(bits: u8) -> BitmapView {
+        BitmapView {
+            name: Rc::from("b"),
+            granularity: 512,
+            enabled: true,
+            busy: false,
+            persistent: false,
+            inconsistent: false,
+            bits: vec![bits, 0, 0, 0, 0, 0, 0, 0],
+        }
+    }
+
+    #[test]
+    fn a_missing_mark_is_told_at_once_and_one_too_many_at_rest() {
+        assert_eq!(difference(&ours(), &theirs(2), true), None);
+        let missing = difference(&ours(), &theirs(4), false).unwrap();
+        assert!(
+            missing.contains("lacks the mark") && missing.contains("0x200"),
+            "{missing}"
+        );
+        assert_eq!(
+            difference(&ours(), &theirs(6), false),
+            None,
+            "the layer may be ahead"
+        );
+        assert!(difference(&ours(), &theirs(6), true).unwrap().contains("0x400"));
+        let mut disabled = theirs(2);
+        disabled.enabled = false;
+        assert!(difference(&ours(), &disabled, false).is_some());
+    }
+}
