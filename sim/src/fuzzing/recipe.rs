@@ -200,7 +200,9 @@ impl Recipe {
         let mut cluster_of_bitmaps = None;
         if v3 && self.extras & BITMAPS != 0 {
             let at = out.len();
-            if Tables::of(out).add_refcount(out, at / cluster, 1) {
+            // A directory with one bitmap, and its table, which says that nothing is dirty.
+            let tables = Tables::of(out);
+            if tables.add_refcount(out, at / cluster, 1) && tables.add_refcount(out, at / cluster + 1, 1) {
                 fixed[95] |= 1;
                 let mut body = vec![0, 0, 0, 1, 0, 0, 0, 0];
                 body.extend(32u64.to_be_bytes());
@@ -227,7 +229,11 @@ impl Recipe {
         first.resize(cluster, 0);
         out[..cluster].copy_from_slice(&first);
         if let Some(at) = cluster_of_bitmaps {
-            out.resize(at + cluster, 0);
+            out.resize(at + 2 * cluster, 0);
+            put64(out, at, (at + cluster) as u64);
+            // One entry; records at once; 2 GiB a bit.
+            out[at + 8..at + 16].copy_from_slice(&[0, 0, 0, 1, 0, 0, 0, 2]);
+            out[at + 16..at + 25].copy_from_slice(&[1, 31, 0, 1, 0, 0, 0, 0, b'b']);
         }
     }
 }

@@ -129,7 +129,7 @@ fn bits(
 ) -> Result<Vec<u8>, String> {
     let size = image.cluster_size();
     let bytes = image.size.div_ceil(granularity).div_ceil(8);
-    if !in_use && (entries != bytes.div_ceil(size) || bytes > MAX_BYTES) {
+    if !in_use && (entries != bytes.div_ceil(size).max(1) || bytes > MAX_BYTES) {
         return Err(format!("a bitmap table of {entries} entries for {bytes} bytes"));
     }
     let mut out = Vec::new();
@@ -146,7 +146,8 @@ fn bits(
         if in_use {
             continue;
         }
-        let wanted = usize::try_from(size.min(bytes - index * size)).map_err(|_| "a long bitmap")?;
+        let wanted =
+            usize::try_from(size.min(bytes.saturating_sub(index * size))).map_err(|_| "a long bitmap")?;
         if host == 0 {
             out.extend(std::iter::repeat_n(if entry & 1 == 1 { 0xff } else { 0 }, wanted));
         } else {

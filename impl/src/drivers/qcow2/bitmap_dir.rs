@@ -35,7 +35,9 @@ impl Stored {
     fn check(&self, geometry: Geometry, size: u64, length: u64) -> Result<(), QmpError> {
         let table_bytes = u64::from(self.entries) * 8;
         let space = u64::from(self.entries).saturating_mul(geometry.cs());
-        let expected = Stored::bytes(self.granularity_bits, size).div_ceil(geometry.cs());
+        let expected = Stored::bytes(self.granularity_bits, size)
+            .div_ceil(geometry.cs())
+            .max(1);
         let sound = (9..=31).contains(&self.granularity_bits)
             && self.entries != 0
             && self.entries <= limits::MAX_BITMAP_TABLE
