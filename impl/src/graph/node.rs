@@ -40,6 +40,9 @@ pub struct Node {
     pub flags: Cell<OpenFlags>,
     /// Options as given (explicit options), for introspection and reopen.
     pub options: RefCell<Map<String, Value>>,
+    /// The options that it has, given or not (QEMU keeps both): a reopen that comes upon a node may forget what was given, yet
+    /// not what the node is.
+    pub opened: RefCell<Map<String, Value>>,
     /// Inserted by a job without a user's filter-node-name.
     pub implicit: Cell<bool>,
     /// Links *into* this node are never frozen.
@@ -108,6 +111,7 @@ impl Node {
             facts,
             driver: RefCell::default(),
             flags: Cell::new(flags),
+            opened: RefCell::new(options.clone()),
             options: RefCell::new(options),
             implicit: Cell::new(false),
             never_freeze: Cell::new(false),

@@ -204,5 +204,6 @@ impl Layer {
         let mut given = entry.given.clone();
         given.retain(|key, _| key != "file" && key != "backing");
         node.options.replace(given);
+        node.opened.replace(entry.all.clone());
     }
 }

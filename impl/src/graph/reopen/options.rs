@@ -74,17 +74,29 @@ fn strip<'a>(key: &'a str, child: &str) -> Option<&'a str> {
 /// The options that a node was given, without those of its children.
 pub(super) fn given(node: &Node) -> Flat {
     let mut options = flatten(&node.options.borrow());
-    options.retain(|key, _| {
-        ["file", "backing"]
-            .iter()
-            .all(|child| key != child && strip(key, child).is_none())
-    });
+    options.retain(|key, _| is_own(key));
     options
+}
+
+/// The options that say what a node is, given or not; its flags only where they were given.
+pub(super) fn held(node: &Node) -> Flat {
+    let mut options = given(node);
+    let mut others = flatten(&node.opened.borrow());
+    others.retain(|key, _| is_own(key) && !COMMON[1..].contains(&key.as_str()));
+    join(&mut options, &others);
+    options
+}
+
+/// It says nothing of a child.
+fn is_own(key: &str) -> bool {
+    ["file", "backing"]
+        .iter()
+        .all(|child| key != *child && strip(key, child).is_none())
 }
 
 /// The options that a node has, given or inherited.
 pub(super) fn in_force(node: &Node) -> Flat {
-    let mut options = given(node);
+    let mut options = held(node);
     let flags = node.flags.get();
     let discard = if flags.contains(OpenFlags::UNMAP) {
         "unmap"

@@ -64,7 +64,7 @@ impl Layer {
     /// Options that were given before and are left out now go back to their defaults, where they can.
     fn check_omitted(&self, entry: &Entry) -> Result<(), QmpError> {
         let node = &entry.node;
-        let mut before = options::given(node);
+        let mut before = options::held(node);
         if node.force_share.get() {
             before.entry("force-share").or_insert(true.into());
         }
@@ -150,7 +150,7 @@ impl Layer {
 
     /// Options that nobody took must be what they were; a name may say who the child is anyway.
     fn check_unchanged(&self, node: &Node, left: &options::Flat) -> Result<(), QmpError> {
-        let before = options::given(node);
+        let before = options::held(node);
         let children = node.children.borrow();
         let is_child = |key: &str, value: &Value| {
             children.iter().any(|&e| {
