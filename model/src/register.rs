@@ -155,7 +155,7 @@ impl Registers {
     /// The first grain whose value nothing explains.
     ///
     /// # Panics
-    /// When the request is not an open read, or the number of values is not that of its grains.
+    /// When the request is not an open read, or there are fewer values than it has grains left.
     pub fn end_read(&mut self, id: OpId, values: &[Value]) -> Result<(), Violation> {
         let mut violation = None;
         self.observe(id, values.iter().copied().map(Some), |first| {
@@ -168,7 +168,7 @@ impl Registers {
     /// nothing explains. Such a grain counts as not observed.
     ///
     /// # Panics
-    /// When the request is not an open read, or the number of values is not that of its grains.
+    /// When the request is not an open read, or there are fewer values than it has grains left.
     pub fn observe(
         &mut self,
         id: OpId,
@@ -177,7 +177,7 @@ impl Registers {
     ) {
         let open = self.close(id);
         assert_eq!(open.effect, Effect::Read, "{id:?} is a read");
-        assert_eq!(open.grains.len(), values.len(), "one value per grain");
+        assert!(open.grains.len() <= values.len(), "one value per grain");
         for (grain, saw) in open.grains.zip(values) {
             let register = &mut self.registers[grain];
             let (saw, allowed) = match (&mut register.busy, saw) {
@@ -261,15 +261,13 @@ impl Registers {
         register.settle();
     }
 
-    /// Makes the disk so many grains long; new ones hold zeroes.
-    ///
-    /// # Panics
-    /// When a request is open beyond the new end.
+    /// Makes the disk so many grains long; new ones hold zeroes. What an open request has to do with the grains that are cut off
+    /// is over: whoever changes a length has waited for it, or it went elsewhere.
     pub fn resize(&mut self, grains: usize) {
-        assert!(
-            self.open.iter().all(|open| open.grains.end <= grains),
-            "open requests lie on the disk"
-        );
+        for open in &mut self.open {
+            open.grains.end = open.grains.end.min(grains);
+            open.grains.start = open.grains.start.min(open.grains.end);
+        }
         self.registers.resize(grains, Register { value: 0, busy: None });
     }
 

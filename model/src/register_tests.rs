@@ -134,3 +134,17 @@ fn a_shift_replaces_what_no_open_write_has() {
     disk.resize(5);
     assert_eq!(disk.possible(4), [0]);
 }
+
+#[test]
+fn a_request_loses_the_grains_that_are_cut_off() {
+    let mut disk = Registers::new([0; 4]);
+    let write = disk.begin(Effect::Write(7), 1..4);
+    let read = disk.begin(Effect::Read, 2..4);
+    let gone = disk.begin(Effect::Read, 3..4);
+    disk.resize(3);
+    disk.resize(4);
+    assert_eq!(disk.end_read(read, &[7, 5]), Ok(()), "grain 3 is another one now");
+    assert_eq!(disk.end_read(gone, &[5]), Ok(()));
+    disk.end(write, true);
+    assert_eq!((disk.possible(2), disk.possible(3)), (vec![7], vec![0]));
+}
