@@ -150,6 +150,12 @@ const DEFECTIVE: &[(&str, &str, &str)] = &[
         "the daemon died of SIGABRT",
         "the daemon died of SIGABRT",
     ),
+    // aborted-snapshot-moves-tables
+    (
+        "tests/regressions/aborted-snapshot-moves-tables.json",
+        "holds the wrong data",
+        "holds bytes that nobody wrote",
+    ),
     // stream-over-raw-loses-data
     (
         "tests/regressions/stream-over-raw-on-an-overlay.json",

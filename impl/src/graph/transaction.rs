@@ -12,7 +12,8 @@ use super::tran::Tran;
 use crate::Layer;
 use crate::dirty::commands::{BitmapCommand, Undo};
 use crate::error::QmpError;
-use crate::types::{NodeId, Perm};
+use crate::event::Parent;
+use crate::types::{NodeId, Perm, Role};
 
 /// One action.
 #[derive(Clone, Debug)]
@@ -50,7 +51,9 @@ impl Layer {
         for action in actions {
             result = match action {
                 Action::Snapshot { node, overlay } => {
-                    self.prepare_snapshot(node, overlay, &mut prepared).await
+                    let may_be_taken_back = actions.len() > 1;
+                    self.prepare_snapshot(node, overlay, may_be_taken_back, &mut prepared)
+                        .await
                 }
                 Action::Bitmap(command) => self.prepare_bitmap(command, &mut prepared).await,
                 Action::Abort => Err(QmpError::generic("Transaction aborted using Abort action")),
@@ -96,6 +99,7 @@ impl Layer {
         &self,
         node: &str,
         overlay: &str,
+        may_be_taken_back: bool,
         prepared: &mut Prepared,
     ) -> Result<(), QmpError> {
         let node = self.lookup(node, node)?;
@@ -110,11 +114,42 @@ impl Layer {
         let overlay = self.node(self.lookup(overlay, overlay)?);
         self.check_overlay(overlay.id)?;
         prepared.sections.push(self.drained(overlay.id).await);
+        if may_be_taken_back {
+            self.flush_above(node).await?;
+        }
         let _write = self.graph_write().await;
         self.append_in(&overlay, node, &mut prepared.log)?;
         prepared.snapshots.push((node, overlay.id));
         self.refresh_open_limits(&overlay);
         self.lengths_follow(overlay.id);
+        Ok(())
+    }
+
+    /// What nodes above hold back for this one they store now, the topmost first. Stored after they have moved to the overlay, it
+    /// would stay there when the transaction is taken back (QEMU leaves it there).
+    async fn flush_above(&self, node: NodeId) -> Result<(), QmpError> {
+        let mut above = vec![node];
+        let mut at = 0;
+        while let Some(below) = above.get(at).copied() {
+            for edge in self.node(below).parents.borrow().iter() {
+                let edge = self.edge(*edge);
+                if let Parent::Node(parent) = edge.parent
+                    && !edge.role.contains(Role::COW)
+                    && !above.contains(&parent)
+                {
+                    above.push(parent);
+                }
+            }
+            at += 1;
+        }
+        for id in above.into_iter().skip(1).rev() {
+            let holder = self.node(id);
+            if holder.is_writable() {
+                self.flush(id)
+                    .await
+                    .map_err(|e| QmpError::errno(&format!("Write to node '{}' failed", holder.name), e))?;
+            }
+        }
         Ok(())
     }
 

@@ -589,6 +589,26 @@ pub static DEFECTS: &[Defect] = &[
         }),
     },
     Defect {
+        id: "aborted-snapshot-moves-tables",
+        title: "a transaction that is taken back after a snapshot writes an image's tables into the overlay",
+        qemu: "a later action flushes the format node above while its file is the overlay; the tables stay there",
+        right: "a refused command changes nothing: the tables go into the image's own file",
+        sure: Sure::Certain,
+        scenario: files!("aborted-snapshot-moves-tables").0,
+        page: files!("aborted-snapshot-moves-tables").1,
+        matches: |case| {
+            let overlay = |data: &Map<String, Value>| {
+                let name = data.get("overlay").and_then(Value::as_str);
+                name.is_some_and(|name| case.model.contains(&format!("node '{name}': zeroes")))
+            };
+            case.what == Some(What::Content)
+                && case.qemu == "Torn"
+                && has_step(case, "transaction")
+                && commands(case).any(|(execute, data)| execute == "blockdev-snapshot" && overlay(data))
+        },
+        steer: None,
+    },
+    Defect {
         id: "aborted-snapshot-takes-parents",
         title: "a transaction that is aborted after a snapshot moves the overlay's own parents to the old node",
         qemu: "the roll-back moves whatever is above the overlay back, not only what the snapshot had moved there; when \

@@ -300,6 +300,10 @@ impl FirstCluster<'_> {
         ext::put(&mut body, ext::END, &[]);
         let end = header.length as usize + body.len();
         let at = name_at.max(end);
+        // Said before anything is laid out: where the old name was need not be sound when it is empty.
+        if at as u64 + name.map_or(0, |n| n.len() as u64) > 1 << header.cluster_bits {
+            return Err(Errno::ENOSPC);
+        }
         header.backing_offset = name.map_or(0, |_| at as u64);
         header.backing_len = name
             .map_or(Ok(0), |n| u32::try_from(n.len()))
