@@ -144,6 +144,11 @@ const DEFECTIVE: &[(&str, &str, &str)] = &[
         "block-backend '' -root-> top",
         "block-backend '' -root-> top",
     ),
+    (
+        "tests/regressions/refused-stream-stores-a-bitmap.json",
+        "block-backend '' -root-> n3",
+        "block-backend '' -root-> n3",
+    ),
     // snapshot-over-shorter-overlay
     (
         "tests/regressions/write-past-a-shorter-overlay.json",

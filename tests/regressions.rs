@@ -42,6 +42,7 @@ fn every_regression_says_what_fired() {
         OracleName::Frozen,
         OracleName::Status,
         OracleName::Bottom,
+        OracleName::Bitmap,
     ]
     .iter()
     .map(|n| n.as_str())

@@ -119,14 +119,20 @@ impl Graph {
         let _ = self.attempt(|graph| graph.refresh(&[child]));
     }
 
-    /// Makes `backing` the backing node of `parent`. The node let go of is not refreshed: what is below it may keep
-    /// masks that are stricter than needed, never looser.
+    /// Makes `backing` the backing node of `parent`. The node let go of is not refreshed, unless
+    /// [`Graph::refresh_what_is_let_go`] said so: what is below it may keep masks that are stricter than needed, never looser.
     ///
     /// # Errors
     /// A frozen link, a driver without backing files, a cycle, masks.
     pub fn set_backing(&mut self, parent: NodeId, backing: Option<NodeId>) -> Result<(), Refusal> {
-        self.replace_link(parent, "backing", Role::COW, self.cow_link(parent), backing)?;
-        self.refresh(&[parent])
+        let before = self.cow_link(parent);
+        let let_go = before.map(|link| self.edge(link).child);
+        self.replace_link(parent, "backing", Role::COW, before, backing)?;
+        self.refresh(&[parent])?;
+        if let Some(child) = let_go.filter(|_| self.refreshes_let_go) {
+            let _stricter_on_refusal = self.attempt(|graph| graph.refresh(&[child]));
+        }
+        Ok(())
     }
 
     /// Puts `new` into the place of `old`, without a refresh.

@@ -170,9 +170,17 @@ pub struct Graph {
     pub(crate) groups: BTreeSet<Rc<str>>,
     /// Nodes that became writable (or read-only), in order; what follows from it is yet to be done.
     flips: Vec<(NodeId, bool)>,
+    /// A backing node that is let go of gets the masks that are left to it, which the daemon forgets.
+    pub(crate) refreshes_let_go: bool,
 }
 
 impl Graph {
+    /// From now on a backing node that is let go of is refreshed: this is how the layer does it, not the daemon, whose
+    /// masks below such a node stay as they were (docs/deviations.md, G1).
+    pub fn refresh_what_is_let_go(&mut self) {
+        self.refreshes_let_go = true;
+    }
+
     /// There is a throttle group of this name.
     #[must_use]
     pub fn has_group(&self, name: &str) -> bool {
@@ -589,6 +597,26 @@ mod tests {
         graph.set_backing(ids[2], None).unwrap();
         graph.reap();
         assert_eq!(graph.nodes().map(|(id, _)| id).collect::<Vec<_>>(), [ids[2]]);
+    }
+
+    #[test]
+    fn masks_below_a_node_that_is_let_go_of_follow_only_where_that_is_said() {
+        for refreshes in [false, true] {
+            let (mut graph, ids) = chain();
+            if refreshes {
+                graph.refresh_what_is_let_go();
+            }
+            let masks = Masks::new(Perm::CONSISTENT_READ, Perm::all());
+            let export = Parent::Export(Rc::from("x"));
+            graph.attach_root(export, ids[2], "root", masks).unwrap();
+            assert!(graph.cumulative(ids[0]).perm.contains(Perm::CONSISTENT_READ));
+            graph.set_backing(ids[2], None).unwrap();
+            assert_eq!(
+                graph.cumulative(ids[0]).perm.contains(Perm::CONSISTENT_READ),
+                !refreshes,
+                "refreshes: {refreshes}"
+            );
+        }
     }
 
     #[test]

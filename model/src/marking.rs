@@ -34,6 +34,7 @@ impl World {
     }
 
     /// A request on this very node ended. Unless all of it was done for `sure`, nobody knows what it marked.
+    /// A node that is read-only has become so by a command that is not through yet here: what it stores is not stored yet.
     pub fn node_written(&mut self, node: NodeId, bytes: Range<u64>, sure: bool) {
         if bytes.is_empty() || self.graph.node(node).bitmaps.is_empty() {
             return;
@@ -43,6 +44,15 @@ impl World {
                 bitmap.dirty = None;
             } else if bitmap.enabled {
                 bitmap.mark(bytes.clone());
+            }
+        }
+        if !self.graph.node(node).writable {
+            let bitmaps = self.graph.node(node).bitmaps.clone();
+            for stored in self.header_mut(node).into_iter().flat_map(|h| &mut h.bitmaps) {
+                let due = |bitmap: &&Bitmap| bitmap.name == stored.name && !stored.in_use;
+                if let Some(bitmap) = bitmaps.iter().find(due) {
+                    stored.dirty.clone_from(&bitmap.dirty);
+                }
             }
         }
     }

@@ -98,12 +98,23 @@ pub struct Follower {
     flush_lost: bool,
     doubts: Vec<Doubt>,
     off: bool,
+    /// The layer is followed, which refreshes what it lets go of, not the daemon.
+    layered: bool,
 }
 
 impl Follower {
+    /// One that follows the layer where it differs from the daemon on purpose.
+    #[must_use]
+    pub fn of_layer() -> Follower {
+        Follower {
+            layered: true,
+            ..Follower::default()
+        }
+    }
+
     /// Starts over with the files of this scenario.
     pub fn reset(&mut self, scenario: &Scenario) {
-        self.world = world_of(scenario);
+        self.world = self.start(scenario);
         self.prediction = None;
         self.journal.clear();
         self.queue.clear();
@@ -422,9 +433,17 @@ impl Follower {
         self.replay(scenario);
     }
 
+    fn start(&self, scenario: &Scenario) -> World {
+        let mut world = world_of(scenario);
+        if self.layered {
+            world.graph.refresh_what_is_let_go();
+        }
+        world
+    }
+
     /// The whole run so far again.
     fn replay(&mut self, scenario: &Scenario) {
-        self.world = world_of(scenario);
+        self.world = self.start(scenario);
         for entry in &self.journal {
             // What went wrong was told when it happened first.
             match entry {

@@ -6,9 +6,11 @@
 //! missing: the layer may be ahead of what it has told) and when everything is at rest (nothing more).
 //! A closed image holds what the model says that it holds.
 //! Not judged: what requests left that failed, or that ended while a command on bitmaps was under way (a transaction drains
-//! first); anything once storage failed; where qcow2 writes in its file.
+//! first); anything once storage failed; where qcow2 writes in its file; zeroing of less than whole blocks of the storage,
+//! which may or may not be padded to them.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use blkcheck_impl::Layer;
 use blkcheck_impl::event::{Event, ReqKind};
@@ -19,11 +21,22 @@ use blkcheck_model::{Bitmap, World};
 use super::mirror::Mirror;
 use super::{OracleName, Violation, violation};
 use crate::image::bitmaps::Stored;
+use crate::scenario::Scenario;
+
+/// A request that marks bitmaps when it ends.
+#[derive(Debug)]
+struct Marking {
+    node: NodeId,
+    kind: ReqKind,
+    bytes: Range<u64>,
+}
 
 /// Follows requests for the model's bitmaps.
 #[derive(Debug, Default)]
 pub(super) struct Bitmaps {
-    requests: BTreeMap<RequestId, (NodeId, u64, u64)>,
+    requests: BTreeMap<RequestId, Marking>,
+    /// What requests to the storage are aligned to, bytes.
+    alignment: u64,
     /// A command on bitmaps is under way.
     command: bool,
     /// Storage failed: the model may have been wound back.
@@ -31,8 +44,11 @@ pub(super) struct Bitmaps {
 }
 
 impl Bitmaps {
-    pub(super) fn reset(&mut self) {
-        *self = Bitmaps::default();
+    pub(super) fn reset(&mut self, scenario: &Scenario) {
+        *self = Bitmaps {
+            alignment: u64::from(scenario.disk.alignment),
+            ..Bitmaps::default()
+        };
     }
 
     /// Storage failed.
@@ -46,18 +62,25 @@ impl Bitmaps {
             Event::RequestBegin {
                 request,
                 node,
-                kind: ReqKind::Write | ReqKind::WriteZeroes | ReqKind::Discard,
+                kind: kind @ (ReqKind::Write | ReqKind::WriteZeroes | ReqKind::Discard),
                 offset,
                 bytes,
                 ..
             } => {
-                self.requests.insert(*request, (*node, *offset, *bytes));
+                let marking = Marking {
+                    node: *node,
+                    kind: *kind,
+                    bytes: *offset..offset + bytes,
+                };
+                self.requests.insert(*request, marking);
             }
             Event::RequestEnd { request, result, .. } => {
-                if let Some((node, offset, bytes)) = self.requests.remove(request)
-                    && let Some(id) = world.graph.find(mirror.name(node))
+                if let Some(marking) = self.requests.remove(request)
+                    && let Some(id) = world.graph.find(mirror.name(marking.node))
                 {
-                    world.node_written(id, offset..offset + bytes, result.is_ok() && !self.command);
+                    let padded = self.may_be_padded(world, id, &marking);
+                    let sure = result.is_ok() && !self.command && !padded;
+                    world.node_written(id, marking.bytes, sure);
                 }
             }
             Event::MainBegin { what } => {
@@ -66,6 +89,12 @@ impl Bitmaps {
             Event::MainEnd { .. } => self.command = false,
             _ => {}
         }
+    }
+
+    fn may_be_padded(&self, world: &World, node: blkcheck_model::NodeId, marking: &Marking) -> bool {
+        let bytes = &marking.bytes;
+        let whole = bytes.start.is_multiple_of(self.alignment) && bytes.end.is_multiple_of(self.alignment);
+        marking.kind == ReqKind::WriteZeroes && !whole && world.graph.node(node).driver.is_protocol()
     }
 
     /// Holds the layer's bitmaps against the model's. `rest`: everything is at rest.

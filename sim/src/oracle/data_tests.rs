@@ -48,7 +48,7 @@ impl Run {
 
     fn of(scenario: Scenario) -> Run {
         let mut run = Run {
-            oracle: Modelled::default(),
+            oracle: Modelled::layer(),
             scenario,
             now: 0,
         };

@@ -204,7 +204,7 @@ pub fn all() -> Vec<Box<dyn Oracle>> {
         Box::new(Drain::default()),
         Box::new(Jobs::default()),
         Box::new(Liveness::default()),
-        Box::new(Modelled::default()),
+        Box::new(Modelled::layer()),
         Box::new(Leaks::default()),
     ]
 }

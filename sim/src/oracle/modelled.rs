@@ -35,6 +35,14 @@ pub struct Modelled {
 }
 
 impl Modelled {
+    /// For the layer.
+    pub(crate) fn layer() -> Modelled {
+        Modelled {
+            follower: Follower::of_layer(),
+            ..Modelled::default()
+        }
+    }
+
     /// For a subject that is seen from outside only: roles, frozen links and copies are not told.
     pub(crate) fn outside() -> Modelled {
         Modelled {
@@ -114,7 +122,7 @@ impl Oracle for Modelled {
         self.mirror.reset();
         self.data.reset(scenario);
         self.bottom.reset(scenario);
-        self.bitmaps.reset();
+        self.bitmaps.reset(scenario);
         self.changed = false;
         self.books = None;
     }

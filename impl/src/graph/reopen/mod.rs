@@ -19,6 +19,7 @@ use serde_json::{Map, Value};
 
 use super::tran::Tran;
 use crate::Layer;
+use crate::dirty::DirtyBitmap;
 use crate::error::QmpError;
 use crate::graph::node::Node;
 use crate::types::{NodeId, OpenFlags};
@@ -32,6 +33,8 @@ pub(crate) struct BeforeWritable {
     /// How it and what follows it are open. A follower that was reopened by itself may be writable, or not even allowed to
     /// become writable.
     flags: Vec<(Rc<Node>, OpenFlags)>,
+    /// Bitmaps that were added while their nodes were read-only: no image holds them yet.
+    unstored: Vec<Rc<DirtyBitmap>>,
 }
 
 impl Layer {
@@ -71,9 +74,12 @@ impl Layer {
     pub(crate) fn before_writable(&self, node: NodeId) -> BeforeWritable {
         let queue = self.read_only_queue(node, false);
         let flags = queue.iter().map(|e| (Rc::clone(&e.node), e.node.flags.get()));
+        let read_only = queue.iter().filter(|entry| !entry.node.is_writable());
+        let unstored = read_only.flat_map(|entry| entry.node.bitmaps.borrow().clone());
         BeforeWritable {
             followed: !self.node(node).options.borrow().contains_key("read-only"),
             flags: flags.collect(),
+            unstored: unstored.filter(|bitmap| bitmap.is_storable()).collect(),
         }
     }
 
@@ -92,7 +98,15 @@ impl Layer {
             let was = before.flags.iter().find(|(node, _)| node.id == entry.node.id);
             entry.flags = was.map_or(entry.flags, |(_, flags)| *flags);
         }
-        self.reopen(&queue).await?;
+        // A node that becomes read-only stores its bitmaps, but for these.
+        for bitmap in &before.unstored {
+            bitmap.read_only.set(true);
+        }
+        let result = self.reopen(&queue).await;
+        for bitmap in &before.unstored {
+            bitmap.read_only.set(false);
+        }
+        result?;
         if before.followed {
             self.node(node).options.borrow_mut().remove("read-only");
         }
