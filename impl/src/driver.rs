@@ -221,6 +221,11 @@ pub trait Driver: fmt::Debug {
         Box::pin(std::future::ready(Ok(())))
     }
 
+    /// Whether a flush of the node goes on to this child of it, which it may write to.
+    fn flushes(&self, _cx: &Cx, _child: EdgeId) -> bool {
+        true
+    }
+
     /// Block status of this layer; see `DriverFacts::has_block_status`.
     fn block_status<'a>(
         &'a self,

@@ -48,6 +48,7 @@ errnos! {
     EROFS = 30, "Read-only file system";
     ENAMETOOLONG = 36, "File name too long";
     ENOTSUP = 95, "Operation not supported";
+    ETIMEDOUT = 110, "Connection timed out";
     ENOMEDIUM = 123, "No medium found";
     ECANCELED = 125, "Operation canceled";
 }

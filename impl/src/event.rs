@@ -182,6 +182,74 @@ pub enum Event {
         /// Written as zeroes.
         zero: bool,
     },
+    /// A copy-before-write filter is open: the point in time of its copy begins with its first parent. Which clusters are
+    /// to be copied its bitmaps say, the last of which is the copy bitmap.
+    CopyBeforeWrite {
+        /// The filter.
+        filter: NodeId,
+        /// What it keeps from being overwritten.
+        source: NodeId,
+        /// Where it puts what would be overwritten.
+        target: NodeId,
+        /// Unit of copying, bytes.
+        cluster: u64,
+    },
+    /// A job's filter was put above a node, which is drained: for a backup, this is the point in time.
+    FilterInserted {
+        /// The filter.
+        filter: NodeId,
+        /// The node.
+        below: NodeId,
+    },
+    /// A block-copy task has these clusters for itself and copies them.
+    CopyBegin {
+        /// The copy-before-write filter.
+        filter: NodeId,
+        /// The task, by order of begin on this filter.
+        task: u64,
+        /// Start, bytes.
+        offset: u64,
+        /// Length in whole clusters, bytes; the last one may reach past the end.
+        bytes: u64,
+        /// Written as zeroes.
+        zero: bool,
+        /// For a job, not for a guest's write.
+        background: bool,
+    },
+    /// A block-copy task is over; what failed is to be copied again.
+    CopyEnd {
+        /// The copy-before-write filter.
+        filter: NodeId,
+        /// The task.
+        task: u64,
+        /// How.
+        result: Result<(), Errno>,
+    },
+    /// Clusters need no copying after all: the layer does not hold them, or nobody will ask for them.
+    CopySkipped {
+        /// The copy-before-write filter.
+        filter: NodeId,
+        /// Start, bytes.
+        offset: u64,
+        /// Length, bytes.
+        bytes: u64,
+    },
+    /// A guest's write through a copy-before-write filter waits for block-copy tasks of others.
+    CopyWaits {
+        /// The filter.
+        filter: NodeId,
+        /// Start, bytes.
+        offset: u64,
+        /// Length, bytes.
+        bytes: u64,
+    },
+    /// The point in time behind a copy-before-write filter is lost, so that guests may write.
+    SnapshotBroken {
+        /// The filter.
+        filter: NodeId,
+        /// Why.
+        errno: Errno,
+    },
     /// A job changed status.
     JobStatus {
         /// The job.

@@ -1,11 +1,13 @@
 //! A real copy-on-write block layer, usable by itself.
 //!
 //! Node graph with roles and permissions, chain freezing, drain, graph lock; drivers `file`, `host_device`,
-//! `null-co`, `raw`, `qcow2`; the filters `copy-on-read`, with `bottom`, and `throttle`; the block-stream job. The behaviour
+//! `null-co`, `raw`, `qcow2`; the filters `copy-on-read`, with `bottom`, `throttle` and
+//! `copy-before-write`, whose point in time `snapshot-access` shows; the jobs block-stream and blockdev-backup. The behaviour
 //! is that of QEMU 10.0's block layer, except where QEMU has a known defect (docs/deviations.md).
 //!
 //! Everything the layer needs from the world comes through [`env::Env`].
 
+mod block_copy;
 mod dirty;
 pub mod driver;
 pub mod drivers;

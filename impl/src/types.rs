@@ -173,5 +173,7 @@ bitflags! {
         const NOCACHE = 16;
         /// auto-read-only=on.
         const AUTO_RDONLY = 32;
+        /// A copy-before-write filter that discards what it has copied.
+        const DISCARD_SOURCE = 64;
     }
 }

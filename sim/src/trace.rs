@@ -230,6 +230,49 @@ impl Fold {
                 self.word(*offset);
                 self.word(*bytes);
             }
+            Event::CopyBeforeWrite {
+                filter,
+                source,
+                target,
+                cluster,
+            } => {
+                self.pair(filter.0, source.0);
+                self.word(u64::from(target.0));
+                self.word(*cluster);
+            }
+            Event::FilterInserted { filter, below } => self.pair(filter.0, below.0),
+            Event::CopyBegin {
+                filter,
+                task,
+                offset,
+                bytes,
+                zero,
+                background,
+            } => {
+                self.pair(filter.0, u32::from(*zero) | u32::from(*background) << 1);
+                self.word(*task);
+                self.word(*offset);
+                self.word(*bytes);
+            }
+            Event::CopyEnd { filter, task, result } => {
+                self.pair(filter.0, result.err().map_or(0, |e| e.0.unsigned_abs()));
+                self.word(*task);
+            }
+            Event::CopySkipped {
+                filter,
+                offset,
+                bytes,
+            }
+            | Event::CopyWaits {
+                filter,
+                offset,
+                bytes,
+            } => {
+                self.word(u64::from(filter.0));
+                self.word(*offset);
+                self.word(*bytes);
+            }
+            Event::SnapshotBroken { filter, errno } => self.pair(filter.0, errno.0.unsigned_abs()),
             Event::JobStatus { job, id, from, to } => {
                 self.text(id);
                 self.pair(job.0, (*from as u32) << 8 | *to as u32);
@@ -282,6 +325,13 @@ fn tag(event: &Event) -> u64 {
             Event::Qmp { .. } => 22,
             Event::ThrottleQueued { .. } => 23,
             Event::ThrottleResumed { .. } => 24,
+            Event::CopyBeforeWrite { .. } => 25,
+            Event::FilterInserted { .. } => 26,
+            Event::CopyBegin { .. } => 27,
+            Event::CopyEnd { .. } => 28,
+            Event::CopySkipped { .. } => 29,
+            Event::CopyWaits { .. } => 30,
+            Event::SnapshotBroken { .. } => 31,
         }
 }
 

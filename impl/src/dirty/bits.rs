@@ -33,6 +33,58 @@ impl Bits {
         }
     }
 
+    /// Clears a range.
+    pub(crate) fn clear(&mut self, bits: Range<u64>) {
+        let mut at = bits.start;
+        while at < bits.end {
+            let index = at / PAGE_BITS;
+            let end = bits.end.min((index + 1) * PAGE_BITS);
+            if let Some(page) = self.pages.get_mut(&index) {
+                clear_in(page, size(at % PAGE_BITS)..size(at % PAGE_BITS + (end - at)));
+                if page.iter().all(|word| *word == 0) {
+                    self.pages.remove(&index);
+                }
+            }
+            at = end;
+        }
+    }
+
+    /// The first bit of a range that is set.
+    pub(crate) fn next_set(&self, bits: Range<u64>) -> Option<u64> {
+        if bits.is_empty() {
+            return None;
+        }
+        let pages = self
+            .pages
+            .range(bits.start / PAGE_BITS..=(bits.end - 1) / PAGE_BITS);
+        for (index, page) in pages {
+            let first = index * PAGE_BITS;
+            let from = size(bits.start.saturating_sub(first));
+            if let Some(at) = next(page, from, true) {
+                let at = first + at as u64;
+                return (at < bits.end).then_some(at);
+            }
+        }
+        None
+    }
+
+    /// The first bit of a range that is clear.
+    pub(crate) fn next_clear(&self, bits: Range<u64>) -> Option<u64> {
+        let mut at = bits.start;
+        while at < bits.end {
+            let first = at - at % PAGE_BITS;
+            let Some(page) = self.pages.get(&(at / PAGE_BITS)) else {
+                return Some(at);
+            };
+            if let Some(found) = next(page, size(at - first), false) {
+                let found = first + found as u64;
+                return (found < bits.end).then_some(found);
+            }
+            at = first + PAGE_BITS;
+        }
+        None
+    }
+
     /// Clears everything from `end` on.
     pub(crate) fn truncate(&mut self, end: u64) {
         let _gone = self.pages.split_off(&end.div_ceil(PAGE_BITS));
@@ -91,17 +143,30 @@ impl Bits {
 }
 
 fn set_in(page: &mut Page, bits: Range<usize>) {
-    for (at, word) in page
+    for (word, mask) in masked(page, bits) {
+        *word |= mask;
+    }
+}
+
+fn clear_in(page: &mut Page, bits: Range<usize>) {
+    for (word, mask) in masked(page, bits) {
+        *word &= !mask;
+    }
+}
+
+/// The words that a range touches, each with the bits of the range in it.
+fn masked(page: &mut Page, bits: Range<usize>) -> impl Iterator<Item = (&mut u64, u64)> {
+    let words = page
         .iter_mut()
         .enumerate()
         .take(bits.end.div_ceil(64))
-        .skip(bits.start / 64)
-    {
+        .skip(bits.start / 64);
+    words.map(move |(at, word)| {
         let from = bits.start.saturating_sub(64 * at);
         let to = (bits.end - 64 * at).min(64);
         let below = |bit: usize| if bit == 64 { u64::MAX } else { (1 << bit) - 1 };
-        *word |= below(to) & !below(from);
-    }
+        (word, below(to) & !below(from))
+    })
 }
 
 /// The next bit from `at` on that is set, or clear.
@@ -140,6 +205,26 @@ mod tests {
         assert_eq!(back.runs().collect::<Vec<_>>(), [3..5, 60..130]);
         bits.bytes(PAGE_BYTES - 1, &mut bytes[..2]);
         assert_eq!(bytes[..2], [0x80, 1]);
+    }
+
+    #[test]
+    fn searching_and_clearing() {
+        let mut bits = Bits::default();
+        assert_eq!(bits.next_set(0..u64::MAX), None);
+        assert_eq!(bits.next_clear(7..9), Some(7));
+        bits.set(3..2 * PAGE_BITS + 70);
+        assert_eq!(bits.next_set(0..3), None, "the end is not part of the range");
+        assert_eq!(bits.next_set(0..4), Some(3));
+        assert_eq!(bits.next_set(5..6), Some(5));
+        assert_eq!(bits.next_clear(3..2 * PAGE_BITS + 70), None);
+        assert_eq!(bits.next_clear(3..3 * PAGE_BITS), Some(2 * PAGE_BITS + 70));
+        bits.clear(60..PAGE_BITS + 1);
+        assert_eq!(bits.next_clear(3..PAGE_BITS), Some(60));
+        assert_eq!(bits.next_set(60..3 * PAGE_BITS), Some(PAGE_BITS + 1));
+        assert_eq!(bits.count(), 57 + PAGE_BITS - 1 + 70);
+        bits.clear(0..3 * PAGE_BITS);
+        assert_eq!(bits, Bits::default(), "empty pages go");
+        assert_eq!((bits.next_set(5..5), bits.next_clear(5..5)), (None, None));
     }
 
     #[test]

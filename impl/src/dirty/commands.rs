@@ -249,19 +249,9 @@ fn merge(
 
 /// The size of the image's clusters, within bounds.
 fn default_granularity(layer: &Layer, node: &Rc<Node>) -> u64 {
-    let info = node
-        .driver()
-        .info(&layer.cx(node))
-        .filter(|info| info.cluster_size > 0);
-    if let Some(info) = info {
-        return info.cluster_size.clamp(4096, 65536);
-    }
-    let shows_below = node.facts.is_filter || node.facts.name == "raw";
-    let below = node
-        .primary_edge()
-        .filter(|_| shows_below)
-        .and_then(|edge| layer.child(edge));
-    below.map_or(65536, |below| default_granularity(layer, &below))
+    layer
+        .driver_info(node)
+        .map_or(65536, |info| info.cluster_size.clamp(4096, 65536))
 }
 
 impl Layer {

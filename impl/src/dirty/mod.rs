@@ -4,7 +4,8 @@
 //! that node, also when they failed, for part may have been done. It marks after the driver is done and before the
 //! request is: whoever cleared a bitmap before sees every write that was acknowledged after. A cut that no write in
 //! flight blurs needs a drain, which transactions make.
-//! Not here: successors, which only backup jobs need.
+//! A bitmap without a name belongs to whatever made it (a filter's copy bitmap, the successor of a bitmap that a backup
+//! uses); no command finds it, queries show it.
 
 pub(crate) mod bits;
 pub(crate) mod commands;
@@ -28,7 +29,7 @@ pub(crate) const LONGEST_NAME: usize = 1023;
 
 /// One bitmap.
 pub(crate) struct DirtyBitmap {
-    /// Unique on its node.
+    /// Unique on its node; empty: it has none.
     pub(crate) name: Rc<str>,
     /// Bytes per bit: a power of two, at least 512.
     pub(crate) granularity: u64,
@@ -45,6 +46,8 @@ pub(crate) struct DirtyBitmap {
     pub(crate) read_only: Cell<bool>,
     /// It was stored as in use, so that writes may be missing.
     pub(crate) inconsistent: Cell<bool>,
+    /// What records in its place while a backup uses it.
+    pub(crate) successor: RefCell<Option<Rc<DirtyBitmap>>>,
 }
 
 impl fmt::Debug for DirtyBitmap {
@@ -77,7 +80,29 @@ impl DirtyBitmap {
             persistent: Cell::new(false),
             read_only: Cell::new(false),
             inconsistent: Cell::new(false),
+            successor: RefCell::default(),
         }
+    }
+
+    /// A clean one without name that does not record.
+    pub(crate) fn anonymous(granularity: u64, length: u64) -> DirtyBitmap {
+        let bitmap = DirtyBitmap::new("", granularity, length);
+        bitmap.enabled.set(false);
+        bitmap
+    }
+
+    /// Writes to the node are recorded, here or by the successor.
+    pub(crate) fn is_recording(&self) -> bool {
+        self.enabled.get() || self.successor.borrow().as_ref().is_some_and(|s| s.enabled.get())
+    }
+
+    /// All that is recorded, here and by the successor.
+    pub(crate) fn recorded(&self) -> Bits {
+        let mut bits = self.bits.borrow().clone();
+        if let Some(successor) = &*self.successor.borrow() {
+            successor.bits.borrow().runs().for_each(|run| bits.set(run));
+        }
+        bits
     }
 
     /// Refuses what it is not fit for.
@@ -111,6 +136,45 @@ impl DirtyBitmap {
             let bits = start / self.granularity..end.div_ceil(self.granularity);
             self.bits.borrow_mut().set(bits);
         }
+    }
+
+    /// Unmarks whole granules: those that `[start, end)` touches.
+    pub(crate) fn unmark(&self, start: u64, end: u64) {
+        if start < end {
+            let bits = start / self.granularity..end.div_ceil(self.granularity);
+            self.bits.borrow_mut().clear(bits);
+        }
+    }
+
+    /// The first stretch of `[start, end)` that is marked, in whole granules, no longer than `longest` bytes unless a single
+    /// granule is.
+    pub(crate) fn next_marked(&self, start: u64, end: u64, longest: u64) -> Option<(u64, u64)> {
+        let bits = self.bits.borrow();
+        let range = start / self.granularity..end.div_ceil(self.granularity).min(self.len());
+        let last = range.end;
+        let first = bits.next_set(range)?;
+        let most = (longest / self.granularity).max(1);
+        let limit = last.min(first.saturating_add(most));
+        let to = bits.next_clear(first..limit).unwrap_or(limit);
+        Some((first * self.granularity, to * self.granularity))
+    }
+
+    /// Whether the granule of `offset` is marked, and up to where the same holds, `end` at most.
+    pub(crate) fn run_at(&self, offset: u64, end: u64) -> (bool, u64) {
+        let bits = self.bits.borrow();
+        let range = offset / self.granularity..end.div_ceil(self.granularity);
+        let marked = bits.next_set(range.start..range.start + 1).is_some();
+        let other = if marked {
+            bits.next_clear(range)
+        } else {
+            bits.next_set(range)
+        };
+        (marked, other.map_or(end, |bit| end.min(bit * self.granularity)))
+    }
+
+    /// Bytes marked, in whole granules.
+    pub(crate) fn marked_bytes(&self) -> u64 {
+        self.bits.borrow().count() * self.granularity
     }
 
     /// Takes in what another one of the same length has marked.
@@ -160,13 +224,15 @@ impl DirtyBitmap {
 
     fn info(&self) -> Value {
         let mut info = json!({
-            "name": *self.name,
-            "recording": self.enabled.get(),
+            "recording": self.is_recording(),
             "persistent": self.persistent.get(),
             "busy": self.busy.get(),
             "granularity": self.granularity,
-            "count": self.bits.borrow().count() * self.granularity,
+            "count": self.marked_bytes(),
         });
+        if !self.name.is_empty() {
+            info["name"] = json!(*self.name);
+        }
         if self.inconsistent.get() {
             info["inconsistent"] = true.into();
         }
@@ -177,7 +243,7 @@ impl DirtyBitmap {
 /// A bitmap as plain data.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct BitmapView {
-    /// Its name.
+    /// Its name; empty for one that a filter or a job has made for itself.
     pub name: Rc<str>,
     /// Bytes per bit.
     pub granularity: u64,
@@ -213,6 +279,9 @@ impl Layer {
 impl Node {
     /// The bitmap of this name.
     pub(crate) fn bitmap(&self, name: &str) -> Option<Rc<DirtyBitmap>> {
+        if name.is_empty() {
+            return None;
+        }
         self.bitmaps.borrow().iter().find(|b| *b.name == *name).cloned()
     }
 

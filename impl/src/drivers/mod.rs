@@ -3,11 +3,13 @@
 //! Rules: an option has the type that QAPI gives it; a driver takes the options it knows out of the map, what
 //! remains is refused by whoever opens the node. Error texts are those of QEMU's input visitor.
 
+pub mod copy_before_write;
 pub mod copy_on_read;
 pub mod file;
 pub mod null_co;
 pub mod qcow2;
 pub mod raw;
+pub mod snapshot_access;
 pub mod throttle;
 
 use serde_json::{Map, Value};
@@ -17,13 +19,15 @@ use crate::error::QmpError;
 use crate::types::{EdgeId, Perm, Role};
 
 /// All drivers.
-pub static ALL: [&DriverFacts; 7] = [
+pub static ALL: [&DriverFacts; 9] = [
     &file::FILE,
     &file::HOST_DEVICE,
     &null_co::FACTS,
     &raw::FACTS,
     &qcow2::FACTS,
     &copy_on_read::FACTS,
+    &copy_before_write::FACTS,
+    &snapshot_access::FACTS,
     &throttle::FACTS,
 ];
 
@@ -129,6 +133,16 @@ pub fn take_uint64(options: &mut Map<String, Value>, key: &str) -> Result<Option
     number
         .map(Some)
         .ok_or_else(|| QmpError::generic(format!("Parameter '{key}' expects uint64")))
+}
+
+/// Takes an optional QAPI `uint32`.
+///
+/// # Errors
+/// As [`take_uint64`]; `Parameter '…' expects uint32_t`.
+pub fn take_uint32(options: &mut Map<String, Value>, key: &str) -> Result<Option<u32>, QmpError> {
+    let number = take_uint64(options, key)?;
+    let refusal = |_| QmpError::generic(format!("Parameter '{key}' expects uint32_t"));
+    number.map(u32::try_from).transpose().map_err(refusal)
 }
 
 /// Takes an optional QAPI enum.

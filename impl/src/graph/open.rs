@@ -129,6 +129,20 @@ impl Layer {
         }
     }
 
+    /// A child that a driver opens while it is opened itself, named or inline, with a reference for the caller.
+    pub(crate) async fn open_driver_child(&self, node: &Rc<Node>, value: Value) -> Result<NodeId, QmpError> {
+        let inherited = Inherited {
+            flags: node.flags.get(),
+            force_share: node.force_share.get(),
+            backing: false,
+        };
+        let (child, inline) = self.open_child(value, inherited, Chain::default()).await?;
+        if inline {
+            self.node(child).inherits_from.set(Some(node.id));
+        }
+        Ok(child)
+    }
+
     fn open_inherit<'a>(
         &'a self,
         mut options: Map<String, Value>,

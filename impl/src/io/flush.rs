@@ -1,4 +1,5 @@
-//! Flush: driver caches to the file, the file to the medium, then every child that may have been written.
+//! Flush: driver caches to the file, the file to the medium, then every child that may have been written,
+//! unless the driver says that it is none of the node's business.
 //!
 //! Rules: one flush at a time per node, the others queue. The write generation is taken before queueing: writes
 //! that finish later are not promised. The disk flush of a node without new writes is skipped, its children are
@@ -73,7 +74,8 @@ impl Layer {
     async fn flush_children(&self, node: &Rc<Node>) -> Result<(), Errno> {
         let mut result = Ok(());
         let children = node.children.borrow().clone();
-        for edge in children {
+        let (cx, driver) = (self.cx(node), node.driver());
+        for edge in children.into_iter().filter(|edge| driver.flushes(&cx, *edge)) {
             let (perm, child) = {
                 let edge = self.edge(edge);
                 (edge.perm.get(), edge.child.get())

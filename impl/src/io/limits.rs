@@ -5,7 +5,7 @@
 //! node are padded at that node. Everything here is synchronous.
 
 use crate::Layer;
-use crate::driver::Limits;
+use crate::driver::{DriverInfo, Limits};
 use crate::error::{Errno, QmpError};
 use crate::graph::node::Node;
 use crate::io::{align_up, min_nonzero};
@@ -113,6 +113,17 @@ impl Layer {
         node.io.write_flags.set(driver.write_flags(&cx));
         node.io.variable_length.set(variable);
         Ok(())
+    }
+
+    /// Cluster geometry of what a node shows: its own, or that below a filter or `raw`.
+    pub(crate) fn driver_info(&self, node: &std::rc::Rc<Node>) -> Option<DriverInfo> {
+        let own = node.driver_opt()?.info(&self.cx(node));
+        if let Some(info) = own.filter(|info| info.cluster_size > 0) {
+            return Some(info);
+        }
+        let shows_below = node.facts.is_filter || node.facts.name == "raw";
+        let below = node.primary_edge().filter(|_| shows_below)?;
+        self.driver_info(&self.child(below)?)
     }
 
     /// Alignment for a request that has to have its clusters for itself: the cluster size, or the request

@@ -271,3 +271,26 @@ impl Drop for InFlightGuard<'_> {
         self.layer.kick();
     }
 }
+
+/// As [`InFlightGuard`], for work that outlives the request that began it.
+pub(crate) struct Detached {
+    layer: Layer,
+    node: Rc<Node>,
+}
+
+impl Detached {
+    pub(crate) fn new(layer: &Layer, node: &Rc<Node>) -> Detached {
+        node.io.in_flight.begin();
+        Detached {
+            layer: layer.clone(),
+            node: Rc::clone(node),
+        }
+    }
+}
+
+impl Drop for Detached {
+    fn drop(&mut self) {
+        self.node.io.in_flight.end();
+        self.layer.kick();
+    }
+}

@@ -14,9 +14,7 @@
 //! * With on-error=ignore, a failed allocation query skips its chunk instead of asking again for ever.
 //! * The edge on the filter goes with the filter, so no filter without a child waits for the dismissal.
 
-use std::future::poll_fn;
 use std::rc::Rc;
-use std::task::Poll;
 
 use crate::Layer;
 use crate::env::Fut;
@@ -27,6 +25,7 @@ use crate::jobs::error_policy::ErrorAction;
 use crate::jobs::job::{Job, JobDriver};
 use crate::jobs::stream::Stream;
 use crate::jobs::window::{Chunk, Window};
+use crate::sync::turn;
 use crate::types::{NodeId, ReqFlags};
 
 /// Unit of work with one request at a time, bytes; QEMU's. Visible in progress and in where a paused job stands.
@@ -332,17 +331,4 @@ fn account(job: &Job, chunk: Chunk, ok: bool) {
         bytes: chunk.bytes,
         copied,
     });
-}
-
-/// Lets everyone else who is ready run once.
-async fn turn() {
-    let mut turned = false;
-    poll_fn(|cx| {
-        if std::mem::replace(&mut turned, true) {
-            return Poll::Ready(());
-        }
-        cx.waker().wake_by_ref();
-        Poll::Pending
-    })
-    .await;
 }

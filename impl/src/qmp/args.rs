@@ -131,6 +131,17 @@ impl<'a> Args<'a> {
         number.map(Some).ok_or_else(refusal)
     }
 
+    /// An optional unsigned integer of 64 bits; as QEMU's visitor does, negative numbers wrap around.
+    pub(crate) fn opt_u64(&mut self, name: &'static str) -> Result<Option<u64>, QmpError> {
+        let Some(value) = self.get(name) else {
+            return Ok(None);
+        };
+        let number = value.as_u64().or_else(|| value.as_i64().map(i64::cast_unsigned));
+        let path = self.path(name);
+        let refusal = || QmpError::generic(format!("Parameter '{path}' expects uint64"));
+        number.map(Some).ok_or_else(refusal)
+    }
+
     /// An optional list of strings and objects; `kind`: the schema's name for an item.
     pub(crate) fn strings_or_objects(
         &mut self,

@@ -49,6 +49,8 @@ pub(crate) fn check_blockdev(mut args: Args<'_>) -> Result<(), QmpError> {
             args.str("throttle-group")?;
             reference(&mut args, "file", false)?;
         }
+        "copy-before-write" => check_copy_before_write(&mut args)?,
+        "snapshot-access" => reference(&mut args, "file", false)?,
         // A driver that this table does not know yet says itself what it does not understand.
         _ => return Ok(()),
     }
@@ -77,6 +79,23 @@ fn check_null(args: &mut Args<'_>) -> Result<(), QmpError> {
     }
     args.opt_int("latency-ns")?;
     args.opt_bool("read-zeroes")?;
+    Ok(())
+}
+
+fn check_copy_before_write(args: &mut Args<'_>) -> Result<(), QmpError> {
+    reference(args, "file", false)?;
+    reference(args, "target", false)?;
+    if let Some(mut bitmap) = args.opt_object("bitmap")? {
+        bitmap.str("node")?;
+        bitmap.str("name")?;
+        bitmap.finish()?;
+    }
+    args.opt_enum(
+        "on-cbw-error",
+        &[("break-guest-write", ()), ("break-snapshot", ())],
+    )?;
+    args.opt_u32("cbw-timeout")?;
+    args.opt_u64("min-cluster-size")?;
     Ok(())
 }
 

@@ -7,8 +7,10 @@
 mod count;
 mod lock;
 mod prim;
+mod turn;
 mod wait;
 
 pub use count::{FreezeCount, Gate, InFlight};
 pub use lock::{Acquire, GraphLock, MainLock};
+pub(crate) use turn::turn;
 pub use wait::{Listen, WaitQueue};

@@ -192,7 +192,7 @@ impl Qcow2 {
             let stored = Stored {
                 name: bitmap.name.to_string(),
                 granularity_bits: u8::try_from(bitmap.granularity.trailing_zeros()).expect("below 32"),
-                auto: bitmap.enabled.get(),
+                auto: bitmap.is_recording(),
                 in_use: false,
                 table,
                 entries,
@@ -218,8 +218,9 @@ impl Qcow2 {
         let entries = bytes.div_ceil(cs).max(1);
         let mut table = vec![0u8; us(self.geometry.clusters(entries * 8) * cs)];
         let mut data = vec![0; us(cs)];
+        let bits = bitmap.recorded();
         for index in 0..entries {
-            bitmap.bits.borrow().bytes(index * cs, &mut data);
+            bits.bytes(index * cs, &mut data);
             if data.iter().all(|byte| *byte == 0) {
                 continue;
             }
