@@ -319,6 +319,10 @@ fn merging() {
         (json!([{}]), "Parameter 'bitmaps[0].node' is missing"),
         (json!([{"node": "n"}]), "Parameter 'bitmaps[0].name' is missing"),
         (
+            json!([{"node": "n"}, 1]),
+            "Parameter 'bitmaps[0].name' is missing",
+        ),
+        (
             json!([{"node": "n", "name": "a", "x": 1}]),
             "Parameter 'bitmaps[0].x' is unexpected",
         ),

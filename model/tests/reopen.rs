@@ -60,6 +60,31 @@ fn reopen(world: &mut World, options: &[Value]) -> Result<(), String> {
         .map_err(|refusal| refusal.desc)
 }
 
+/// An item of a list is looked at when everything is right with those before it.
+#[test]
+fn what_is_wrong_with_an_item_is_told_before_what_the_next_one_is() {
+    let refused = |name: &str, arguments: Value| {
+        let refusal = run(&mut world(), name, &arguments).expect_err("refused");
+        refusal.desc
+    };
+    let reopen = |second: Value| json!({"options": [{"driver": "qcow2"}, second], "x": 1});
+    for second in [json!(1), json!({"driver": "nothing"})] {
+        assert_eq!(
+            refused("blockdev-reopen", reopen(second)),
+            "Parameter 'options[0].file' is missing"
+        );
+    }
+    let actions = json!({"actions": [{"type": "block-dirty-bitmap-add", "data": {"node": "a"}}, 1]});
+    assert_eq!(
+        refused("transaction", actions),
+        "Parameter 'actions[0].data.name' is missing"
+    );
+    assert_eq!(
+        refused("transaction", json!({"actions": [1]})),
+        "Invalid parameter type for 'actions[0]', expected: object"
+    );
+}
+
 #[track_caller]
 fn refused(options: &[Value], text: &str) {
     let mut world = world();

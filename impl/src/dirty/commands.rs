@@ -14,7 +14,7 @@ use super::{DirtyBitmap, LONGEST_NAME, Use};
 use crate::Layer;
 use crate::error::QmpError;
 use crate::graph::node::Node;
-use crate::qmp::args::Args;
+use crate::qmp::args::{Args, StringOr};
 
 /// The commands.
 pub(crate) const NAMES: [&str; 6] = [
@@ -195,9 +195,9 @@ impl BitmapCommand {
 pub(crate) fn sources(args: &mut Args<'_>) -> Result<Vec<Source>, QmpError> {
     let mut all = Vec::new();
     for item in args.strings_or_objects("bitmaps", "BlockDirtyBitmapOrStr")? {
-        all.push(match item {
-            Ok(name) => Source::Here(name.to_owned()),
-            Err(mut object) => {
+        all.push(match item? {
+            StringOr::String(name) => Source::Here(name.to_owned()),
+            StringOr::Object(mut object) => {
                 let source = Source::Of(object.str("node")?.to_owned(), object.str("name")?.to_owned());
                 object.finish()?;
                 source

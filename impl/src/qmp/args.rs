@@ -11,6 +11,12 @@ use crate::error::QmpError;
 /// An object in a list, with the path of its members.
 pub(crate) type Placed<'a> = (&'a Map<String, Value>, String);
 
+/// An item of a list of strings and objects.
+pub(crate) enum StringOr<'a> {
+    String(&'a str),
+    Object(Args<'a>),
+}
+
 /// One object of arguments being visited.
 #[derive(Debug)]
 pub(crate) struct Args<'a> {
@@ -142,26 +148,30 @@ impl<'a> Args<'a> {
         number.map(Some).ok_or_else(refusal)
     }
 
-    /// An optional list of strings and objects; `kind`: the schema's name for an item.
+    /// An optional list of strings and objects; `kind`: the schema's name for an item. Each is checked when it comes to it.
     pub(crate) fn strings_or_objects(
         &mut self,
         name: &'static str,
-        kind: &str,
-    ) -> Result<Vec<Result<&'a str, Args<'a>>>, QmpError> {
+        kind: &'static str,
+    ) -> Result<impl Iterator<Item = Result<StringOr<'a>, QmpError>> + use<'_, 'a>, QmpError> {
         let list = match self.get(name) {
-            None => return Ok(Vec::new()),
+            None => &[][..],
             Some(Value::Array(list)) => list,
             Some(_) => return Err(self.wrong_type(name, "array")),
         };
-        let item = |(i, value): (usize, &'a Value)| match value {
-            Value::String(text) => Ok(Ok(text.as_str())),
-            Value::Object(map) => Ok(Err(Args::at(map, format!("{}[{i}].", self.path(name))))),
+        let args = &*self;
+        let item = move |(i, value): (usize, &'a Value)| match value {
+            Value::String(text) => Ok(StringOr::String(text)),
+            Value::Object(map) => {
+                let path = format!("{}[{i}].", args.path(name));
+                Ok(StringOr::Object(Args::at(map, path)))
+            }
             // An item has no name of its own.
             _ => Err(QmpError::generic(format!(
                 "Invalid parameter type for 'null', expected: {kind}"
             ))),
         };
-        list.iter().enumerate().map(item).collect()
+        Ok(list.iter().enumerate().map(item))
     }
 
     /// An optional word out of a list.
@@ -184,18 +194,23 @@ impl<'a> Args<'a> {
         QmpError::generic(format!("Parameter '{name}' does not accept value '{word}'"))
     }
 
-    /// A list of objects, each with the path of its members.
-    pub(crate) fn objects(&mut self, name: &'static str) -> Result<Vec<Placed<'a>>, QmpError> {
+    /// A list of objects, each with the path of its members. Each is checked when it comes to it, so that what is wrong with
+    /// those before it is told first.
+    pub(crate) fn objects(
+        &mut self,
+        name: &'static str,
+    ) -> Result<impl Iterator<Item = Result<Placed<'a>, QmpError>> + use<'_, 'a>, QmpError> {
         let list = match self.get(name) {
             None => return Err(self.missing(name)),
             Some(Value::Array(list)) => list,
             Some(_) => return Err(self.wrong_type(name, "array")),
         };
-        let object = |(i, value): (usize, &'a Value)| match value {
-            Value::Object(map) => Ok((map, format!("{}[{i}].", self.path(name)))),
-            _ => Err(self.wrong_type(&format!("{name}[{i}]"), "object")),
+        let args = &*self;
+        let object = move |(i, value): (usize, &'a Value)| match value {
+            Value::Object(map) => Ok((map, format!("{}[{i}].", args.path(name)))),
+            _ => Err(args.wrong_type(&format!("{name}[{i}]"), "object")),
         };
-        list.iter().enumerate().map(object).collect()
+        Ok(list.iter().enumerate().map(object))
     }
 
     /// An optional nested object.

@@ -300,13 +300,13 @@ impl Layer {
 
 /// The definitions of a reopen, each checked against the schema.
 fn reopen_args(mut args: Args<'_>) -> Result<Vec<&Map<String, Value>>, QmpError> {
-    let list = args.objects("options")?;
-    args.finish()?;
-    let mut options = Vec::with_capacity(list.len());
-    for (map, path) in list {
+    let mut options = Vec::new();
+    for item in args.objects("options")? {
+        let (map, path) = item?;
         check_blockdev(Args::at(map, path))?;
         options.push(map);
     }
+    args.finish()?;
     Ok(options)
 }
 
@@ -321,7 +321,8 @@ fn transaction_args(mut args: Args<'_>) -> Result<Vec<Action>, QmpError> {
     let known = [&snapshots[..], &bitmaps::NAMES.map(|name| (name, name))].concat();
     let mut actions = Vec::new();
     let mut names = Vec::new();
-    for (map, path) in args.objects("actions")? {
+    for item in args.objects("actions")? {
+        let (map, path) = item?;
         let mut action = Args::at(map, path);
         action.require("type")?;
         let name = action.opt_enum("type", &known)?.expect("just required");

@@ -116,6 +116,22 @@ fn malformed_arguments() {
             "Parameter 'unk' is unexpected",
         ),
         ("block-stream", json!({"device": "top"}), "Invalid job ID ''"),
+        // What is wrong with an item comes before what the next one is, and that before members that nobody knows.
+        (
+            "blockdev-reopen",
+            json!({"options": [{"driver": "qcow2"}, 1], "x": 1}),
+            "Parameter 'options[0].file' is missing",
+        ),
+        (
+            "transaction",
+            json!({"actions": [{"type": "block-dirty-bitmap-add", "data": {"node": "a"}}, 1]}),
+            "Parameter 'actions[0].data.name' is missing",
+        ),
+        (
+            "block-dirty-bitmap-merge",
+            json!({"node": "a", "target": "b", "bitmaps": [{"node": "a"}, 1]}),
+            "Parameter 'bitmaps[0].name' is missing",
+        ),
         ("query-jobs", json!({"x": 1}), "Parameter 'x' is unexpected"),
         ("job-pause", json!({}), "Parameter 'id' is missing"),
         ("job-pause", json!({"id": "zz"}), "Job not found"),

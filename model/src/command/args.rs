@@ -19,6 +19,15 @@ pub struct Args<'a> {
     seen: RefCell<Vec<&'static str>>,
 }
 
+/// An item of [`Args::strings_or_objects`].
+#[derive(Debug)]
+pub enum StringOr<'a> {
+    /// A string.
+    String(&'a str),
+    /// An object.
+    Object(Args<'a>),
+}
+
 impl<'a> Args<'a> {
     /// The arguments of a command; null counts as none.
     ///
@@ -74,19 +83,23 @@ impl<'a> Args<'a> {
         self.opt_object(name).map(|object| object.expect("just found"))
     }
 
-    /// A mandatory list of objects.
+    /// A mandatory list of objects. Whether an item is one is found out when it is asked for, after all that is wrong with
+    /// those before it.
     ///
     /// # Errors
     /// Missing, or another type.
-    pub fn objects(&self, name: &'static str) -> Result<Vec<Args<'a>>, Refusal> {
+    pub fn objects(
+        &self,
+        name: &'static str,
+    ) -> Result<impl Iterator<Item = Result<Args<'a>, Refusal>> + use<'_, 'a>, Refusal> {
         let list = self.required(name)?;
         let list = list.as_array().ok_or_else(|| self.wrong_type(name, "array"))?;
-        let item = |(at, item): (usize, &'a Value)| {
+        let item = move |(at, item): (usize, &'a Value)| {
             let path = format!("{name}[{at}]");
             let object = item.as_object().ok_or_else(|| self.wrong_type(&path, "object"))?;
             Ok(Args::nested(object, format!("{}.", self.full_name(&path))))
         };
-        list.iter().enumerate().map(item).collect()
+        Ok(list.iter().enumerate().map(item))
     }
 
     /// The member's name in error texts.
@@ -204,31 +217,31 @@ impl<'a> Args<'a> {
             .ok_or_else(|| Refusal::new(format!("Parameter '{name}' expects uint32_t")))
     }
 
-    /// An optional list of strings and objects. `kind`: what the schema calls such an item.
+    /// An optional list of strings and objects. `kind`: what the schema calls such an item. Items as in [`Args::objects`].
     ///
     /// # Errors
-    /// Another type, of the list or of an item.
+    /// Another type.
     pub fn strings_or_objects(
         &self,
         name: &'static str,
-        kind: &str,
-    ) -> Result<Vec<Result<&'a str, Args<'a>>>, Refusal> {
-        let Some(list) = self.optional(name) else {
-            return Ok(Vec::new());
+        kind: &'static str,
+    ) -> Result<impl Iterator<Item = Result<StringOr<'a>, Refusal>> + use<'_, 'a>, Refusal> {
+        let list = match self.optional(name) {
+            None => &[][..],
+            Some(list) => list.as_array().ok_or_else(|| self.wrong_type(name, "array"))?,
         };
-        let list = list.as_array().ok_or_else(|| self.wrong_type(name, "array"))?;
-        let item = |(at, item): (usize, &'a Value)| match item {
-            Value::String(text) => Ok(Ok(text.as_str())),
+        let item = move |(at, item): (usize, &'a Value)| match item {
+            Value::String(text) => Ok(StringOr::String(text.as_str())),
             Value::Object(object) => {
                 let path = self.full_name(&format!("{name}[{at}]."));
-                Ok(Err(Args::nested(object, path)))
+                Ok(StringOr::Object(Args::nested(object, path)))
             }
             // An item has no name of its own.
             _ => Err(Refusal::new(format!(
                 "Invalid parameter type for 'null', expected: {kind}"
             ))),
         };
-        list.iter().enumerate().map(item).collect()
+        Ok(list.iter().enumerate().map(item))
     }
 
     /// An optional one of a few words.

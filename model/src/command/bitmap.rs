@@ -11,7 +11,7 @@ use std::rc::Rc;
 use serde_json::Value;
 
 use crate::bitmap::Bitmap;
-use crate::command::args::Args;
+use crate::command::args::{Args, StringOr};
 use crate::command::lookup;
 use crate::graph::NodeId;
 use crate::perm::Driver;
@@ -170,10 +170,9 @@ impl<'a> BitmapCommand<'a> {
 /// The list of bitmaps, if it is there.
 pub(crate) fn sources<'a>(args: &Args<'a>) -> Result<Vec<Source<'a>>, Refusal> {
     args.strings_or_objects("bitmaps", "BlockDirtyBitmapOrStr")?
-        .into_iter()
-        .map(|item| match item {
-            Ok(name) => Ok(Source::Here(name)),
-            Err(object) => {
+        .map(|item| match item? {
+            StringOr::String(name) => Ok(Source::Here(name)),
+            StringOr::Object(object) => {
                 let source = Source::Of(object.str("node")?, object.str("name")?);
                 object.finish()?;
                 Ok(source)

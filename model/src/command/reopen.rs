@@ -23,7 +23,7 @@ fn parse(arguments: &Value) -> Result<Vec<NodeOptions>, Refusal> {
     let args = Args::new(arguments)?;
     let mut all: Vec<NodeOptions> = Vec::new();
     for item in args.objects("options")? {
-        all.push(Options::parse(item)?.explicit);
+        all.push(Options::parse(item?)?.explicit);
     }
     args.finish()?;
     Ok(all)

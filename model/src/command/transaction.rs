@@ -68,8 +68,10 @@ impl<'a> Action<'a> {
 
 pub(crate) fn transaction(world: &mut World, arguments: &Value) -> Result<(), Refusal> {
     let args = Args::new(arguments)?;
-    let actions: Result<Vec<Action<'_>>, Refusal> =
-        args.objects("actions")?.into_iter().map(Action::parse).collect();
+    let actions: Result<Vec<Action<'_>>, Refusal> = args
+        .objects("actions")?
+        .map(|action| Action::parse(action?))
+        .collect();
     let actions = actions?;
     let mut grouped = false;
     if let Some(properties) = args.opt_object("properties")? {

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use blkcheck_model::{Bitmap, StoredBitmap, World};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use super::lockstep::{Run, Stop, object};
@@ -157,22 +157,6 @@ impl Run<'_> {
             Some((what, model, qemu)) => Err(Stop::Differs(what, model, qemu)),
             None => Ok(()),
         }
-    }
-
-    /// The command is about a bitmap of which the daemon has another length than the model.
-    pub(super) fn is_unsettled(&self, execute: &str, arguments: &Map<String, Value>) -> bool {
-        if execute != "transaction" && !execute.starts_with("block-dirty-bitmap-") {
-            return false;
-        }
-        let followed = |node: &blkcheck_model::Node| node.bitmaps.iter().any(|bitmap| bitmap.followed);
-        let mut names = self
-            .world
-            .graph
-            .nodes()
-            .filter(|(_, node)| followed(node))
-            .map(|(_, node)| &node.name);
-        let text = Value::Object(arguments.clone()).to_string();
-        names.any(|name| text.contains(&format!("\"{name}\"")))
     }
 
     /// What images hold of bitmaps when everything is closed.

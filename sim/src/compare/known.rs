@@ -21,11 +21,12 @@ pub(super) use causes::{
 pub(super) use graph::visits_twice;
 pub use list::DEFECTS;
 
-use blkcheck_model::World;
+use blkcheck_model::{Command, World};
 use serde_json::{Map, Value};
 
 use super::{Kind, What};
-use crate::scenario::Scenario;
+use crate::follow::world_of;
+use crate::scenario::{Action, Scenario};
 
 /// How sure we are that the daemon is wrong and not the model.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -57,12 +58,37 @@ pub(super) struct Case<'a> {
     pub(super) arguments: &'a Map<String, Value>,
     /// The model, before a command that was answered differently, else after the step.
     pub(super) world: &'a World,
+    /// What came before, and this step's command if it was answered.
+    pub(super) past: &'a [Past],
     /// Filters of finished streams that the daemon still has.
     pub(super) leftovers: &'a [String],
     pub(super) what: Option<What>,
     pub(super) failed: Option<Kind>,
     pub(super) model: &'a str,
     pub(super) qemu: &'a str,
+}
+
+/// A command that both carried out or refused.
+#[derive(Debug)]
+pub(super) struct Past {
+    pub(super) step: usize,
+    /// The model before it.
+    pub(super) world: World,
+}
+
+/// What the model makes of the commands up to and with this step, where nobody kept it.
+pub(super) fn replayed(scenario: &Scenario, step: usize) -> Vec<Past> {
+    let mut world = world_of(scenario);
+    let mut past = Vec::new();
+    for (step, at) in (0..).zip(&scenario.steps).take(step.saturating_add(1)) {
+        if let Action::Command { execute, arguments } = &at.action {
+            let before = world.clone();
+            // What it refuses, or does not know, changes nothing.
+            let _ = world.execute(&Command::new(execute, &Value::Object(arguments.clone())));
+            past.push(Past { step, world: before });
+        }
+    }
+    past
 }
 
 /// A reviewed defect.

@@ -17,7 +17,7 @@ use serde_json::{Map, Value, json};
 
 use super::bitmaps;
 use super::content::Books;
-use super::known::{self, Case, Defect};
+use super::known::{self, Case, Defect, Past};
 use super::peer::Peer;
 use super::state::State;
 use super::{Kind, What};
@@ -118,6 +118,8 @@ pub(super) struct Run<'a> {
     reordered: bool,
     /// The world before everything was taken down.
     last: Option<World>,
+    /// The world before each command.
+    past: Vec<Past>,
 }
 
 /// A header ends here: its own fields, a few extensions, and a name of up to 1023 bytes.
@@ -180,6 +182,7 @@ impl<'a> Run<'a> {
             lengths: BTreeMap::new(),
             reordered: false,
             last: None,
+            past: Vec::new(),
         };
         // What is behind an image belongs to it as well: whoever opens the file sees it.
         for (name, length) in run.peer.lengths() {
@@ -240,6 +243,7 @@ impl<'a> Run<'a> {
             execute,
             arguments,
             world: self.last.as_ref().unwrap_or(&self.world),
+            past: &self.past,
             leftovers: &self.seen.leftovers,
             what,
             failed,
@@ -355,6 +359,7 @@ impl<'a> Run<'a> {
             self.note_lengths();
             self.books.check_sharing(&self.world);
         }
+        self.remember(before_world, at);
         self.events()?;
         if !alone {
             self.peer.rest()?;
@@ -374,6 +379,12 @@ impl<'a> Run<'a> {
             self.shown.refusals.push(refusal);
         }
         Ok(answer.is_ok())
+    }
+
+    /// A walk that goes another way comes by the same step again.
+    fn remember(&mut self, world: World, step: usize) {
+        self.past.retain(|past| past.step < step);
+        self.past.push(Past { step, world });
     }
 
     /// Both say that a node is busy, with other things that it is busy with.

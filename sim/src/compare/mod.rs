@@ -25,6 +25,7 @@ pub mod known_run;
 pub mod lockstep;
 pub mod peer;
 mod state;
+mod unsettled;
 
 use crate::oracle::OracleName;
 use crate::qemu::Broken;

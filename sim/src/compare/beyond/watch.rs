@@ -125,12 +125,14 @@ impl Watch<'_> {
             Some(Action::Command { execute, arguments }) => (execute.as_str(), arguments),
             _ => ("", &none),
         };
+        let past = known::replayed(self.scenario, at);
         let known = known::explain(&Case {
             scenario: self.scenario,
             step: at,
             execute,
             arguments,
             world: &blkcheck_model::World::default(),
+            past: &past,
             leftovers: &self.state.leftovers,
             what,
             failed,

@@ -181,7 +181,17 @@ impl Books {
                 }
                 alone => alone,
             },
+            Driver::NullCo => self.null_co(&facts.name),
             _ => Hole::No,
+        }
+    }
+
+    /// A null-co node says that it is zero if it reads as zeroes.
+    fn null_co(&self, name: &str) -> Hole {
+        if self.zeroes.contains(name) {
+            Hole::Yes
+        } else {
+            Hole::No
         }
     }
 
@@ -206,6 +216,7 @@ impl Books {
                 .graph
                 .primary_child(node)
                 .map_or(Hole::No, |child| self.hole_alone(world, child, grain)),
+            Driver::NullCo => self.null_co(&facts.name),
             _ => Hole::No,
         }
     }

@@ -391,6 +391,34 @@ mod tests {
         assert_eq!(books.hole(&world, node("t"), 2), Hole::No);
     }
 
+    /// The NBD server does not read what it is told is zero: a copy-on-read filter sees nothing of such a request.
+    #[test]
+    fn zeroes_of_null_co_are_not_read() {
+        let scenario = scenario_of(
+            r#"{"version":1,"grain":512,"images":[
+            {"file":"t","format":"qcow2","size":4096,"cluster-size":512}],"steps":[]}"#,
+        );
+        let copied = |zeroes: bool| {
+            let (mut world, mut books) = (crate::follow::world_of(&scenario), Books::of(&scenario));
+            for add in [
+                serde_json::json!({"driver":"null-co","node-name":"z","size":1000,"read-zeroes":zeroes}),
+                serde_json::json!({"driver":"qcow2","node-name":"t","backing":"z",
+                    "file":{"driver":"file","filename":"t"}}),
+                serde_json::json!({"driver":"copy-on-read","node-name":"c","file":"t"}),
+            ] {
+                let command = blkcheck_model::Command::new("blockdev-add", &add);
+                world.execute(&command).expect("a chain");
+                books.opened("blockdev-add", add.as_object().expect("written as one"));
+            }
+            books.guest_read(&world, world.graph.find("c").expect("open"), 0..8);
+            (0..8)
+                .filter(|grain| books.files["t"].layer.is_allocated(*grain))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(copied(true), [0usize; 0]);
+        assert_eq!(copied(false), [0, 1], "behind its end there are zeroes");
+    }
+
     #[test]
     fn who_looks_for_a_format_reads_through_the_filter() {
         let (_, world, mut books) = chain();

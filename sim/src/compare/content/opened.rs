@@ -83,10 +83,13 @@ impl Books {
 
     pub(super) fn opened_node(&mut self, options: &Map<String, Value>) {
         let text = |key: &str| options.get(key).and_then(Value::as_str);
-        if let (Some("null-co"), Some(name)) = (text("driver"), text("node-name"))
-            && options.get("read-zeroes") == Some(&Value::Bool(true))
-        {
-            self.zeroes.insert(name.to_owned());
+        if let (Some("null-co"), Some(name)) = (text("driver"), text("node-name")) {
+            // The name may have been another node's.
+            if options.get("read-zeroes") == Some(&Value::Bool(true)) {
+                self.zeroes.insert(name.to_owned());
+            } else {
+                self.zeroes.remove(name);
+            }
         }
         options
             .values()

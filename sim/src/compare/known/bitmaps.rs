@@ -3,8 +3,8 @@
 use blkcheck_model::{Bitmap, Command, World};
 use serde_json::{Map, Value};
 
-use super::{Case, What};
-use crate::scenario::Action;
+use super::causes::{Given, happened, is_refused, past};
+use super::{Case, What, graph};
 
 const ENABLE: &str = "block-dirty-bitmap-enable";
 const MERGE: &str = "block-dirty-bitmap-merge";
@@ -76,11 +76,6 @@ fn bitmap<'a>(world: &'a World, data: &Map<String, Value>) -> Option<&'a Bitmap>
         .find(|bitmap| &*bitmap.name == name)
 }
 
-fn is_refused(world: &World, execute: &str, arguments: &Map<String, Value>) -> bool {
-    let arguments = Value::Object(arguments.clone());
-    world.check(&Command::new(execute, &arguments)).is_err()
-}
-
 /// Takes a node away, or its length, while an export of another node shows one of its bitmaps.
 pub(super) fn takes_what_is_shown(world: &World, execute: &str, arguments: &Map<String, Value>) -> bool {
     let shown = |bitmap: &Bitmap| bitmap.shown_by.is_some();
@@ -128,44 +123,51 @@ pub(super) fn after_a_failed_freeze(case: &Case<'_>) -> bool {
         Some(What::Bitmaps) => true,
         _ => false,
     };
-    shows && happened_before(case, fails_to_freeze)
+    shows && happened(case, fails_to_freeze)
 }
 
-/// A refused stream made its read-only device writable and read-only again, which stored its new bitmaps.
+/// A refused stream made its read-only device writable and read-only again, which stored its new bitmaps. What differs is about
+/// one of these.
 pub(super) fn after_a_refused_stream(case: &Case<'_>) -> bool {
-    let shows = match case.what {
-        Some(What::Result) => {
-            case.qemu.contains("is readonly and cannot be modified") || case.model.contains("No write access")
-        }
-        Some(What::Bitmaps) => true,
-        _ => false,
+    let stored: Vec<(String, String)> = past(case).flat_map(stored_in_vain).collect();
+    let named = |text: &str, name: &str| {
+        text.contains(&format!("itmap '{name}'")) || text.contains(&format!("name: \"{name}\""))
     };
-    shows && happened_before(case, stores_while_refused)
+    stored.iter().any(|(node, name)| match case.what {
+        Some(What::Result) => {
+            let read_only = format!("Bitmap '{name}' is readonly and cannot be modified");
+            let unstored = || has_new(case.world, node, name) && case.model.contains("No write access");
+            case.qemu.contains(&read_only) || (case.qemu == "accepted" && unstored())
+        }
+        Some(What::Bitmaps) => named(case.model, name) || named(case.qemu, name),
+        _ => false,
+    })
 }
 
-fn stores_while_refused(world: &World, execute: &str, arguments: &Map<String, Value>) -> bool {
+/// Nodes and bitmaps.
+fn stored_in_vain((world, execute, arguments): Given<'_>) -> Vec<(String, String)> {
     let device = arguments.get("device").and_then(Value::as_str);
     let device = device.and_then(|name| world.graph.find(name));
-    let new = |bitmap: &Bitmap| bitmap.persistent && !bitmap.read_only;
-    execute == "block-stream"
-        && is_refused(world, execute, arguments)
-        && device.is_some_and(|id| {
-            let node = world.graph.node(id);
-            !node.writable && node.bitmaps.iter().any(new)
-        })
+    let Some(device) = device.filter(|_| execute == "block-stream") else {
+        return Vec::new();
+    };
+    let node = world.graph.node(device);
+    let new = node.bitmaps.iter().filter(|bitmap| is_new(bitmap));
+    let new: Vec<_> = new
+        .map(|bitmap| (node.name.to_string(), bitmap.name.to_string()))
+        .collect();
+    if new.is_empty() || !graph::reopens_in_vain(world, execute, arguments) {
+        return Vec::new();
+    }
+    new
 }
 
-fn happened_before(case: &Case<'_>, what: fn(&World, &str, &Map<String, Value>) -> bool) -> bool {
-    let mut world = crate::follow::world_of(case.scenario);
-    for step in &case.scenario.steps[..(case.step + 1).min(case.scenario.steps.len())] {
-        let Action::Command { execute, arguments } = &step.action else {
-            continue;
-        };
-        if what(&world, execute, arguments) {
-            return true;
-        }
-        let value = Value::Object(arguments.clone());
-        let _ = world.execute(&Command::new(execute, &value));
-    }
-    false
+/// Of a read-only node: it was added there.
+fn is_new(bitmap: &Bitmap) -> bool {
+    bitmap.persistent && !bitmap.read_only
+}
+
+fn has_new(world: &World, node: &str, name: &str) -> bool {
+    let node = world.graph.find(node).map(|id| world.graph.node(id));
+    node.is_some_and(|node| node.bitmaps.iter().any(|b| &*b.name == name && is_new(b)))
 }

@@ -4,11 +4,11 @@
 //! Those that are about bitmaps alone are in `bitmaps`.
 
 use blkcheck_model::Driver;
-use serde_json::{Map, Value};
 
 use super::causes::{
-    bottoms_out, commands, has_bottom, has_bottom_on_top, has_bottom_outside, has_negative_null_co, has_raw,
-    has_raw_on_overlay, has_shorter_overlay, has_step, is_uneven, names_any, reopens_twice, streams,
+    bottoms_out, commands, happened, has_bottom, has_bottom_on_top, has_bottom_outside, has_negative_null_co,
+    has_raw, has_raw_on_overlay, has_shorter_overlay, has_step, is_refused, is_uneven, names_any, past,
+    reopens_twice, streams,
 };
 use super::{Case, Kind, What, bitmaps, graph};
 use crate::scenario::Format;
@@ -73,13 +73,8 @@ pub(super) fn inline_backing_over_header(case: &Case<'_>) -> bool {
 }
 
 pub(super) fn detached_backing_masks(case: &Case<'_>) -> bool {
-    let command = Value::Object(case.arguments.clone());
-    let refused = case
-        .world
-        .check(&blkcheck_model::Command::new(case.execute, &command))
-        .is_err();
     case.what == Some(What::Masks)
-        && refused
+        && is_refused(case.world, case.execute, case.arguments)
         && streams(case.scenario, case.step)
         && case.model.contains("perm 'consistent read'")
         && case.qemu.contains("perm ''")
@@ -89,12 +84,10 @@ pub(super) fn refused_stream_pins_read_only(case: &Case<'_>) -> bool {
     let later = case.what == Some(What::Result)
         && case.model == "accepted"
         && case.qemu.ends_with("Block node is read-only")
-        && case.step > 0
-        && streams(case.scenario, case.step - 1);
+        && happened(case, graph::reopens_in_vain);
     // A child that had been reopened by itself follows the device again.
     let at_once = matches!(case.what, Some(What::ReadOnly | What::Masks))
-        && matches!(case.execute, "block-stream" | "change-backing-file")
-        && graph::is_refused(case);
+        && graph::reopens_in_vain(case.world, case.execute, case.arguments);
     later || at_once || bitmaps::after_a_refused_stream(case)
 }
 
@@ -222,14 +215,10 @@ pub(super) fn reopen_frees_listed_node(case: &Case<'_>) -> bool {
 }
 
 pub(super) fn aborted_snapshot_moves_tables(case: &Case<'_>) -> bool {
-    let overlay = |data: &Map<String, Value>| {
-        let name = data.get("overlay").and_then(Value::as_str);
-        name.is_some_and(|name| case.model.contains(&format!("node '{name}': zeroes")))
-    };
+    let told = |overlay: &str| case.model.contains(&format!("node '{overlay}': zeroes"));
     case.what == Some(What::Content)
         && case.qemu == "Torn"
-        && has_step(case, "transaction")
-        && commands(case).any(|(execute, data)| execute == "blockdev-snapshot" && overlay(data))
+        && past(case).any(|given| graph::takes_back_a_snapshot(given, told))
 }
 
 pub(super) fn aborted_snapshot_takes_parents(case: &Case<'_>) -> bool {

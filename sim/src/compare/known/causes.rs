@@ -1,9 +1,9 @@
 //! What in a graph or in the commands so far can be the cause of a defect.
 
-use blkcheck_model::{Driver, World};
+use blkcheck_model::{Command, Driver, World};
 use serde_json::{Map, Value};
 
-use super::Case;
+use super::{Case, Past};
 use crate::scenario::{Action, Scenario};
 
 pub(in crate::compare) fn has_negative_null_co(options: &Map<String, Value>) -> bool {
@@ -115,6 +115,32 @@ pub(super) fn streams(scenario: &Scenario, before: usize) -> bool {
         .iter()
         .take(before.saturating_add(1))
         .any(is_stream)
+}
+
+/// A command, and the model before it.
+pub(super) type Given<'a> = (&'a World, &'a str, &'a Map<String, Value>);
+
+/// The commands so far with the model that they met, and that of this step.
+pub(super) fn past<'a>(case: &'a Case<'_>) -> impl Iterator<Item = Given<'a>> {
+    let command = |past: &'a Past| match &case.scenario.steps.get(past.step)?.action {
+        Action::Command { execute, arguments } => Some((&past.world, execute.as_str(), arguments)),
+        _ => None,
+    };
+    // It was not answered, or not as the model says.
+    let is_open = case.past.iter().all(|past| past.step < case.step);
+    let open = is_open.then_some((case.world, case.execute, case.arguments));
+    case.past.iter().filter_map(command).chain(open)
+}
+
+/// Some command so far had this cause.
+pub(super) fn happened(case: &Case<'_>, what: fn(&World, &str, &Map<String, Value>) -> bool) -> bool {
+    past(case).any(|(world, execute, arguments)| what(world, execute, arguments))
+}
+
+/// The model refuses the command.
+pub(super) fn is_refused(world: &World, execute: &str, arguments: &Map<String, Value>) -> bool {
+    let arguments = Value::Object(arguments.clone());
+    world.check(&Command::new(execute, &arguments)).is_err()
 }
 
 /// The commands so far, those of transactions one by one, with their arguments.

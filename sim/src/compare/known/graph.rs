@@ -1,8 +1,10 @@
 //! What commands that change the graph have to do with known defects.
 
+use blkcheck_model::command::failing::Left;
 use blkcheck_model::{Command, Driver, NodeId, World};
 use serde_json::{Map, Value};
 
+use super::causes::{Given, happened, is_refused};
 use super::{Case, Kind, What};
 use crate::scenario::{Action, GuestOp};
 
@@ -45,15 +47,48 @@ fn has_double(visits: &[NodeId]) -> bool {
     (1..visits.len()).any(|at| visits[..at].contains(&visits[at]))
 }
 
-/// Something does not move, and a reopen before drained some node twice. Judged by who follows whom now.
+/// Something does not move, and a reopen before drained some node twice.
 pub(super) fn after_a_double_visit(case: &Case<'_>) -> bool {
-    let by_stream = |arguments| {
-        let device = made_writable(case.world, "block-stream", arguments);
-        device.is_some_and(|device| follows_twice(case.world, device))
+    stands_still(case) && happened(case, comes_upon_twice)
+}
+
+/// A node is made writable for the command, which is then refused, so that it becomes read-only again.
+pub(super) fn reopens_in_vain(world: &World, execute: &str, arguments: &Map<String, Value>) -> bool {
+    let value = Value::Object(arguments.clone());
+    let command = Command::new(execute, &value);
+    let Err(refusal) = world.check(&command) else {
+        return false;
     };
-    stands_still(case)
-        && (commands(case, "blockdev-reopen").any(|arguments| visits_twice(case.world, arguments))
-            || commands(case, "block-stream").any(by_stream))
+    let begins = |words: &[&str]| words.iter().any(|word| refusal.desc.starts_with(word));
+    let late = match execute {
+        "block-stream" => {
+            refusal.early_failed_job.is_some()
+                || begins(&[
+                    "Could not create node: ",
+                    "Could not replace node: ",
+                    "Invalid job ID ",
+                    "Job ID ",
+                ])
+        }
+        "change-backing-file" => begins(&["Could not change backing file to "]),
+        _ => false,
+    };
+    late && world.clone().command_left(&command, Left::Writable)
+}
+
+/// A transaction that is refused has a snapshot to this overlay, and goes on after it.
+pub(super) fn takes_back_a_snapshot(
+    (world, execute, arguments): Given<'_>,
+    overlay: impl Fn(&str) -> bool,
+) -> bool {
+    let snapshots = |action: &Value| {
+        let to = || action.get("data")?.get("overlay")?.as_str();
+        action.get("type").is_some_and(|kind| kind == "blockdev-snapshot") && to().is_some_and(&overlay)
+    };
+    let actions = arguments.get("actions").and_then(Value::as_array);
+    execute == "transaction"
+        && actions.is_some_and(|actions| actions.iter().rev().skip(1).any(snapshots))
+        && is_refused(world, execute, arguments)
 }
 
 /// A guest waits, or a job is paused that nobody paused.
@@ -128,18 +163,12 @@ pub(super) fn aborts_a_used_overlay(case: &Case<'_>) -> bool {
         case.world.graph.find(name)
     };
     case.execute == "transaction"
-        && is_refused(case)
+        && is_refused(case.world, case.execute, case.arguments)
         && actions
             .into_iter()
             .flatten()
             .filter_map(overlay)
             .any(|overlay| case.world.graph.parents(overlay).next().is_some())
-}
-
-/// The model refuses the command.
-pub(super) fn is_refused(case: &Case<'_>) -> bool {
-    let command = Value::Object(case.arguments.clone());
-    case.world.check(&Command::new(case.execute, &command)).is_err()
 }
 
 fn names_a_file(world: &World, entry: &Map<String, Value>) -> bool {

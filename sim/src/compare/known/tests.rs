@@ -1,7 +1,80 @@
 //! Every entry is complete, and its near misses are not explained.
 
+mod bitmaps;
+mod content;
+mod graph;
+
+use serde_json::json;
+
 use super::*;
 use crate::scenario::parse;
+
+/// A command as a step.
+fn command(execute: &str, arguments: Value) -> Value {
+    let mut step = json!({"actor": "m", "execute": execute});
+    step["arguments"] = arguments;
+    step
+}
+
+/// A qcow2 node over an inline file of the same name with an `f` before it.
+fn qcow2(name: &str, backing: Value) -> Value {
+    let file = json!({"driver": "file", "node-name": format!("f{name}"), "filename": name});
+    let mut node = json!({"driver": "qcow2", "node-name": name, "file": file});
+    node["backing"] = backing;
+    command("blockdev-add", node)
+}
+
+/// Images b, t over it, and o, as long as it is said; one node each, and then these steps.
+fn chain(o_size: u64, more: &[Value]) -> String {
+    let mut nodes = vec![
+        qcow2("b", Value::Null),
+        qcow2("t", json!("b")),
+        qcow2("o", Value::Null),
+    ];
+    nodes.extend_from_slice(more);
+    let image = |name: &str, size: u64| json!({"file": name, "format": "qcow2", "size": size});
+    let mut t = image("t", 4096);
+    t["backing-file"] = json!("b");
+    t["backing-format"] = json!("qcow2");
+    json!({"version": 1, "grain": 512, "images": [image("b", 4096), t, image("o", o_size)], "steps": nodes})
+        .to_string()
+}
+
+/// What a case at the last step of a scenario is explained by. The model is as it was before that step.
+fn at_last(scenario: &str, case: impl FnOnce(&mut Case<'_>)) -> Option<&'static str> {
+    let scenario = parse::parse("test", scenario.as_bytes()).expect("a scenario");
+    let past = replayed(&scenario, scenario.steps.len());
+    let step = scenario.steps.len() - 1;
+    let Action::Command { execute, arguments } = &scenario.steps[step].action else {
+        panic!("a command")
+    };
+    let world = &past.last().expect("some").world;
+    let mut about = Case {
+        scenario: &scenario,
+        step,
+        execute,
+        arguments,
+        world,
+        past: &past,
+        leftovers: &[],
+        what: None,
+        failed: None,
+        model: "",
+        qemu: "",
+    };
+    case(&mut about);
+    explain(&about).map(|d| d.id)
+}
+
+/// The daemon failed.
+fn fails(kind: Kind, words: &'static str) -> impl Fn(&mut Case<'_>) {
+    move |case| (case.failed, case.qemu) = (Some(kind), words)
+}
+
+/// They differ.
+fn differs(what: What, model: &'static str, qemu: &'static str) -> impl Fn(&mut Case<'_>) {
+    move |case| (case.what, case.model, case.qemu) = (Some(what), model, qemu)
+}
 
 #[test]
 fn every_entry_has_a_scenario_and_a_page() {
@@ -56,12 +129,14 @@ fn steering_is_narrow() {
 fn explained(scenario: &str, case: impl FnOnce(&mut Case<'_>)) -> Option<&'static str> {
     let scenario = parse::parse("test", scenario.as_bytes()).expect("a scenario");
     let (none, world) = (Map::new(), World::default());
+    let past = replayed(&scenario, scenario.steps.len());
     let mut about = Case {
         scenario: &scenario,
         step: scenario.steps.len(),
         execute: "",
         arguments: &none,
         world: &world,
+        past: &past,
         leftovers: &[],
         what: None,
         failed: None,
