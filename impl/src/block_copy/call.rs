@@ -35,8 +35,8 @@ pub(crate) enum Outcome {
     Done,
     /// It was told to stop.
     Stopped,
-    /// It should wait so long.
-    Throttled(Nanos),
+    /// It should wait as long as its watcher says.
+    Throttled,
     /// A task of its own failed.
     Failed(Failure),
 }
@@ -95,7 +95,7 @@ impl BlockCopy {
             };
             found = true;
             over = self.start(layer, call, task, &mut pool, &mut at).await;
-            if call.background {
+            if call.background && over.is_none() {
                 pool.beside(turn()).await;
             }
         }
@@ -131,12 +131,9 @@ impl BlockCopy {
             self.forget(layer, task.start..task.end);
             return None;
         }
-        if call.background {
-            let delay = self.charge(0);
-            if delay > 0 {
-                self.end(task, true);
-                return Some(Outcome::Throttled(delay));
-            }
+        if call.background && self.charge(0) > 0 {
+            self.end(task, true);
+            return Some(Outcome::Throttled);
         }
         self.charge(task.bytes());
         pool.beside(self.reserve(task.bytes())).await;

@@ -66,6 +66,8 @@ pub(crate) struct BlockCopy {
     filter: NodeId,
     source: EdgeId,
     target: EdgeId,
+    /// The source at the point in time: the layer that is asked what it holds.
+    top: NodeId,
     cluster: u64,
     /// Marked: still to be copied.
     dirty: Rc<DirtyBitmap>,
@@ -144,6 +146,7 @@ impl BlockCopy {
             filter: cx.node.id,
             source,
             target,
+            top: from.id,
             cluster,
             dirty: whole(),
             access: whole(),
@@ -196,13 +199,11 @@ impl BlockCopy {
     }
 
     /// Whether from now on what the source node itself does not hold is left out.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for the backup job"))]
     pub(crate) fn set_skip_unallocated(&self, skip: bool) {
         self.skip_unallocated.set(skip);
     }
 
     /// Has a job follow, or nobody any more.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for the backup job"))]
     pub(crate) fn watch(&self, watcher: Option<Rc<dyn Watcher>>) {
         self.watcher.replace(watcher);
     }
@@ -225,7 +226,6 @@ impl BlockCopy {
     }
 
     /// What is not copied: marked, or taken by a task that is not over.
-    #[expect(dead_code, reason = "for the backup job")]
     pub(crate) fn merge_uncopied_into(&self, bitmap: &DirtyBitmap) {
         bitmap.merge(&self.dirty);
         for task in self.tasks.borrow().iter() {
@@ -235,9 +235,8 @@ impl BlockCopy {
 
     /// Asks whether the source node itself holds the cluster at `offset`; what it does not hold is forgotten. Returns where
     /// to ask next. The caller holds off graph changes.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for the backup job"))]
     pub(crate) async fn look_at(&self, layer: &Layer, offset: u64) -> Result<u64, Errno> {
-        let source = attached(layer, self.source).id;
+        let source = self.layer_asked(layer);
         let length = self.dirty.length.get();
         let mut at = offset;
         loop {
@@ -261,6 +260,17 @@ impl BlockCopy {
                 return Ok(length);
             }
             at = to;
+        }
+    }
+
+    /// The node that held the point in time, also where a snapshot has put an overlay above it since (QEMU asks the overlay,
+    /// which holds nothing). Once a stream has taken it out of the chain its data is in the node above.
+    fn layer_asked(&self, layer: &Layer) -> NodeId {
+        let source = attached(layer, self.source).id;
+        if layer.node_exists(self.top) && layer.chain_contains(source, self.top) {
+            self.top
+        } else {
+            source
         }
     }
 

@@ -88,7 +88,7 @@ impl BlockCopy {
     pub(super) async fn kind(&self, layer: &Layer, task: Task) -> Kind {
         let source = attached(layer, self.source).id;
         let base = if self.skip_unallocated.get() {
-            layer.backing_chain_next(source)
+            layer.backing_chain_next(self.layer_asked(layer))
         } else {
             None
         };

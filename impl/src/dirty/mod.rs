@@ -9,6 +9,7 @@
 
 pub(crate) mod bits;
 pub(crate) mod commands;
+mod successor;
 #[cfg(test)]
 mod tests;
 

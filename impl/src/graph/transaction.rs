@@ -1,10 +1,13 @@
 //! `transaction`: several actions, all of them or none (graph.md 4.13). A `blockdev-snapshot` alone is one of one action.
 //!
-//! Rules: a drain of everything first; then actions are prepared in order, in one log of graph changes, each node drained
-//! from its action to the end. The first refusal takes everything back; otherwise commits run in reverse order.
+//! Rules: a drain of everything first; then actions are prepared in order, each node drained from its action to the end. The
+//! first refusal takes everything back, the newest first; otherwise commits run in the same reverse order. Backups are made in
+//! order and started in reverse, while their sources are still drained.
 //! What a refused transaction leaves is what was there, also where the overlay had parents of its own: QEMU moves those
 //! to the node below.
-//! Not here: backups and internal snapshots, and so no grouped completion.
+//! Not here: internal snapshots.
+
+use std::rc::Rc;
 
 use super::DrainGuard;
 use super::blockers::OpType;
@@ -13,6 +16,7 @@ use crate::Layer;
 use crate::dirty::commands::{BitmapCommand, Undo};
 use crate::error::QmpError;
 use crate::event::Parent;
+use crate::jobs::{BackupArgs, Job, JobTxn};
 use crate::types::{NodeId, Perm, Role};
 
 /// One action.
@@ -27,72 +31,124 @@ pub(crate) enum Action {
     },
     /// A command on a dirty bitmap.
     Bitmap(BitmapCommand),
+    /// Starts a backup job.
+    Backup(Box<BackupArgs>),
     /// Refuses, for tests.
     Abort,
+}
+
+/// A prepared action.
+#[derive(Debug)]
+enum Step {
+    Snapshot {
+        log: Tran,
+        node: NodeId,
+        overlay: NodeId,
+    },
+    Bitmap(Undo),
+    Backup(Rc<Job>),
 }
 
 /// What prepared actions need until the end.
 #[derive(Debug, Default)]
 struct Prepared {
-    log: Tran,
-    /// Nodes with the overlay that each of them got.
-    snapshots: Vec<(NodeId, NodeId)>,
-    bitmaps: Vec<Undo>,
+    steps: Vec<Step>,
     sections: Vec<DrainGuard>,
 }
 
 impl Layer {
-    /// Executes the actions. Main lock held.
-    pub(crate) async fn transaction(&self, actions: &[Action]) -> Result<(), QmpError> {
+    /// Executes the actions. Main lock held. `grouped`: jobs succeed or fail together.
+    pub(crate) async fn transaction(&self, actions: &[Action], grouped: bool) -> Result<(), QmpError> {
         self.drain_all_begin().await;
         self.drain_all_end();
+        let group = grouped.then(JobTxn::new);
         let mut prepared = Prepared::default();
         let mut result = Ok(());
         for action in actions {
-            result = match action {
-                Action::Snapshot { node, overlay } => {
-                    let may_be_taken_back = actions.len() > 1;
-                    self.prepare_snapshot(node, overlay, may_be_taken_back, &mut prepared)
-                        .await
-                }
-                Action::Bitmap(command) => self.prepare_bitmap(command, &mut prepared).await,
-                Action::Abort => Err(QmpError::generic("Transaction aborted using Abort action")),
-            };
+            let may_be_taken_back = actions.len() > 1;
+            result = self
+                .prepare(action, may_be_taken_back, group.as_ref(), &mut prepared)
+                .await;
             if result.is_err() {
                 break;
             }
         }
-        let Prepared {
-            log,
-            snapshots,
-            bitmaps,
-            sections,
-        } = prepared;
-        let write = self.graph_write().await;
-        let result = log.finish(self, result);
-        for done in bitmaps.into_iter().rev() {
-            if result.is_ok() {
-                done.commit();
-            } else {
-                done.take_back();
+        let Prepared { steps, mut sections } = prepared;
+        let snapshots = self.conclude_steps(steps, &result).await;
+        if result.is_ok() {
+            for node in snapshots {
+                // It may be needed for writing by somebody else.
+                let _stays_writable = self.set_read_only(node, true).await;
             }
         }
-        for (node, overlay) in snapshots.iter().rev() {
+        while let Some(section) = sections.pop() {
+            drop(section);
+        }
+        result
+    }
+
+    async fn prepare(
+        &self,
+        action: &Action,
+        may_be_taken_back: bool,
+        group: Option<&Rc<JobTxn>>,
+        prepared: &mut Prepared,
+    ) -> Result<(), QmpError> {
+        match action {
+            Action::Snapshot { node, overlay } => {
+                self.prepare_snapshot(node, overlay, may_be_taken_back, prepared)
+                    .await
+            }
+            Action::Bitmap(command) => self.prepare_bitmap(command, prepared).await,
+            Action::Backup(args) => {
+                let txn = group.map_or_else(JobTxn::new, Rc::clone);
+                let job = self.prepare_backup(args, &txn, &mut prepared.sections).await?;
+                prepared.steps.push(Step::Backup(job));
+                Ok(())
+            }
+            Action::Abort => Err(QmpError::generic("Transaction aborted using Abort action")),
+        }
+    }
+
+    /// Makes all steps effective, or takes them back, the newest first. Returns the nodes that got an overlay, in this order.
+    async fn conclude_steps(&self, steps: Vec<Step>, result: &Result<(), QmpError>) -> Vec<NodeId> {
+        let has_jobs = steps.iter().any(|step| matches!(step, Step::Backup(_)));
+        // All snapshots change hands at once where no job's filter has to be taken out in between.
+        let whole = if has_jobs {
+            None
+        } else {
+            Some(self.graph_write().await)
+        };
+        let mut snapshots = Vec::new();
+        for step in steps.into_iter().rev() {
+            match step {
+                Step::Snapshot { log, node, overlay } => {
+                    let write = if has_jobs {
+                        Some(self.graph_write().await)
+                    } else {
+                        None
+                    };
+                    let _handed_through = log.finish(self, result.clone());
+                    drop(write);
+                    snapshots.push((node, overlay));
+                }
+                Step::Bitmap(undo) if result.is_ok() => undo.commit(),
+                Step::Bitmap(undo) => undo.take_back(),
+                Step::Backup(job) if result.is_ok() => job.start(),
+                // The end of one of a group is the end of all.
+                Step::Backup(job) if job.status().is_completed() => {}
+                Step::Backup(job) => job.cancel().await,
+            }
+        }
+        for (node, overlay) in &snapshots {
             self.refresh_open_limits(&self.node(*overlay));
             self.refresh_open_limits(&self.node(*node));
             // The overlay may be longer or shorter, and it is back where it was after a refusal.
             self.lengths_follow(*overlay);
             self.lengths_follow(*node);
         }
-        drop(write);
-        if result.is_ok() {
-            for (node, _) in snapshots.iter().rev() {
-                // It may be needed for writing by somebody else.
-                let _stays_writable = self.set_read_only(*node, true).await;
-            }
-        }
-        drop(sections);
-        result
+        drop(whole);
+        snapshots.into_iter().map(|(node, _)| node).collect()
     }
 
     async fn prepare_snapshot(
@@ -118,8 +174,15 @@ impl Layer {
             self.flush_above(node).await?;
         }
         let _write = self.graph_write().await;
-        self.append_in(&overlay, node, &mut prepared.log)?;
-        prepared.snapshots.push((node, overlay.id));
+        let mut log = Tran::default();
+        let appended = self.append_in(&overlay, node, &mut log);
+        let overlay_id = overlay.id;
+        prepared.steps.push(Step::Snapshot {
+            log,
+            node,
+            overlay: overlay_id,
+        });
+        appended?;
         self.refresh_open_limits(&overlay);
         self.lengths_follow(overlay.id);
         Ok(())
@@ -157,7 +220,8 @@ impl Layer {
         if let Some(node) = command.node(self) {
             prepared.sections.push(self.drained(node.id).await);
         }
-        prepared.bitmaps.push(command.carry_out(self).await?);
+        let undo = command.carry_out(self).await?;
+        prepared.steps.push(Step::Bitmap(undo));
         Ok(())
     }
 

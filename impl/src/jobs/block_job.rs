@@ -13,7 +13,7 @@ use crate::Layer;
 use crate::error::{Errno, QmpError};
 use crate::event::{Event, Parent};
 use crate::graph::edge::ParentHooks;
-use crate::jobs::error_policy::ErrorAction;
+use crate::jobs::error_policy::{ErrorAction, OnError};
 use crate::jobs::job::Job;
 use crate::jobs::status::JobStatus;
 use crate::types::{EdgeId, NodeId, Perm};
@@ -109,7 +109,17 @@ impl Job {
 
     /// Decides about an I/O error and tells; a stop counts as a pause by the user.
     pub(crate) fn error_action(&self, operation: &'static str, errno: Errno) -> ErrorAction {
-        let action = self.on_error.action(errno);
+        self.error_action_by(self.on_error, operation, errno)
+    }
+
+    /// The same by a policy for one side of the job.
+    pub(crate) fn error_action_by(
+        &self,
+        policy: OnError,
+        operation: &'static str,
+        errno: Errno,
+    ) -> ErrorAction {
+        let action = policy.action(errno);
         self.qmp(
             "BLOCK_JOB_ERROR",
             || json!({"device": *self.name, "operation": operation, "action": action.name()}),

@@ -4,27 +4,18 @@
 //! before it queues for the lock, so a command that holds the lock and drains never waits for a job that is over.
 //! Status order: waiting, pending, [prepare], concluded, null; or aborting, concluded, null. Exactly one of
 //! BLOCK_JOB_COMPLETED and BLOCK_JOB_CANCELLED precedes `concluded`.
-//! A transaction holds one job, so "all jobs of the transaction" is this one.
+//! The jobs of a group wait for each other and become pending together; if one must be told to finalize, none does before.
+//! One failure or cancel ends all of them as cancelled.
+//!
+//! Deviations: jobs of a group that were never started are ended with it (QEMU waits for them for ever); when `prepare` of one
+//! job fails, it is that one which failed, whichever job finalize was asked of.
 
 use std::rc::Rc;
-use std::task::Poll;
 
 use crate::error::{Errno, QmpError};
 use crate::jobs::job::Job;
 use crate::jobs::status::{JobStatus, Verb};
-
-/// Lets every other task that can go on do so once.
-async fn step_aside() {
-    let mut stood = false;
-    std::future::poll_fn(|cx| {
-        if std::mem::replace(&mut stood, true) {
-            return Poll::Ready(());
-        }
-        cx.waker().wake_by_ref();
-        Poll::Pending
-    })
-    .await;
-}
+use crate::sync::turn;
 
 impl Job {
     /// Last act of the job's task: `run` has returned `ret`.
@@ -37,25 +28,35 @@ impl Job {
         layer.kick();
         // The end of a job is an event of the main context of its own (QEMU: a bottom half), not the tail of its last
         // chunk: commands may come first.
-        step_aside().await;
+        turn().await;
         let main = layer.main("job-exit").await;
-        self.completed().await;
+        // Its group may have ended it already.
+        if !self.status.get().is_completed() {
+            self.completed().await;
+        }
         layer.reap().await;
         drop(main);
     }
 
-    /// The run phase is over: fail, or go on as far as the settings allow.
+    /// The run phase is over: fail, or go on as far as the settings and the group allow.
     async fn completed(self: &Rc<Job>) {
         self.update_result();
         if self.ret.get().is_err() {
-            return self.conclude().await;
+            return self.abort_group().await;
         }
         self.set_status(JobStatus::Waiting);
-        self.set_status(JobStatus::Pending);
-        if self.auto_finalize {
+        let jobs = self.group().jobs();
+        if jobs.iter().any(|job| !job.status.get().is_completed()) {
+            return;
+        }
+        for job in &jobs {
+            job.set_status(JobStatus::Pending);
+            if !job.auto_finalize {
+                job.emit_pending();
+            }
+        }
+        if jobs.iter().all(|job| job.auto_finalize) {
             self.do_finalize().await;
-        } else {
-            self.emit_pending();
         }
     }
 
@@ -69,20 +70,67 @@ impl Job {
         }
     }
 
+    /// Finalizes the whole group.
     async fn do_finalize(self: &Rc<Job>) {
-        let driver = Rc::clone(&self.driver);
-        self.ret.set(driver.prepare(self).await);
-        self.update_result();
-        self.conclude().await;
+        let jobs = self.group().jobs();
+        for job in &jobs {
+            let driver = Rc::clone(&job.driver);
+            job.ret.set(driver.prepare(job).await);
+            job.update_result();
+            if job.ret.get().is_err() {
+                return job.abort_group().await;
+            }
+        }
+        for job in &jobs {
+            job.conclude().await;
+        }
     }
 
-    /// The job is over, well or badly: clean up, tell, and dismiss if that is automatic.
+    /// This job failed or was cancelled: all others of its group are cancelled, then all are over.
+    async fn abort_group(self: &Rc<Job>) {
+        let txn = self.group();
+        if txn.aborting.replace(true) {
+            return; // somebody else drives it to its end
+        }
+        for other in txn.jobs().iter().filter(|job| !Rc::ptr_eq(job, self)) {
+            other.mark_cancelled();
+        }
+        while let Some(job) = txn.newest() {
+            job.run_to_its_end().await;
+            job.conclude().await;
+        }
+    }
+
+    /// Waits until a cancelled job has nothing under way any more.
+    async fn run_to_its_end(self: &Rc<Job>) {
+        if self.status.get().is_completed() {
+            return;
+        }
+        let layer = self.layer();
+        while self.started.get() && !self.deferred.get() {
+            self.enter();
+            let progress = layer.inner.idle.listen();
+            if !self.deferred.get() {
+                progress.await;
+            }
+        }
+        self.update_result();
+    }
+
+    /// The job is over, well or badly: make it so, clean up, tell, and dismiss if that is automatic.
     async fn conclude(self: &Rc<Job>) {
+        self.update_result();
         let driver = Rc::clone(&self.driver);
+        if self.ret.get().is_ok() {
+            driver.commit(self);
+        } else {
+            driver.abort(self);
+        }
         driver.clean(self).await;
         if self.started.get() {
             self.emit_over();
         }
+        self.leave_txn();
         self.set_status(JobStatus::Concluded);
         self.layer().kick();
         if self.auto_dismiss || !self.started.get() {
@@ -93,9 +141,10 @@ impl Job {
     /// Hard cancel. Returns before the job is over when its task has to notice first.
     pub(crate) async fn cancel(self: &Rc<Job>) {
         self.mark_cancelled();
-        if !self.started.get() || self.status.get() == JobStatus::Pending {
+        let waits = matches!(self.status.get(), JobStatus::Waiting | JobStatus::Pending);
+        if !self.started.get() || waits {
             self.update_result();
-            self.conclude().await;
+            self.abort_group().await;
         } else {
             // A task whose run has returned queues for the main lock and sees the mark then.
             self.enter();

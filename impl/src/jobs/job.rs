@@ -20,10 +20,12 @@ use crate::jobs::error_policy::{IoStatus, OnError};
 use crate::jobs::id_wellformed;
 use crate::jobs::ratelimit::RateLimit;
 use crate::jobs::status::{JobStatus, Verb};
+use crate::jobs::txn::JobTxn;
 use crate::layer::Inner;
 use crate::types::{EdgeId, JobId};
 
-/// What a kind of job does. Called by the job core, in this order: `run`, then `prepare` if it succeeded, then `clean`.
+/// What a kind of job does. Called by the job core, in this order: `run`, then `prepare` if it succeeded, then `commit` or
+/// `abort`, then `clean`.
 pub trait JobDriver: fmt::Debug {
     /// QAPI `JobType`.
     fn kind(&self) -> &'static str;
@@ -31,6 +33,10 @@ pub trait JobDriver: fmt::Debug {
     fn run<'a>(&'a self, job: &'a Rc<Job>) -> Fut<'a, Result<(), Errno>>;
     /// Makes the result effective. Main lock held.
     fn prepare<'a>(&'a self, job: &'a Rc<Job>) -> Fut<'a, Result<(), Errno>>;
+    /// The job, and all that belong together with it, succeeded. Main lock held.
+    fn commit(&self, _job: &Rc<Job>) {}
+    /// The job failed, was cancelled, or belongs together with one that did. Main lock held.
+    fn abort(&self, _job: &Rc<Job>) {}
     /// Gives back what the job held, whatever came of it. Main lock held.
     fn clean<'a>(&'a self, job: &'a Rc<Job>) -> Fut<'a, ()>;
 }
@@ -91,6 +97,8 @@ pub struct Job {
     alarm: Cell<bool>,
     /// Edges, newest first.
     pub(crate) edges: RefCell<Vec<EdgeId>>,
+    /// The jobs that succeed or fail together with this one; none once it is over.
+    pub(crate) txn: RefCell<Option<Rc<JobTxn>>>,
 }
 
 impl fmt::Debug for Job {
@@ -105,6 +113,7 @@ impl Job {
         layer: &Layer,
         spec: JobSpec,
         driver: Rc<dyn JobDriver>,
+        txn: &Rc<JobTxn>,
     ) -> Result<Rc<Job>, QmpError> {
         // Without named backends there is no default id.
         let id = spec.id.unwrap_or_default();
@@ -139,7 +148,9 @@ impl Job {
             waker: RefCell::new(None),
             alarm: Cell::new(false),
             edges: RefCell::new(Vec::new()),
+            txn: RefCell::default(),
         });
+        txn.join(&job);
         layer.inner.jobs.borrow_mut().list.insert(0, Rc::clone(&job));
         job.set_status(JobStatus::Created);
         Ok(job)
@@ -187,6 +198,7 @@ impl Job {
 
     /// Forgets the job for good: it leaves the list with status null.
     pub(crate) fn forget(self: &Rc<Job>) {
+        self.leave_txn();
         self.remove_edges();
         self.set_status(JobStatus::Null);
         let layer = self.layer();
@@ -225,7 +237,7 @@ impl Job {
         self.emit_status_change(to);
     }
 
-    /// Starts the task. The caller is a command, so the task's first step is its pause point.
+    /// Starts the task, whose first step is its pause point. Where its nodes are drained now the job parks at once.
     pub(crate) fn start(self: &Rc<Job>) {
         assert!(!self.started.get() && self.paused.get() && !self.busy.get());
         self.started.set(true);
@@ -233,13 +245,22 @@ impl Job {
         self.busy.set(true);
         self.count_pause(-1);
         self.set_status(JobStatus::Running);
+        let parked = self.should_pause().then(|| self.park());
+        self.busy.set(parked.is_none());
         let job = Rc::clone(self);
         // The task keeps the layer alive, not the other way round.
         let layer = self.layer();
         self.layer().env().spawn(
             "job",
             Box::pin(async move {
-                job.pause_point().await;
+                match parked {
+                    Some(back) => {
+                        job.asleep(Alarm::Never).await;
+                        job.unpark(back);
+                        job.pause_point().await;
+                    }
+                    None => job.pause_point().await,
+                }
                 let driver = Rc::clone(&job.driver);
                 let ret = driver.run(&job).await;
                 job.exit(ret).await;
@@ -253,9 +274,14 @@ impl Job {
         self.pause_count.get() > 0
     }
 
+    /// Nobody waits for the job to pause or to end.
+    pub(crate) fn may_go_on(&self) -> bool {
+        !self.should_pause() && !self.is_cancelled()
+    }
+
     /// Another request may start while some are in flight: nobody waits for a pause point, no limit to obey.
     pub(crate) fn may_run_ahead(&self) -> bool {
-        !self.should_pause() && !self.is_cancelled() && self.speed.get() == 0
+        self.may_go_on() && self.speed.get() == 0
     }
 
     fn count_pause(&self, by: i32) {
@@ -300,6 +326,13 @@ impl Job {
         if !self.should_pause() || self.is_cancelled() {
             return;
         }
+        let back = self.park();
+        self.yield_until(Alarm::Never).await;
+        self.unpark(back);
+    }
+
+    /// Shows the job as parked; returns the status to go back to.
+    fn park(&self) -> JobStatus {
         let back = self.status.get();
         self.set_status(if back == JobStatus::Ready {
             JobStatus::Standby
@@ -307,9 +340,21 @@ impl Job {
             JobStatus::Paused
         });
         self.paused.set(true);
-        self.yield_until(Alarm::Never).await;
+        back
+    }
+
+    fn unpark(&self, back: JobStatus) {
         self.paused.set(false);
         self.set_status(back);
+    }
+
+    /// Yields until entered; then a pause point.
+    pub(crate) async fn idle(&self) {
+        if !self.may_go_on() {
+            return self.pause_point().await;
+        }
+        self.yield_until(Alarm::Never).await;
+        self.pause_point().await;
     }
 
     /// Yields for `delay` nanoseconds (0: one turn of the scheduler) or until entered; then a pause point.
@@ -330,6 +375,11 @@ impl Job {
 
     async fn yield_until(&self, alarm: Alarm) {
         assert!(self.busy.replace(false), "only the job's own task yields");
+        self.asleep(alarm).await;
+    }
+
+    /// The rest of yielding: until somebody enters the job, or the alarm rings.
+    async fn asleep(&self, alarm: Alarm) {
         self.alarm.set(!matches!(alarm, Alarm::Never));
         let mut timer = {
             let layer = self.layer();
@@ -424,7 +474,7 @@ impl Job {
         Ok(())
     }
 
-    /// Only mirror and active commit can be completed by command.
+    /// No job here can be completed by command.
     pub(crate) fn complete(&self) -> Result<(), QmpError> {
         Verb::Complete.check(&self.name, self.status.get())?;
         Err(QmpError::generic(format!(

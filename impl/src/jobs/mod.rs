@@ -1,9 +1,10 @@
-//! Jobs: state machine, verbs, completion, rate limit, error policy; block-stream.
+//! Jobs: state machine, verbs, completion, groups, rate limit, error policy; block-stream, blockdev-backup.
 //!
 //! A job is a task of its own that does I/O beside the guests. Its `run` phase reaches pause points with nothing
 //! in flight; whatever changes the graph happens at its end, under the main lock (`finish`).
-//! Not here: QMP argument parsing (`qmp`). Job transactions hold exactly one job: only backups can be grouped.
+//! Not here: QMP argument parsing (`qmp`).
 
+mod backup;
 mod block_job;
 mod error_policy;
 mod finish;
@@ -18,15 +19,18 @@ pub(crate) mod testing;
 mod tests;
 #[cfg(test)]
 mod tests_failures;
+mod txn;
 mod window;
 
 use std::rc::Rc;
 
+pub(crate) use backup::{BackupArgs, BitmapMode, Perf, SyncMode};
 pub use error_policy::{ErrorAction, IoStatus, OnError};
 pub use job::{Job, JobDriver, JobSpec};
 pub use ratelimit::{RateLimit, SLICE};
 pub use status::{JobStatus, Verb};
 pub use stream::StreamArgs;
+pub use txn::JobTxn;
 
 use crate::Layer;
 use crate::types::JobId;

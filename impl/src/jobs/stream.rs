@@ -18,6 +18,7 @@ use crate::graph::open::combine_filename;
 use crate::io::backend::{Backend, BackendRef};
 use crate::jobs::error_policy::OnError;
 use crate::jobs::job::{Job, JobSpec};
+use crate::jobs::txn::JobTxn;
 use crate::types::{EdgeId, NodeId, Perm};
 
 /// Arguments of block-stream.
@@ -125,7 +126,7 @@ impl Layer {
             auto_finalize: args.auto_finalize,
             auto_dismiss: args.auto_dismiss,
         };
-        let created = Job::create(self, spec, Rc::clone(&stream) as _);
+        let created = Job::create(self, spec, Rc::clone(&stream) as _, &JobTxn::new());
         let attached = match &created {
             Ok(job) => stream.attach(self, job, args.speed),
             Err(refusal) => Err(refusal.clone()),

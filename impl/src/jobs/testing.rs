@@ -326,6 +326,12 @@ impl World {
         );
     }
 
+    /// Runs everything that is ready.
+    pub(crate) fn settle(&self) {
+        let deadline = self.memory.now() + 1000;
+        self.memory.block_on(self.memory.sleep_until(deadline));
+    }
+
     pub(crate) fn take_script(&self) -> String {
         self.log.script.take().join(" ")
     }
@@ -368,6 +374,7 @@ impl World {
         assert_eq!(self.log.frozen.get(), 0, "freezes balance");
         for node in self.layer.nodes() {
             assert_ne!(node.facts.name, "copy-on-read", "no filter is left");
+            assert_ne!(node.facts.name, "copy-before-write", "no filter is left");
             assert_eq!(node.quiesce_counter.get(), 0);
             assert!(
                 node.blockers.borrow().iter().all(|b| b.backing_link),

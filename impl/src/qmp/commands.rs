@@ -8,13 +8,13 @@ use crate::dirty::commands::{self as bitmaps, BitmapCommand};
 use crate::error::{ErrorClass, QmpError};
 use crate::graph::blockers::OpType;
 use crate::graph::transaction::Action;
-use crate::jobs::{Job, OnError, StreamArgs};
+use crate::jobs::{BackupArgs, BitmapMode, Job, JobStatus, OnError, Perf, StreamArgs, SyncMode};
 use crate::qmp::args::Args;
 use crate::qmp::export::ExportArgs;
 use crate::qmp::schema::check_blockdev;
 
 /// Every command, in alphabetical order.
-const COMMANDS: [&str; 38] = [
+const COMMANDS: [&str; 39] = [
     "block-dirty-bitmap-add",
     "block-dirty-bitmap-clear",
     "block-dirty-bitmap-disable",
@@ -33,6 +33,7 @@ const COMMANDS: [&str; 38] = [
     "block-stream",
     "block_resize",
     "blockdev-add",
+    "blockdev-backup",
     "blockdev-del",
     "blockdev-reopen",
     "blockdev-snapshot",
@@ -82,6 +83,10 @@ impl Layer {
                 self.blockdev_add(arguments.as_object().cloned().unwrap_or_default())
                     .await?;
             }
+            "blockdev-backup" => {
+                let action = Action::Backup(Box::new(backup_args(args)?));
+                self.transaction(&[action], false).await?;
+            }
             "blockdev-del" => {
                 let name = args.str("node-name")?;
                 args.finish()?;
@@ -93,11 +98,11 @@ impl Layer {
             }
             "blockdev-snapshot" => {
                 let action = snapshot_args(args)?;
-                self.transaction(&[action]).await?;
+                self.transaction(&[action], false).await?;
             }
             "transaction" => {
-                let actions = transaction_args(args)?;
-                self.transaction(&actions).await?;
+                let (actions, grouped) = transaction_args(args)?;
+                self.transaction(&actions, grouped).await?;
             }
             "object-add" => self.object_add(args)?,
             "object-del" => self.object_del(args)?,
@@ -271,17 +276,13 @@ impl Layer {
     /// The job's task needs the main lock to finish, so the wait happens without it.
     async fn cancel_and_wait(&self, job: &Rc<Job>) {
         let main = self.main("shutdown").await;
-        if !job.status().is_completed() || job.status() == crate::jobs::JobStatus::Pending {
+        let waits = matches!(job.status(), JobStatus::Waiting | JobStatus::Pending);
+        if !job.status().is_completed() || waits {
             job.cancel().await;
         }
         self.reap().await;
         drop(main);
-        let over = |job: &Job| {
-            matches!(
-                job.status(),
-                crate::jobs::JobStatus::Concluded | crate::jobs::JobStatus::Null
-            )
-        };
+        let over = |job: &Job| matches!(job.status(), JobStatus::Concluded | JobStatus::Null);
         loop {
             let listen = self.inner.idle.listen();
             if over(job) {
@@ -290,7 +291,7 @@ impl Layer {
             listen.await;
         }
         let main = self.main("shutdown").await;
-        if job.status() == crate::jobs::JobStatus::Concluded {
+        if job.status() == JobStatus::Concluded {
             job.forget();
         }
         self.reap().await;
@@ -316,11 +317,12 @@ fn snapshot_args(mut args: Args<'_>) -> Result<Action, QmpError> {
     Ok(Action::Snapshot { node, overlay })
 }
 
-fn transaction_args(mut args: Args<'_>) -> Result<Vec<Action>, QmpError> {
-    let snapshots = [("abort", "abort"), ("blockdev-snapshot", "blockdev-snapshot")];
-    let known = [&snapshots[..], &bitmaps::NAMES.map(|name| (name, name))].concat();
+/// The actions, and whether their jobs succeed or fail together.
+fn transaction_args(mut args: Args<'_>) -> Result<(Vec<Action>, bool), QmpError> {
+    let others = ["abort", "blockdev-backup", "blockdev-snapshot"].map(|name| (name, name));
+    let known = [&others[..], &bitmaps::NAMES.map(|name| (name, name))].concat();
     let mut actions = Vec::new();
-    let mut names = Vec::new();
+    let mut alone = None;
     for item in args.objects("actions")? {
         let (map, path) = item?;
         let mut action = Args::at(map, path);
@@ -333,10 +335,13 @@ fn transaction_args(mut args: Args<'_>) -> Result<Vec<Action>, QmpError> {
                 data.finish()?;
                 Action::Abort
             }
+            "blockdev-backup" => Action::Backup(Box::new(backup_args(data)?)),
             "blockdev-snapshot" => snapshot_args(data)?,
             _ => Action::Bitmap(BitmapCommand::read(name, data)?),
         });
-        names.push(name);
+        if name != "blockdev-backup" {
+            alone = alone.or(Some(name));
+        }
         action.finish()?;
     }
     let mut grouped = false;
@@ -346,11 +351,11 @@ fn transaction_args(mut args: Args<'_>) -> Result<Vec<Action>, QmpError> {
         properties.finish()?;
     }
     args.finish()?;
-    match names.first() {
+    match alone {
         Some(name) if grouped => Err(QmpError::generic(format!(
             "Action '{name}' does not support transaction property completion-mode = grouped"
         ))),
-        _ => Ok(actions),
+        _ => Ok((actions, grouped)),
     }
 }
 
@@ -371,4 +376,45 @@ fn stream_args(mut args: Args<'_>) -> Result<StreamArgs, QmpError> {
     };
     args.finish()?;
     Ok(stream)
+}
+
+fn backup_args(mut args: Args<'_>) -> Result<BackupArgs, QmpError> {
+    let job_id = args.opt_string("job-id")?;
+    let device = args.str("device")?.to_owned();
+    args.require("sync")?;
+    let mut backup = BackupArgs {
+        job_id,
+        device,
+        sync: args.opt_enum("sync", &SyncMode::NAMES)?.expect("just required"),
+        speed: args.opt_int("speed")?.unwrap_or(0),
+        bitmap: args.opt_string("bitmap")?,
+        bitmap_mode: args.opt_enum("bitmap-mode", &BitmapMode::NAMES)?,
+        compress: args.opt_bool("compress")?.unwrap_or(false),
+        on_source_error: args
+            .opt_enum("on-source-error", &OnError::NAMES)?
+            .unwrap_or_default(),
+        on_target_error: args
+            .opt_enum("on-target-error", &OnError::NAMES)?
+            .unwrap_or_default(),
+        auto_finalize: args.opt_bool("auto-finalize")?.unwrap_or(true),
+        auto_dismiss: args.opt_bool("auto-dismiss")?.unwrap_or(true),
+        filter_node_name: args.opt_string("filter-node-name")?,
+        discard_source: args.opt_bool("discard-source")?.unwrap_or(false),
+        perf: Perf::default(),
+        target: String::new(),
+    };
+    if let Some(mut perf) = args.opt_object("x-perf")? {
+        perf.opt_bool("use-copy-range")?;
+        backup.perf = Perf {
+            max_workers: perf
+                .opt_int("max-workers")?
+                .unwrap_or(Perf::default().max_workers),
+            max_chunk: perf.opt_int("max-chunk")?.unwrap_or(0),
+            min_cluster_size: perf.opt_u64("min-cluster-size")?.unwrap_or(0),
+        };
+        perf.finish()?;
+    }
+    args.str("target")?.clone_into(&mut backup.target);
+    args.finish()?;
+    Ok(backup)
 }

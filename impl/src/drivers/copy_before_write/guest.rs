@@ -58,7 +58,7 @@ impl CopyBeforeWrite {
         Ok(())
     }
 
-    fn break_snapshot(&self, cx: &Cx, errno: Errno) {
+    pub(super) fn break_snapshot(&self, cx: &Cx, errno: Errno) {
         if self.broken.get().is_none() {
             self.broken.set(Some(errno));
             let filter = cx.node.id;
@@ -134,6 +134,6 @@ fn copied(outcome: Outcome) -> Result<(), Errno> {
         Outcome::Failed(failure) => Err(failure.errno),
         // Only after its guest has stopped waiting.
         Outcome::Stopped => Err(Errno::ECANCELED),
-        Outcome::Throttled(_) => unreachable!("a guest's copy obeys no rate limit"),
+        Outcome::Throttled => unreachable!("a guest's copy obeys no rate limit"),
     }
 }

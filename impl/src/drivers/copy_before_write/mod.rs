@@ -94,6 +94,8 @@ struct CopyBeforeWrite {
     thawed: WaitQueue,
     /// Why the point in time is lost.
     broken: Cell<Option<Errno>>,
+    /// Nothing is kept any more, and there is no target.
+    retired: Cell<bool>,
 }
 
 /// The filter's own state, for an open node of this driver.
@@ -103,11 +105,19 @@ fn state(node: &Node) -> Option<Rc<dyn Driver>> {
 }
 
 /// The copying of an open filter; `None` for another driver.
-#[cfg_attr(not(test), expect(dead_code, reason = "for the backup job"))]
 pub(crate) fn block_copy(node: &Node) -> Option<Rc<BlockCopy>> {
     let driver = node.driver_opt()?;
     let filter = driver.as_any().downcast_ref::<CopyBeforeWrite>()?;
     Some(Rc::clone(&filter.copy))
+}
+
+/// Makes an open filter one that keeps nothing, for a job that is over and cannot take it out. Its target can be detached.
+pub(crate) fn retire(cx: &Cx) {
+    if let Some(driver) = state(&cx.node) {
+        let filter: &CopyBeforeWrite = driver.as_any().downcast_ref().expect("it is one");
+        filter.retired.set(true);
+        filter.break_snapshot(cx, Errno::ECANCELED);
+    }
 }
 
 async fn open(cx: &Cx, mut args: OpenArgs<'_>) -> Result<Rc<dyn Driver>, QmpError> {
@@ -140,6 +150,7 @@ async fn open(cx: &Cx, mut args: OpenArgs<'_>) -> Result<Rc<dyn Driver>, QmpErro
         next_read: Cell::new(0),
         thawed: WaitQueue::default(),
         broken: Cell::new(None),
+        retired: Cell::new(false),
     }))
 }
 

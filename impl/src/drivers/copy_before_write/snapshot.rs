@@ -100,6 +100,9 @@ impl CopyBeforeWrite {
     }
 
     async fn discard(&self, layer: &Layer, offset: u64, bytes: u64) -> Result<(), Errno> {
+        if self.retired.get() {
+            return Err(Errno::EACCES);
+        }
         let (cluster, length) = (self.copy.cluster(), self.copy.dirty().length.get());
         let start = offset.next_multiple_of(cluster);
         let end = (offset + bytes) / cluster * cluster;
