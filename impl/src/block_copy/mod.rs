@@ -69,6 +69,8 @@ pub(crate) struct BlockCopy {
     /// The source at the point in time: the layer that is asked what it holds.
     top: NodeId,
     cluster: u64,
+    /// Of both nodes at the point in time, bytes.
+    length: u64,
     /// Marked: still to be copied.
     dirty: Rc<DirtyBitmap>,
     /// Marked: what the cluster held at the point in time can be had, from target or source.
@@ -148,6 +150,7 @@ impl BlockCopy {
             target,
             top: from.id,
             cluster,
+            length,
             dirty: whole(),
             access: whole(),
             max_transfer: align_down(max, cluster),
@@ -170,6 +173,11 @@ impl BlockCopy {
     /// Unit of copying, bytes.
     pub(crate) fn cluster(&self) -> u64 {
         self.cluster
+    }
+
+    /// Up to where there is a point in time, bytes: where both nodes ended then, or the source ends now.
+    pub(crate) fn length(&self) -> u64 {
+        self.length.min(self.dirty.length.get())
     }
 
     /// What is still to be copied.
@@ -210,7 +218,7 @@ impl BlockCopy {
 
     /// Clusters that are not to be copied any more.
     pub(crate) fn forget(&self, layer: &Layer, range: Range<u64>) {
-        let (start, end) = (range.start, range.end.min(self.dirty.length.get()));
+        let (start, end) = (range.start, range.end.min(self.length()));
         if start >= end {
             return;
         }
@@ -237,7 +245,7 @@ impl BlockCopy {
     /// to ask next. The caller holds off graph changes.
     pub(crate) async fn look_at(&self, layer: &Layer, offset: u64) -> Result<u64, Errno> {
         let source = self.layer_asked(layer);
-        let length = self.dirty.length.get();
+        let length = self.length();
         let mut at = offset;
         loop {
             let (allocated, bytes) = layer.is_allocated(source, at, length - at).await?;

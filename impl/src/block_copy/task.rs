@@ -92,7 +92,7 @@ impl BlockCopy {
         } else {
             None
         };
-        let length = self.dirty.length.get();
+        let length = self.length();
         let bytes = task.end.min(length).saturating_sub(task.start);
         let status = layer.block_status_above(source, base, task.start, bytes).await;
         let one = Kind {
@@ -155,7 +155,7 @@ impl BlockCopy {
         });
         let result = self.transfer(layer, task, zero).await;
         if result.is_ok() && self.discard_source {
-            let bytes = task.end.min(self.dirty.length.get()) - task.start;
+            let bytes = task.end.min(self.length()) - task.start;
             // What cannot be discarded stays.
             let _ = layer.discard(self.source, task.start, bytes).await;
         }
@@ -176,7 +176,7 @@ impl BlockCopy {
 
     async fn transfer(&self, layer: &Layer, task: Task, zero: bool) -> Result<(), Failure> {
         let failed = |read: bool| move |errno: Errno| Failure { errno, read };
-        let (at, bytes) = (task.start, task.end.min(self.dirty.length.get()) - task.start);
+        let (at, bytes) = (task.start, task.end.min(self.length()) - task.start);
         if zero {
             let zeroed = layer.write_zeroes(self.target, at, bytes, self.write_flags);
             return zeroed.await.map_err(failed(false));

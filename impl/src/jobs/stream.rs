@@ -290,7 +290,9 @@ impl Layer {
     fn exact_filename(&self, node: NodeId) -> Option<String> {
         let subject = self.node(node);
         if subject.facts.is_filter {
-            let child = self.filter_or_cow(node).filter(|_| subject.implicit.get())?;
+            // That of a backup goes by its file's name although a user can see it.
+            let named = subject.implicit.get() || subject.facts.name == "copy-before-write";
+            let child = self.filter_or_cow(node).filter(|_| named)?;
             return self.exact_filename(child);
         }
         let windowed = |key| subject.facts.name == "raw" && subject.options.borrow().contains_key(key);

@@ -50,7 +50,8 @@ impl CopyBeforeWrite {
     fn piece(&self, start: u64, end: u64) -> Result<Piece<'_>, Errno> {
         self.is_whole()?;
         let (readable, to) = self.copy.access().run_at(start, end);
-        if !readable || to < end {
+        // What the source got since was not there then.
+        if !readable || to < end || end > self.copy.length() {
             return Err(Errno::EACCES);
         }
         let (done, to) = self.done.run_at(start, end);
@@ -103,7 +104,7 @@ impl CopyBeforeWrite {
         if self.retired.get() {
             return Err(Errno::EACCES);
         }
-        let (cluster, length) = (self.copy.cluster(), self.copy.dirty().length.get());
+        let (cluster, length) = (self.copy.cluster(), self.copy.length());
         let start = offset.next_multiple_of(cluster);
         let end = (offset + bytes) / cluster * cluster;
         if start >= end.min(length) {

@@ -420,3 +420,46 @@ fn refusals() {
         "no point in time there"
     );
 }
+
+#[test]
+fn a_longer_source_is_kept_as_far_as_the_target_reaches() {
+    use crate::jobs::testing::{KIB, World};
+    let world = World::new(1);
+    let length = 2 * CLUSTER + 1536;
+    for name in ["src", "tgt"] {
+        world.qcow2(name, length, None);
+        world.open(name, name, json!({}));
+    }
+    world.fill("src", 0, length, 7);
+    let filter = json!({"driver": "copy-before-write", "node-name": "cbw", "file": "src", "target": "tgt"});
+    world.qmp("blockdev-add", filter);
+    world.qmp("block_resize", json!({"node-name": "src", "size": 4 * CLUSTER}));
+    world.qmp(
+        "blockdev-add",
+        json!({"driver": "snapshot-access", "node-name": "snap", "file": "cbw"}),
+    );
+    world.fill("cbw", 2 * CLUSTER, CLUSTER + 4 * KIB, 9);
+    let kept = world.read_all("tgt");
+    assert!(kept[..crate::io::size(2 * CLUSTER)].iter().all(|b| *b == 0));
+    assert!(kept[crate::io::size(2 * CLUSTER)..].iter().all(|b| *b == 7));
+    let snapshot = world.layer.find_node("snap").expect("a node");
+    let guest = Backend::new(
+        &world.layer,
+        snapshot,
+        None,
+        Perm::CONSISTENT_READ,
+        Perm::all(),
+        true,
+    );
+    let guest = guest.expect("no conflict");
+    let read = |offset: u64, bytes: usize| {
+        let mut data = vec![0; bytes];
+        world
+            .memory
+            .block_on(guest.read(offset, &mut data))
+            .map(|()| data)
+    };
+    assert_eq!(read(2 * CLUSTER, 1536), Ok(vec![7; 1536]));
+    assert_eq!(read(2 * CLUSTER, 2048), Err(Errno::EACCES), "it was not there");
+    world.memory.block_on(guest.remove());
+}

@@ -15,6 +15,8 @@ mod tests_chains;
 mod tests_failures;
 #[cfg(test)]
 mod tests_groups;
+#[cfg(test)]
+mod tests_interleaved;
 
 use std::cell::Cell;
 use std::rc::Rc;

@@ -69,7 +69,7 @@ impl Backup {
     /// Forgets what the source's first layer does not hold.
     async fn ask_for_all(&self, layer: &Layer, job: &Job) -> Result<(), Errno> {
         let mut offset = 0;
-        while offset < self.copy.dirty().length.get() {
+        while offset < self.copy.length() {
             job.pause_point().await;
             if job.is_cancelled() {
                 return Err(Errno::ECANCELED);
@@ -87,7 +87,7 @@ impl Backup {
     async fn copy_all(&self, layer: &Layer, job: &Job) -> Result<(), Errno> {
         loop {
             let call = Call {
-                range: 0..self.copy.dirty().length.get(),
+                range: 0..self.copy.length(),
                 workers: self.workers,
                 max_chunk: self.max_chunk,
                 background: true,
