@@ -58,7 +58,13 @@ fn requests_that_make_no_sense() {
     }
     unusable(
         &["run", "--seeds", "0..1", "--faults", "errors", "--on", "file"],
-        &["only the simulated disk fails on demand"],
+        &["only storage of ours fails on demand"],
+    );
+    unusable(
+        &[
+            "run", "--seeds", "0..1", "--faults", "errors", "--on", "qemu", "--tier", "stress",
+        ],
+        &["only storage of ours fails on demand"],
     );
     unusable(&["run", "--seeds", "5..5"], &["expected A..B with A < B", "5..5"]);
     unusable(&["run", "--seeds", "9..3"], &["expected A..B with A < B"]);

@@ -203,7 +203,7 @@ fn known_defects_that_need_an_order_are_reproduced_and_recognised() {
         let file = file.to_str().expect("a name");
         json(&blkcheck(tmp.path(), &["replay", "--on", "qemu", file, "--json"]))
     };
-    for defect in blkcheck_sim::compare::known_run::GATED {
+    for defect in blkcheck_sim::compare::known_run::gated() {
         let replayed = replay(&format!("{}.json", defect.id));
         assert_eq!(replayed["verdict"], "fail", "{}: {replayed}", defect.id);
         assert_eq!(replayed["known"], defect.id, "{replayed}");
@@ -255,6 +255,49 @@ fn mixed_seeds_repeat_bit_by_bit_with_any_number_of_threads() {
         let found = |run: &Value| run["findings"].as_array().expect("a list").len();
         assert_eq!(found(&first), found(&again), "{threads} threads");
     }
+}
+
+/// Requests fail as on the simulated disk: by choices, so that runs repeat, and what the daemon makes of it is judged.
+#[test]
+fn failing_storage_is_a_choice_too_and_everything_it_shows_is_explained() {
+    if !has_daemon("failing_storage_is_a_choice_too_and_everything_it_shows_is_explained") {
+        return;
+    }
+    let tmp = tempfile::tempdir().expect("a directory");
+    let run = |threads| {
+        let flags = [
+            "run",
+            "--on",
+            "qemu",
+            "--faults",
+            "errors",
+            "--seeds",
+            "0..64",
+            "--json",
+            "--threads",
+            threads,
+        ];
+        json(&blkcheck(tmp.path(), &flags))
+    };
+    let first = run("1");
+    assert_eq!(first["findings"], serde_json::json!([]), "{first}");
+    for situation in [
+        "guest request fails",
+        "storage fails a read",
+        "storage fails a write",
+    ] {
+        assert!(
+            first["coverage"][situation].as_u64() > Some(0),
+            "{situation}: {first}"
+        );
+    }
+    for threads in ["2", "1"] {
+        let again = run(threads);
+        assert_eq!(first["trace_hash"], again["trace_hash"], "{threads} threads");
+        assert_eq!(first["known_counts"], again["known_counts"], "{threads} threads");
+    }
+    let known = first["known_counts"].as_object().expect("an object");
+    assert!(known.contains_key("read-error-closes-connection"), "{known:?}");
 }
 
 /// A daemon that is none: it says the right version and greets, and then does what `BLKCHECK_FAKE` says.

@@ -318,7 +318,7 @@ class Guest(Peer):
 
     def __init__(self, daemon, export):
         self.export, self.open, self.cookie, self.size = export, {}, 0, None
-        self.early, self.ready, self.unknown = bytearray(), False, False
+        self.early, self.ready, self.unknown, self.allocation = bytearray(), False, False, None
         sock = socket.socket(socket.AF_UNIX)
         sock.connect(os.path.join(daemon.directory, "guests.sock"))
         super().__init__(sock)
@@ -327,17 +327,19 @@ class Guest(Peer):
         name = self.export.encode()
         yield 18
         self.send(struct.pack(">I", 3))
-        context = b"base:allocation"
+        contexts = b"".join(struct.pack(">I", len(c)) + c for c in (b"base:allocation", b"qemu:allocation-depth"))
         for option, data in (
             (8, b""),  # structured replies
-            (10, struct.pack(">I", len(name)) + name + struct.pack(">II", 1, len(context)) + context),
+            (10, struct.pack(">I", len(name)) + name + struct.pack(">I", 2) + contexts),
             (7, struct.pack(">I", len(name)) + name + struct.pack(">H", 0)),  # go
         ):
             self.send(b"IHAVEOPT" + struct.pack(">II", option, len(data)) + data)
         while not self.ready:
             _, option, kind, length = struct.unpack(">QIII", (yield 20))
             data = yield length
-            if option == 7 and kind == 3 and data[:2] == b"\0\0":
+            if option == 10 and kind == 4 and data[4:] == b"base:allocation":
+                self.allocation = data[:4]
+            elif option == 7 and kind == 3 and data[:2] == b"\0\0":
                 self.size = struct.unpack(">Q", data[2:10])[0]
             elif option == 7 and kind == 1:
                 self.ready = True
@@ -349,22 +351,26 @@ class Guest(Peer):
             magic = struct.unpack(">I", (yield 4))[0]
             if magic == 0x67446698:
                 error, cookie = struct.unpack(">IQ", (yield 12))
-                last, request = True, self.open[cookie]
+                last, request = True, self.asked(cookie)
                 request.error = request.error or error
             else:
                 flags, kind, cookie, length = struct.unpack(">HHQI", (yield 16))
-                self.chunk(self.open[cookie], kind, (yield length))
-                last, request = flags & 1, self.open[cookie]
+                last, request = flags & 1, self.asked(cookie)
+                self.chunk(request, kind, (yield length))
             if last:
                 request.done = True
                 del self.open[cookie]
 
-    @staticmethod
-    def chunk(request, kind, data):
+    def asked(self, cookie):
+        if cookie not in self.open:
+            raise Wrong(f"{self.export}: the daemon answers a request that is not in flight, or answers one twice")
+        return self.open[cookie]
+
+    def chunk(self, request, kind, data):
         if kind == 1:  # data
             at = struct.unpack(">Q", data[:8])[0] - request.offset
             request.data[at:at + len(data) - 8] = data[8:]
-        elif kind == 5:  # block status
+        elif kind == 5 and data[:4] == self.allocation:  # block status
             words = struct.unpack(f">{len(data) // 4}I", data)[1:]
             request.extents += zip(words[::2], words[1::2])
         elif kind & 0x8000:
@@ -583,15 +589,23 @@ class Held:
 
     def release(self):
         """Carries it out and answers it."""
-        start, end, image, error, data = self.offset, self.offset + self.length, self.image, 0, b""
-        if end > len(image.data):
+        end, error, data = self.offset + self.length, 0, b""
+        if end > len(self.image.data):
             error = errno.ENOSPC if self.kind in ("write", "zero") else errno.EINVAL
         elif self.kind == "read":
-            data = image.data[start:end]
+            data = self.image.data[self.offset:end]
         elif self.kind != "flush":
-            image.data[start:end] = self.data if self.kind == "write" else bytes(self.length)
-            if self.kind != "discard":
-                image.end = max(image.end, end)
+            self.change(self.length)
+        self.answer(error, data)
+
+    def change(self, length):
+        """Carries out so many bytes of what changes the image."""
+        start, end, image = self.offset, self.offset + length, self.image
+        image.data[start:end] = self.data[:length] if self.kind == "write" else bytes(length)
+        if self.kind != "discard":
+            image.end = max(image.end, end)
+
+    def answer(self, error, data=b""):
         self.storage.send(struct.pack(">IIQ", 0x67446698, error, self.cookie) + data)
 
 
@@ -693,6 +707,7 @@ class GatedRun(Run):
     def __init__(self, daemon, history):
         super().__init__(daemon)
         self.history, self.waiting, self.deviates = history, [], 0
+        self.given = set()  # errors of storage
 
     def settle(self):
         """The daemon at rest. Commands go one at a time, the next one when the last is answered."""

@@ -288,7 +288,7 @@ class Guest(Peer):
 
     def __init__(self, daemon, export):
         self.export, self.open, self.cookie, self.size = export, {}, 0, None
-        self.early, self.ready, self.unknown = bytearray(), False, False
+        self.early, self.ready, self.unknown, self.allocation = bytearray(), False, False, None
         sock = socket.socket(socket.AF_UNIX)
         sock.connect(os.path.join(daemon.directory, "guests.sock"))
         super().__init__(sock)
@@ -297,17 +297,19 @@ class Guest(Peer):
         name = self.export.encode()
         yield 18
         self.send(struct.pack(">I", 3))
-        context = b"base:allocation"
+        contexts = b"".join(struct.pack(">I", len(c)) + c for c in (b"base:allocation", b"qemu:allocation-depth"))
         for option, data in (
             (8, b""),  # structured replies
-            (10, struct.pack(">I", len(name)) + name + struct.pack(">II", 1, len(context)) + context),
+            (10, struct.pack(">I", len(name)) + name + struct.pack(">I", 2) + contexts),
             (7, struct.pack(">I", len(name)) + name + struct.pack(">H", 0)),  # go
         ):
             self.send(b"IHAVEOPT" + struct.pack(">II", option, len(data)) + data)
         while not self.ready:
             _, option, kind, length = struct.unpack(">QIII", (yield 20))
             data = yield length
-            if option == 7 and kind == 3 and data[:2] == b"\0\0":
+            if option == 10 and kind == 4 and data[4:] == b"base:allocation":
+                self.allocation = data[:4]
+            elif option == 7 and kind == 3 and data[:2] == b"\0\0":
                 self.size = struct.unpack(">Q", data[2:10])[0]
             elif option == 7 and kind == 1:
                 self.ready = True
@@ -319,22 +321,26 @@ class Guest(Peer):
             magic = struct.unpack(">I", (yield 4))[0]
             if magic == 0x67446698:
                 error, cookie = struct.unpack(">IQ", (yield 12))
-                last, request = True, self.open[cookie]
+                last, request = True, self.asked(cookie)
                 request.error = request.error or error
             else:
                 flags, kind, cookie, length = struct.unpack(">HHQI", (yield 16))
-                self.chunk(self.open[cookie], kind, (yield length))
-                last, request = flags & 1, self.open[cookie]
+                last, request = flags & 1, self.asked(cookie)
+                self.chunk(request, kind, (yield length))
             if last:
                 request.done = True
                 del self.open[cookie]
 
-    @staticmethod
-    def chunk(request, kind, data):
+    def asked(self, cookie):
+        if cookie not in self.open:
+            raise Wrong(f"{self.export}: the daemon answers a request that is not in flight, or answers one twice")
+        return self.open[cookie]
+
+    def chunk(self, request, kind, data):
         if kind == 1:  # data
             at = struct.unpack(">Q", data[:8])[0] - request.offset
             request.data[at:at + len(data) - 8] = data[8:]
-        elif kind == 5:  # block status
+        elif kind == 5 and data[:4] == self.allocation:  # block status
             words = struct.unpack(f">{len(data) // 4}I", data)[1:]
             request.extents += zip(words[::2], words[1::2])
         elif kind & 0x8000:

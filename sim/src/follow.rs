@@ -97,6 +97,9 @@ pub struct Follower {
     /// A flush failed: the layer gives such a file up, and every later flush fails without storage being asked.
     flush_lost: bool,
     doubts: Vec<Doubt>,
+    /// What headers may say instead of what the model has: (file, backing file), where storage failed under the write of a
+    /// header. Such a write may have reached the file all the same.
+    headers: Vec<(Rc<str>, Option<BackingHeader>)>,
     off: bool,
     /// The layer is followed, which refreshes what it lets go of, not the daemon.
     layered: bool,
@@ -125,6 +128,7 @@ impl Follower {
         self.ordered = scenario.disk.faults.is_some();
         self.flush_lost = false;
         self.doubts.clear();
+        self.headers.clear();
         self.off = false;
     }
 
@@ -152,6 +156,27 @@ impl Follower {
             return true;
         }
         false
+    }
+
+    /// Whether the header of a file may name this backing file although the model has another one, because storage failed
+    /// when it was written. Of use where nobody can look at headers before the end.
+    #[must_use]
+    pub fn header_may_name(&self, file: &str, backing: Option<(&str, Option<&str>)>) -> bool {
+        self.headers.iter().any(|(f, header)| {
+            let named = header.as_ref().map(|h| (&*h.file, h.format.as_deref()));
+            **f == *file && named == backing
+        })
+    }
+
+    /// Headers that differ from those in `other` may be as they are there.
+    fn doubt_headers(&mut self, other: &World) {
+        for (file, facts) in &other.files {
+            let header = |facts: &FileFacts| facts.qcow2.as_ref().map(|q| q.backing.clone());
+            let (there, here) = (header(facts), self.world.files.get(file).and_then(|f| header(f)));
+            if let Some(there) = there.filter(|_| header(facts) != here) {
+                self.headers.push((Rc::clone(file), there));
+            }
+        }
     }
 
     /// The shutdown has begun: the model no longer follows.
@@ -374,7 +399,14 @@ impl Follower {
         self.journal.push(Entry::Completed(id.into(), outcome, false));
         followed.changed = true;
         followed.completed = Some(outcome);
-        match self.world.job_completed(id, outcome) {
+        let failed_late = self.storage_failed() && prepared && outcome == Outcome::Failed;
+        let mut carried_out = failed_late.then(|| self.world.clone());
+        let completed = self.world.job_completed(id, outcome);
+        if let Some(world) = &mut carried_out {
+            drop(world.job_completed_leaving(id, Outcome::NotFlushed, false));
+            self.doubt_headers(world);
+        }
+        match completed {
             Err(wrong) => followed.wrong = Some(wrong),
             Ok(expected) if outcome == Outcome::Success && expected.as_deref() != error => {
                 let said = |e: Option<&str>| e.map_or("no error".to_owned(), |e| format!("'{e}'"));
@@ -430,7 +462,9 @@ impl Follower {
             .collect();
         self.doubts.push(Doubt { at, others });
         self.prediction = None;
+        let carried_out = self.world.clone();
         self.replay(scenario);
+        self.doubt_headers(&carried_out);
     }
 
     fn start(&self, scenario: &Scenario) -> World {
@@ -472,11 +506,13 @@ fn is_predicted(prediction: Option<&Result<Value, Refusal>>, got: &history::Refu
     matches!(prediction, Some(Err(p)) if p.class.name() == got.class && p.desc == got.desc)
 }
 
-/// Whether a text names an errno that failing storage gives.
+/// Whether a text names an errno that failing storage gives, or is the daemon's for a reopen that a format refuses without
+/// saying why: qcow2 then could not store what it held back.
 fn speaks_of_storage(text: &str) -> bool {
     [Errno::EIO, Errno::ENOSPC]
         .iter()
         .any(|errno| text.contains(errno.text()))
+        || text.starts_with("failed while preparing to reopen image ")
 }
 
 fn action(scenario: &Scenario, step: StepId) -> &Action {

@@ -155,7 +155,8 @@ impl Setup {
                 rates: false,
                 inline_backing: false,
                 reopen: true,
-                snapshots: true,
+                // As in memory.
+                snapshots: matches!(self.faults, Faults::None),
                 resize: true,
                 // The daemon throttles by the real clock.
                 throttle: false,
@@ -165,12 +166,12 @@ impl Setup {
     }
 
     /// What shrinking one finding may cost: a daemon is some thousand times slower than a simulation, and one that
-    /// hangs has to be waited for.
+    /// hangs, or goes on for ever, has to be waited for.
     #[must_use]
     pub fn limits(&self, oracle: OracleName) -> Limits {
         match (self.on, oracle) {
             (On::Memory | On::File | On::Loop, _) => Limits::default(),
-            (On::Qemu, OracleName::Daemon) => Limits {
+            (On::Qemu, OracleName::Daemon | OracleName::Liveness) => Limits {
                 executions: 12,
                 schedules: 0,
             },

@@ -22,8 +22,6 @@ use crate::target::{Alternatives, Move, Steering, Target, Trouble};
 use crate::trace::{Fold, Trace};
 use jobs::Jobs;
 
-/// Scheduler steps after which a run counts as a livelock.
-const STEP_LIMIT: u64 = 1_000_000;
 /// Scheduler steps without any storage completion or passing of time, while one was possible, after which the oldest
 /// is forced: no chooser may starve the disk for ever.
 const PATIENCE: u32 = 20_000;
@@ -247,7 +245,7 @@ impl Runner {
             if can.timer && total == 1 && !can.external {
                 oracles.iter_mut().try_for_each(|oracle| oracle.only_time())?;
             }
-            if self.steps >= STEP_LIMIT {
+            if self.steps >= target.step_limit() {
                 return Err(self.hangs("still busy after the step limit", target, oracles));
             }
             self.steps += 1;

@@ -66,7 +66,7 @@ pub(super) struct RunArgs {
     /// Which scenarios are generated.
     #[arg(long, default_value = "mixed", value_parser = parse_profile)]
     pub(super) profile: Profile,
-    /// Storage faults to inject.
+    /// Storage faults to inject; with `--on memory`, and `--on qemu` under the gate.
     #[arg(long, value_enum, default_value_t = Faults::None)]
     pub(super) faults: Faults,
     /// Directory for the scenario files of findings.

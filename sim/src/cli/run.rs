@@ -37,9 +37,9 @@ pub(super) fn run(args: &RunArgs) -> Result<Found, CliError> {
     super::check_tier(args.on, args.tier)?;
     match args.faults {
         Faults::None => {}
-        Faults::Errors if args.on == On::Memory => {}
+        Faults::Errors if args.on == On::Memory || (args.on == On::Qemu && args.tier == Tier::Gated) => {}
         Faults::Errors => {
-            let text = "--faults errors: only the simulated disk fails on demand; use --on memory";
+            let text = "--faults errors: only storage of ours fails on demand; use --on memory, or --on qemu";
             return Err(CliError::Request(text.to_owned()));
         }
         Faults::Crash | Faults::All => {

@@ -2,9 +2,12 @@
 //!
 //! Rules: as in [`super::known`]. A run ends at its first finding, so that a finding is one defect's. What explains it is
 //! looked for in what happened before: a matcher wants the oracle, what it says, and the cause in the run.
-//! An entry of [`GATED`] is reproduced by `blkcheck replay --on qemu`.
+//! An entry of [`gated`] is reproduced by `blkcheck replay --on qemu`.
 
 mod causes;
+mod failing;
+
+use std::rc::Rc;
 
 use blkcheck_model::{Command, Driver, World};
 use serde_json::{Map, Value};
@@ -14,10 +17,11 @@ use super::known::{self, DEFECTS, Defect, Sure};
 use crate::follow::Follower;
 use crate::history::{Outcome, Record, StepId};
 use crate::oracle::{OracleName, Violation};
+use crate::qemu::nbd::client::ESHUTDOWN;
 use crate::scenario::{Action, Format, GuestOp, Range, Scenario};
 
 /// Defects that need an order of storage requests to show, or storage over NBD.
-pub static GATED: &[Defect] = &[
+static GATED: &[Defect] = &[
     Defect {
         id: "copy-above-filter-undoes-write",
         title: "copy-on-read above another filter copies there, and undoes what somebody writes to the node below meanwhile",
@@ -82,9 +86,14 @@ pub static GATED: &[Defect] = &[
     },
 ];
 
+/// Those that show in gated runs only.
+pub fn gated() -> impl Iterator<Item = &'static Defect> {
+    GATED.iter().chain(failing::FAILING)
+}
+
 /// The whole reviewed list.
 pub fn all() -> impl Iterator<Item = &'static Defect> {
-    DEFECTS.iter().chain(GATED)
+    DEFECTS.iter().chain(gated())
 }
 
 /// The entry of this name.
@@ -157,7 +166,8 @@ pub fn explain(scenario: &Scenario, violation: &Violation, records: &[Record]) -
         world: follower.world,
         causes,
     };
-    let (id, _) = MATCHERS.iter().find(|(_, matches)| matches(&found))?;
+    let mut matchers = MATCHERS.iter().chain(failing::MATCHERS);
+    let (id, _) = matchers.find(|(_, matches)| matches(&found))?;
     find(id)
 }
 
@@ -193,16 +203,6 @@ impl<'a> Found<'a> {
         })
     }
 
-    /// Some command of this name was accepted.
-    fn accepted(&self, name: &str) -> bool {
-        self.records.iter().any(|r| match r {
-            Record::Ended(step, Outcome::Command(Ok(_))) => {
-                self.command(*step).is_some_and(|(execute, _)| execute == name)
-            }
-            _ => false,
-        })
-    }
-
     /// Some command of this name was given.
     fn issued(&self, name: &str) -> bool {
         self.records.iter().any(|r| match r {
@@ -223,6 +223,8 @@ impl<'a> Found<'a> {
                         flying.push((*step, *op));
                     }
                 }
+                // One whose connection was closed may still be under way.
+                Record::Ended(_, Outcome::Read(Err(ESHUTDOWN)) | Outcome::Done(Err(ESHUTDOWN))) => {}
                 Record::Ended(step, _) => flying.retain(|(s, _)| s != step),
                 _ => {}
             }
@@ -245,8 +247,17 @@ fn null_co_size(found: &Found<'_>) -> bool {
 }
 
 fn bottom_outside_chain(found: &Found<'_>) -> bool {
-    let outside =
-        |(execute, arguments): Given<'_>| known::has_bottom_outside(&found.world, execute, arguments);
+    // A job that was about to end may have taken the bottom out of the chain just before.
+    let mut later = found.world.clone();
+    let ids: Vec<_> = later.jobs.iter().map(|job| Rc::clone(&job.id)).collect();
+    for id in ids {
+        drop(later.job_completed(&id, blkcheck_model::Outcome::Success));
+    }
+    let outside = |(execute, arguments): Given<'_>| {
+        [&found.world, &later]
+            .iter()
+            .any(|world| known::has_bottom_outside(world, execute, arguments))
+    };
     found.says(&[OracleName::Daemon], "without coming to rest") && found.unanswered().any(outside)
 }
 
@@ -303,7 +314,7 @@ fn backing_format(found: &Found<'_>) -> bool {
     found.says(&[OracleName::Image], "names another backing file")
         && name(expected).is_some()
         && name(expected) == name(got)
-        && found.accepted("change-backing-file")
+        && found.issued("change-backing-file")
 }
 
 fn uncovers_base(found: &Found<'_>) -> bool {
@@ -407,12 +418,18 @@ fn loses_over_raw(found: &Found<'_>) -> bool {
     lost || called_zero
 }
 
-/// A stream fails at its end, to a base whose name is a description.
+/// A stream fails at its end, to a base whose name is a description; or one finds its base by a file's name, or does not, where
+/// nodes have descriptions for names.
 fn records_description(found: &Found<'_>) -> bool {
-    found.says(
+    let is_stream = |((execute, _), _): (Given<'_>, Option<&str>)| execute == "block-stream";
+    let no_room = found.says(
         &[OracleName::Jobs],
         "ends with 'No space left on device', expected no error",
-    ) && found.causes.described
+    ) && found.causes.described;
+    let other_base = found.says(&[OracleName::Refusals], "block-stream is ")
+        && found.causes.looked
+        && found.last_answer().is_some_and(is_stream);
+    no_room || other_base
 }
 
 /// One of the assertions that a request past the end of a node meets.

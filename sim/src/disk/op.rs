@@ -70,7 +70,7 @@ impl Op {
     }
 
     /// In how many ways it can end, well included.
-    pub(super) fn endings(self) -> u32 {
+    pub(crate) fn endings(self) -> u32 {
         let cuts = u32::try_from(self.cuts().min(MOST_CUTS)).expect("few");
         match self {
             Op::Read { .. } | Op::Flush => 2,
@@ -80,7 +80,7 @@ impl Op {
     }
 
     /// Its `ending`-th end, from 1 on: the plain ones first.
-    pub(super) fn bad_end(self, ending: u32) -> BadEnd {
+    pub(crate) fn bad_end(self, ending: u32) -> BadEnd {
         let end = |errno, done| BadEnd { errno, done };
         match (self, ending) {
             (Op::Discard { bytes, .. }, 2) | (Op::Write { bytes, .. } | Op::WriteZeroes { bytes, .. }, 3) => {

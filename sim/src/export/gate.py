@@ -22,6 +22,7 @@ class GatedRun(Run):
     def __init__(self, daemon, history):
         super().__init__(daemon)
         self.history, self.waiting, self.deviates = history, [], 0
+        self.given = set()  # errors of storage
 
     def settle(self):
         """The daemon at rest. Commands go one at a time, the next one when the last is answered."""
@@ -63,6 +64,19 @@ class GatedRun(Run):
                 self.daemon.held.remove(held)
                 say(f"    released: {text}")
                 return held.release()
+        self.deviates += 1
+        say(f"    (not asked by this daemon: {text})")
+
+    def fail(self, text, error, done=0):
+        """Lets this request of the daemon fail, after so many bytes of it."""
+        self.settle()
+        for held in self.daemon.held:
+            if str(held) == text:
+                self.daemon.held.remove(held)
+                part = f", {done:#x} bytes of it done" if done else ""
+                self.given.add(error)
+                say(f"    failed: {text}: {os.strerror(error)}{part}")
+                return held.fail(error, done)
         self.deviates += 1
         say(f"    (not asked by this daemon: {text})")
 
@@ -115,6 +129,14 @@ class GatedRun(Run):
         if not self.over(request).error:
             raise Wrong(f"{request.export}: {request} has to fail; it is done")
 
+    def over_in_order(self, request):
+        """It is done, or it fails with an error that storage gave."""
+        error = self.over(request).error
+        if error == errno.ESHUTDOWN:
+            raise Wrong(f"{request.export}: {request} has to be answered; the daemon closes the connection instead")
+        if error and error not in self.given:
+            raise Wrong(f"{request.export}: {request} fails: {os.strerror(error)}; storage did not")
+
     def answer(self, number, what):
         """Of a command that stands alone."""
         answers = self.daemon.monitor.answers
@@ -162,6 +184,23 @@ class GatedRun(Run):
         self.history.ends(request)
         self.daemon.guests.pop(export).lost()
         self.ask({"execute": "block-export-del", "arguments": {"id": export, "mode": "hard"}})
+
+    def linked_as_recorded(self, node, image):
+        """At the end, the node has a backing node if the header of its image names one, and has none if not."""
+        graph = self.ask({"execute": "x-debug-query-block-graph"})
+        numbers = [n["id"] for n in graph["nodes"] if n["name"] == self.made_up_names(f'"{node}"')[1:-1]]
+        linked = any(e["parent"] in numbers and e["name"] == "backing" for e in graph["edges"])
+        named = any(self.daemon.images[image].data[8:16])
+        if linked != named:
+            has = "has a backing node" if linked else "has no backing node any more"
+            raise Wrong(f"{node} {has}, and the header of {image} names {'one' if named else 'none'}")
+
+    def ignores_at_most(self, job, most):
+        """The job told no more errors that it ignored than this."""
+        told = [e["data"] for e in self.daemon.monitor.events if e["event"] == "BLOCK_JOB_ERROR"]
+        ignored = sum(e["device"] == job and e["action"] == "ignore" for e in told)
+        if ignored > most:
+            raise Wrong(f"{job} ignores {ignored} errors, and there are {most} sectors: it asks for the same again and again")
 
     def quit(self):
         for guest in self.daemon.guests.values():

@@ -13,6 +13,8 @@ use std::path::Path;
 use std::rc::Rc;
 
 use blkcheck_impl::Layer;
+use blkcheck_impl::error::Errno;
+use blkcheck_model::Driver;
 
 use super::ExportError;
 use super::script::command;
@@ -38,8 +40,10 @@ enum Entry {
     Begun(StepId),
     /// A storage request was carried out; it was the oldest; so many were held afterwards.
     Released(String, bool, usize),
-    /// A step was over.
-    Over(StepId, Outcome),
+    /// A storage request was made to fail: with this error, after so many bytes of it.
+    Failed(String, Errno, u64),
+    /// A step was over; so many requests were held then.
+    Over(StepId, Outcome, usize),
 }
 
 /// A course.
@@ -106,6 +110,9 @@ impl Target for Logged<'_> {
         self.entries.push(Entry::Begun(step));
         self.inner.issue(scenario, step);
     }
+    fn step_limit(&self) -> u64 {
+        self.inner.step_limit()
+    }
     fn alternatives(&mut self) -> Alternatives {
         self.inner.alternatives()
     }
@@ -127,13 +134,17 @@ impl Target for Logged<'_> {
         self.inner.endings(storage)
     }
     fn fail(&mut self, storage: u32, ending: u32) {
+        let held = self.inner.held()[storage as usize].clone();
+        let bad = self.inner.bad_end(storage, ending);
         self.inner.fail(storage, ending);
+        self.entries.push(Entry::Failed(held, bad.errno, bad.done));
     }
     fn take_records(&mut self, into: &mut Vec<Record>) {
         let before = into.len();
         self.inner.take_records(into);
+        let held = self.inner.held().len();
         let over = into[before..].iter().filter_map(|record| match record {
-            Record::Ended(step, outcome) => Some(Entry::Over(*step, outcome.clone())),
+            Record::Ended(step, outcome) => Some(Entry::Over(*step, outcome.clone(), held)),
             _ => None,
         });
         self.entries.extend(over);
@@ -164,6 +175,8 @@ struct Watched {
     disks: BTreeMap<StepId, usize>,
     /// At the end: name, length, disk.
     nodes: Vec<(String, u64, Option<usize>)>,
+    /// At the end: nodes of qcow2 images, and their files.
+    formatted: Vec<(String, String)>,
 }
 
 /// Follows a run with the books of the data oracle; never has a verdict.
@@ -223,6 +236,13 @@ impl Oracle for Watcher {
             (c.name.to_owned(), c.bytes.len() as u64, disk)
         });
         watched.nodes = shown.collect();
+        let formatted = contents.iter().filter_map(|c| {
+            let node = world.graph.find(c.name)?;
+            let is_format = world.graph.node(node).driver == Driver::Qcow2;
+            let file = world.image_file(node).filter(|_| is_format)?;
+            Some((c.name.to_owned(), file.to_string()))
+        });
+        watched.formatted = formatted.collect();
         Ok(())
     }
 }
@@ -242,10 +262,11 @@ impl Course {
                     OracleName::Data
                         | OracleName::Transparency
                         | OracleName::Daemon
+                        | OracleName::Errors
                         | OracleName::Refusals
                         | OracleName::Liveness
                         | OracleName::Image
-                );
+                ) || self.ignored().is_some();
                 let unchecked = if seen {
                     ""
                 } else {
@@ -277,7 +298,7 @@ impl Course {
         let is_over = |step: &StepId| {
             self.entries
                 .iter()
-                .any(|e| matches!(e, Entry::Over(s, _) if s == step))
+                .any(|e| matches!(e, Entry::Over(s, ..) if s == step))
         };
         for step in begun.filter(|s| !is_over(s)) {
             let _ = writeln!(out, "    run.over(s{})", step.0);
@@ -291,7 +312,38 @@ impl Course {
                 }
             }
         }
+        if let Some((job, most)) = self.ignored() {
+            let _ = writeln!(out, "    run.ignores_at_most({}, {most})", quoted(job));
+        }
+        if let Some(file) = self.misnamed() {
+            for (node, _) in watched.formatted.iter().filter(|(_, f)| f == file) {
+                let _ = writeln!(
+                    out,
+                    "    run.linked_as_recorded({}, {})",
+                    quoted(node),
+                    quoted(file)
+                );
+            }
+        }
         out
+    }
+
+    /// The job that ignores more errors than there are sectors, if that is what is wrong, and how many there are.
+    fn ignored(&self) -> Option<(&str, &str)> {
+        let violation = self.violation.as_ref().filter(|v| v.oracle == OracleName::Jobs)?;
+        let (before, after) = violation
+            .message
+            .split_once(" ignores more errors than there are sectors (")?;
+        let job = before.strip_prefix("job '")?.strip_suffix('\'')?;
+        Some((job, after.split(')').next()?))
+    }
+
+    /// The image whose header is not as its node is, if that is what is wrong.
+    fn misnamed(&self) -> Option<&str> {
+        let violation = self.violation.as_ref()?;
+        let is_header = violation.message.contains("names another backing file");
+        let file = violation.message.split('\'').nth(1)?;
+        (violation.oracle == OracleName::Image && is_header).then_some(file)
     }
 
     /// Writes the entry at `at`, and those that belong to it; where it goes on.
@@ -318,6 +370,18 @@ impl Course {
                     let _ = writeln!(out, "    run.release({})", quoted(what));
                 }
             }
+            Entry::Failed(what, errno, done) => {
+                let done = match done {
+                    0 => String::new(),
+                    n => format!(", {n:#x}"),
+                };
+                let _ = writeln!(
+                    out,
+                    "    run.fail({}, errno.{}{done})",
+                    quoted(what),
+                    name(*errno)
+                );
+            }
             entry @ Entry::Over(..) => self.over(out, entry),
         }
         at + 1
@@ -340,6 +404,9 @@ impl Course {
                 }
                 last = Some(*left);
             }
+            if let Entry::Failed(..) = entry {
+                return false;
+            }
         }
         last == Some(0)
     }
@@ -350,20 +417,20 @@ impl Course {
         let Action::Command { execute, arguments } = &self.scenario.steps[step.0 as usize].action else {
             return None;
         };
-        let quiet = end == at + 1 || self.in_order(at + 1, end) || {
-            let released = |e: &Entry| matches!(e, Entry::Released(..));
-            !self.entries[at + 1..end].iter().any(released)
-        };
+        let released = |e: &Entry| matches!(e, Entry::Released(..) | Entry::Failed(..));
+        let untouched = !self.entries[at + 1..end].iter().any(released);
+        let in_order = self.in_order(at + 1, end);
         let mut over = None;
         for entry in &self.entries[at + 1..end] {
-            if let Entry::Over(other, outcome) = entry {
+            if let Entry::Over(other, outcome, held) = entry {
                 if *other != step {
                     return None;
                 }
-                over = Some(outcome);
+                over = Some((outcome, in_order || (untouched && *held == 0)));
             }
         }
-        let outcome = over.filter(|_| quiet)?;
+        // Alone it takes what it needs: nobody else may be waiting for it.
+        let (outcome, _) = over.filter(|(_, quiet)| *quiet)?;
         let text = json_text(&command(execute, arguments, Some(names)), 8);
         match self.right(step, outcome) {
             Some(why) => {
@@ -378,15 +445,17 @@ impl Course {
 
     /// Why a command has to be refused; none: it has to be accepted.
     fn right(&self, step: StepId, outcome: &Outcome) -> Option<String> {
-        let objection = self
-            .violation
-            .as_ref()
-            .filter(|v| v.oracle == OracleName::Refusals && v.step == Some(step));
-        match (outcome, objection) {
+        match (outcome, self.objected(OracleName::Refusals, step)) {
             (Outcome::Command(Err(refusal)), None) => Some(refusal.desc.clone()),
             (Outcome::Command(Ok(_)), Some(objection)) => Some(objection.message.clone()),
             _ => None,
         }
+    }
+
+    /// What an oracle has against how a step ended.
+    fn objected(&self, oracle: OracleName, step: StepId) -> Option<&Violation> {
+        let violation = self.violation.as_ref();
+        violation.filter(|v| v.oracle == oracle && v.step == Some(step))
     }
 
     fn begun(&self, out: &mut String, step: StepId, values: &Values, names: &Names, judged: bool) {
@@ -421,7 +490,9 @@ impl Course {
     }
 
     fn over(&self, out: &mut String, entry: &Entry) {
-        let Entry::Over(step, outcome) = entry else { return };
+        let Entry::Over(step, outcome, _) = entry else {
+            return;
+        };
         let number = step.0;
         let _ = match outcome {
             Outcome::Command(_) => match self.right(*step, outcome) {
@@ -430,6 +501,11 @@ impl Course {
             },
             Outcome::Read(Ok(_)) | Outcome::Done(Ok(())) | Outcome::Status(Ok(_)) => {
                 writeln!(out, "    run.over_done(s{number})")
+            }
+            Outcome::Read(Err(_)) | Outcome::Done(Err(_)) | Outcome::Status(Err(_))
+                if self.objected(OracleName::Errors, *step).is_some() =>
+            {
+                writeln!(out, "    run.over_in_order(s{number})")
             }
             Outcome::Read(Err(_)) | Outcome::Done(Err(_)) | Outcome::Status(Err(_)) | Outcome::NoExport => {
                 writeln!(out, "    run.over_fails(s{number})")
@@ -488,6 +564,14 @@ impl Course {
         }
         out.push_str("    }\n");
         out
+    }
+}
+
+/// An error of storage, as Python has it.
+fn name(errno: Errno) -> &'static str {
+    match errno {
+        Errno::ENOSPC => "ENOSPC",
+        _ => "EIO",
     }
 }
 

@@ -204,16 +204,14 @@ pub(super) fn slow_jobs(scenario: &Scenario) -> Vec<String> {
 }
 
 /// A command as the daemon gets it.
-pub(super) fn command(
-    execute: &str,
-    arguments: &serde_json::Map<String, Value>,
-    names: Option<&Names>,
-) -> Value {
-    let mut arguments = arguments.clone();
+pub(super) fn command(execute: &str, given: &serde_json::Map<String, Value>, names: Option<&Names>) -> Value {
+    let mut arguments = given.clone();
     if let Some(names) = names {
         arguments = names.to_daemon(execute, &arguments);
-        // Our own guests ask for depths; the script's do not.
-        arguments.shift_remove("allocation-depth");
+        // Our own guests are shown depths always; the script's where the scenario says so.
+        if !given.contains_key("allocation-depth") {
+            arguments.shift_remove("allocation-depth");
+        }
     }
     if arguments.is_empty() {
         json!({ "execute": execute })

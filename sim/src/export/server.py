@@ -21,15 +21,29 @@ class Held:
 
     def release(self):
         """Carries it out and answers it."""
-        start, end, image, error, data = self.offset, self.offset + self.length, self.image, 0, b""
-        if end > len(image.data):
+        end, error, data = self.offset + self.length, 0, b""
+        if end > len(self.image.data):
             error = errno.ENOSPC if self.kind in ("write", "zero") else errno.EINVAL
         elif self.kind == "read":
-            data = image.data[start:end]
+            data = self.image.data[self.offset:end]
         elif self.kind != "flush":
-            image.data[start:end] = self.data if self.kind == "write" else bytes(self.length)
-            if self.kind != "discard":
-                image.end = max(image.end, end)
+            self.change(self.length)
+        self.answer(error, data)
+
+    def change(self, length):
+        """Carries out so many bytes of what changes the image."""
+        start, end, image = self.offset, self.offset + length, self.image
+        image.data[start:end] = self.data[:length] if self.kind == "write" else bytes(length)
+        if self.kind != "discard":
+            image.end = max(image.end, end)
+
+    def fail(self, error, done):
+        """Carries out so many bytes of it and answers it with an error."""
+        if done:
+            self.change(done)
+        self.answer(error)
+
+    def answer(self, error, data=b""):
         self.storage.send(struct.pack(">IIQ", 0x67446698, error, self.cookie) + data)
 
 

@@ -95,6 +95,9 @@ pub fn generate_from(rng: &mut Rng, profile: Profile, reach: Reach) -> Scenario 
     if !reach.rates {
         without_rates(&mut steps);
     }
+    if !reach.raw_tails {
+        without_raw_resizes(&mut steps);
+    }
     if !reach.inline_backing {
         without_inline_backing(&mut steps);
     }
@@ -135,19 +138,14 @@ pub fn without_rates(steps: &mut [Step]) {
     }
 }
 
-/// Opens inline backing nodes by commands of their own, just before: for targets that cannot join options with the
-/// file name in a header.
+/// Opens inline backing nodes by commands of their own, just before, wherever they are described: for targets that cannot
+/// join options with the file name in a header.
 pub fn without_inline_backing(steps: &mut Vec<Step>) {
     let mut at = 0;
     while at < steps.len() {
-        let Action::Command { execute, arguments } = &mut steps[at].action else {
-            at += 1;
-            continue;
-        };
-        let inner = match arguments.get_mut("backing") {
-            Some(backing @ serde_json::Value::Object(_)) if execute == "blockdev-add" => {
-                let name = backing.get("node-name").cloned();
-                name.map(|name| std::mem::replace(backing, name))
+        let inner = match &mut steps[at].action {
+            Action::Command { execute, arguments } if execute == "blockdev-add" => {
+                take_inline_backing(arguments)
             }
             _ => None,
         };
@@ -159,6 +157,50 @@ pub fn without_inline_backing(steps: &mut Vec<Step>) {
             None => at += 1,
         }
     }
+}
+
+/// Puts the name of the first inline backing node in place of its description, which is the result; it may have inline
+/// backing nodes of its own. One without a name stays.
+fn take_inline_backing(
+    options: &mut serde_json::Map<String, serde_json::Value>,
+) -> Option<serde_json::Value> {
+    if let Some(backing @ serde_json::Value::Object(_)) = options.get_mut("backing")
+        && let Some(name) = backing.get("node-name").cloned()
+    {
+        return Some(std::mem::replace(backing, name));
+    }
+    options
+        .values_mut()
+        .filter_map(|option| option.as_object_mut())
+        .find_map(take_inline_backing)
+}
+
+/// Takes resizes of raw and protocol nodes out: for targets where a file has the length that it has.
+fn without_raw_resizes(steps: &mut Vec<Step>) {
+    let mut names = Vec::new();
+    for step in &*steps {
+        if let Action::Command { execute, arguments } = &step.action
+            && execute == "blockdev-add"
+        {
+            raw_nodes(arguments, &mut names);
+        }
+    }
+    steps.retain(|step| match &step.action {
+        Action::Command { execute, arguments } if execute == "block_resize" => {
+            let node = arguments.get("node-name").and_then(serde_json::Value::as_str);
+            !names.iter().any(|name| Some(&**name) == node)
+        }
+        _ => true,
+    });
+}
+
+fn raw_nodes(options: &serde_json::Map<String, serde_json::Value>, names: &mut Vec<String>) {
+    let text = |key: &str| options.get(key).and_then(serde_json::Value::as_str);
+    if let (Some("raw" | "file" | "host_device"), Some(name)) = (text("driver"), text("node-name")) {
+        names.push(name.to_owned());
+    }
+    let inner = options.values().filter_map(serde_json::Value::as_object);
+    inner.for_each(|inner| raw_nodes(inner, names));
 }
 
 /// The name of the actor whose steps are barriers: they run alone, in file order.
@@ -221,5 +263,63 @@ fn drain_step(actor: u32, action: Action) -> Step {
         actor: format!("drain{actor}"),
         action,
         wait: true,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn inline_backing_nodes_are_opened_first_wherever_they_are() {
+        let file = |name: &str| json!({"driver": "file", "filename": name});
+        let base = json!({"driver": "raw", "node-name": "n0", "file": file("i0")});
+        let middle = json!({"driver": "qcow2", "node-name": "n1", "file": file("i1"), "backing": base});
+        let top = json!({"driver": "qcow2", "node-name": "n2", "file": file("i2"), "backing": middle});
+        let filter = json!({"driver": "copy-on-read", "node-name": "cor", "file": top});
+        let mut steps = vec![command(SETUP, "blockdev-add", filter)];
+        without_inline_backing(&mut steps);
+        let opened: Vec<Step> = [
+            json!({"driver": "raw", "node-name": "n0", "file": file("i0")}),
+            json!({"driver": "qcow2", "node-name": "n1", "file": file("i1"), "backing": "n0"}),
+            json!({"driver": "copy-on-read", "node-name": "cor",
+                "file": {"driver": "qcow2", "node-name": "n2", "file": file("i2"), "backing": "n1"}}),
+        ]
+        .into_iter()
+        .map(|options| command(SETUP, "blockdev-add", options))
+        .collect();
+        assert_eq!(steps, opened);
+        without_inline_backing(&mut steps);
+        assert_eq!(steps, opened, "nothing is left to do");
+    }
+
+    #[test]
+    fn only_images_of_a_format_are_resized_where_files_keep_their_length() {
+        let file = json!({"driver": "file", "node-name": "f0", "filename": "i0"});
+        let raw = json!({"driver": "raw", "node-name": "n0", "file": file});
+        let open = json!({"driver": "qcow2", "node-name": "n1", "file": "f1", "backing": raw});
+        let resize = |node: &str| command("m", "block_resize", json!({"node-name": node, "size": 512}));
+        let mut steps = vec![command(SETUP, "blockdev-add", open)];
+        let kept = [&steps[..], &[resize("n1"), resize("nope")]].concat();
+        steps.extend(["n0", "n1", "f0", "nope"].map(resize));
+        without_raw_resizes(&mut steps);
+        assert_eq!(steps, kept);
+    }
+
+    #[test]
+    fn what_has_no_name_or_is_no_blockdev_add_stays() {
+        let nameless =
+            json!({"driver": "qcow2", "node-name": "n1", "file": "f", "backing": {"driver": "null-co"}});
+        let reopen =
+            json!({"options": [{"driver": "qcow2", "node-name": "n1", "backing": {"node-name": "n0"}}]});
+        let steps = vec![
+            command("m", "blockdev-add", nameless),
+            command("m", "blockdev-reopen", reopen),
+        ];
+        let mut changed = steps.clone();
+        without_inline_backing(&mut changed);
+        assert_eq!(changed, steps);
     }
 }

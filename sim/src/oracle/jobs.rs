@@ -7,7 +7,8 @@
 //! one edge at a time, a job parks only while it is above zero, and a parked job handles no chunk.
 //! Errors: the action that `BLOCK_JOB_ERROR` tells is one that the job's `on-error` takes (`stop` on lack of space only
 //! after storage ran out of it); after `report` or `ignore` a job that is not cancelled fails, and none fails in its run
-//! phase without having told such an error; after `stop` it handles no chunk until it is resumed.
+//! phase without having told such an error; after `stop` it handles no chunk until it is resumed. A job does
+//! not ignore more errors than its device can have sectors.
 //! Unchecked: which verbs are admitted when (`refusals`, by the model), the wall-clock rate, `waiting` without
 //! `pending` (needs grouped jobs, which no job here can be in).
 
@@ -79,6 +80,8 @@ struct Job {
     doomed: bool,
     /// Told an error that stops it, and was not resumed since.
     stopped: bool,
+    /// Errors that it told and went on.
+    ignored: u64,
 }
 
 /// See the module.
@@ -89,6 +92,8 @@ pub struct Jobs {
     policies: Vec<(String, String)>,
     /// Storage ran out of space.
     no_space: bool,
+    /// In the longest that any node may be.
+    sectors: u64,
 }
 
 impl Jobs {
@@ -149,6 +154,7 @@ impl Jobs {
                     prepared: false,
                     doomed: false,
                     stopped: false,
+                    ignored: 0,
                 });
                 self.jobs.len() - 1
             }
@@ -234,9 +240,16 @@ impl Jobs {
             );
             return Err(wrong(message));
         }
+        let most = self.sectors;
         let j = &mut self.jobs[at];
         j.stopped |= action == "stop";
         j.doomed |= action != "stop";
+        j.ignored += u64::from(action == "ignore");
+        if j.ignored > most {
+            return Err(wrong(format!(
+                "job '{id}' ignores more errors than there are sectors ({most}): it asks for the same again and again"
+            )));
+        }
         Ok(())
     }
 
@@ -325,6 +338,18 @@ impl Jobs {
     }
 }
 
+/// Sectors of the longest image, as it is laid out or made by a command.
+fn sectors(scenario: &Scenario) -> u64 {
+    let resized = scenario.steps.iter().filter_map(|step| match &step.action {
+        Action::Command { execute, arguments } if execute == "block_resize" => {
+            arguments.get("size")?.as_u64()
+        }
+        _ => None,
+    });
+    let longest = scenario.images.iter().map(|i| i.size).chain(resized).max();
+    longest.map_or(u64::MAX, |bytes| bytes.div_ceil(512))
+}
+
 fn wrong(message: String) -> Violation {
     violation(OracleName::Jobs, None, message, Vec::new())
 }
@@ -334,7 +359,8 @@ impl Oracle for Jobs {
         OracleName::Jobs
     }
 
-    fn reset(&mut self, _scenario: &Scenario) {
+    fn reset(&mut self, scenario: &Scenario) {
+        self.sectors = sectors(scenario);
         self.jobs.clear();
         self.policies.clear();
         self.no_space = false;

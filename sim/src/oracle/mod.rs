@@ -7,6 +7,7 @@ mod bitmap;
 pub(crate) mod bottom;
 pub(crate) mod data;
 mod drain;
+mod errors;
 mod frozen;
 mod graph;
 mod jobs;
@@ -59,6 +60,8 @@ pub enum OracleName {
     Jobs,
     /// Commands are refused as specified, and then change nothing.
     Refusals,
+    /// A guest's request fails for a reason.
+    Errors,
     /// Everything finishes.
     Liveness,
     /// Images on disk are sound after a clean close and hold what the guest saw.
@@ -90,6 +93,7 @@ impl OracleName {
             OracleName::Graph => "graph",
             OracleName::Jobs => "jobs",
             OracleName::Refusals => "refusals",
+            OracleName::Errors => "errors",
             OracleName::Liveness => "liveness",
             OracleName::Image => "image",
             OracleName::Bitmap => "bitmap",

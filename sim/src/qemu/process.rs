@@ -89,6 +89,8 @@ pub struct Daemon {
     child: Child,
     guard: Option<Child>,
     directory: TempDir,
+    /// So much of what it said is no concern of ours, bytes.
+    heard: usize,
 }
 
 impl Daemon {
@@ -151,6 +153,7 @@ impl Daemon {
             child,
             guard: None,
             directory,
+            heard: 0,
         };
         daemon.guard = Some(daemon.start_guard()?);
         Ok(daemon)
@@ -191,10 +194,19 @@ impl Daemon {
         let mut text = Vec::new();
         let file = File::open(self.directory.path().join("stderr"));
         let _ = file.and_then(|mut f| f.read_to_end(&mut text));
-        let text = String::from_utf8_lossy(&text).replace(&*self.directory.path().to_string_lossy(), "");
+        let text = String::from_utf8_lossy(text.get(self.heard..).unwrap_or_default());
+        let text = text.replace(&*self.directory.path().to_string_lossy(), "");
         let lines: Vec<&str> = text.lines().collect();
         let first = lines.len().saturating_sub(LAST_WORDS);
         lines[first..].iter().map(|&l| l.to_owned()).collect()
+    }
+
+    /// What it said so far is no concern of ours any more.
+    pub fn forget_words(&mut self) {
+        let file = self.directory.path().join("stderr");
+        self.heard = file
+            .metadata()
+            .map_or(0, |m| usize::try_from(m.len()).unwrap_or(0));
     }
 
     /// It hung up: how it ended.

@@ -135,10 +135,9 @@ impl Monitor {
     /// When it is not QMP.
     pub fn pump(&mut self) -> Result<bool, Broken> {
         let mut stirred = self.push();
-        match receive(&mut self.stream, &mut self.scratch, &mut self.input) {
-            Some(got) => stirred |= got >= MUCH,
-            None => self.gone = true,
-        }
+        let (got, gone) = receive(&mut self.stream, &mut self.scratch, &mut self.input);
+        stirred |= got >= MUCH;
+        self.gone |= gone;
         let mut used = 0;
         let mut nonsense = None;
         while let Some(end) = self.input[used..].iter().position(|b| *b == b'\n') {

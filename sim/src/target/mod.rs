@@ -6,6 +6,7 @@
 //! (a real disk) counts it as `external` and blocks in [`Move::External`] until something happened.
 //! What a target cannot do it says in its [`Capabilities`]; the generator stays within them.
 
+mod faults;
 #[cfg(target_os = "linux")]
 pub mod loopdev;
 #[cfg(target_os = "linux")]
@@ -163,6 +164,11 @@ pub trait Target: std::fmt::Debug {
 
     /// From the next [`Target::prepare`] on: collect what helps to understand a failure, at any price.
     fn look_closely(&mut self, _closely: bool) {}
+
+    /// Scheduler steps after which a run counts as a livelock.
+    fn step_limit(&self) -> u64 {
+        1_000_000
+    }
 
     /// What can happen next.
     fn alternatives(&mut self) -> Alternatives;

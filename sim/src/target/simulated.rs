@@ -14,15 +14,16 @@ use blkcheck_impl::io::backend::Backend;
 use blkcheck_impl::types::{NodeId, Perm, ReqFlags, StatusFlags};
 use serde_json::Value;
 
+use super::faults::{Ordered, failed};
 use super::{Alternatives, Capabilities, ClosedFile, Leftovers, Move, NodeContent, Target, Trouble};
 use crate::choice::Key;
-use crate::disk::{Disk, DiskOptions, Op};
+use crate::disk::{Disk, DiskOptions};
 use crate::env::SimEnv;
 use crate::exec::{Clock, Executor, Polled, Spawner};
-use crate::history::{Fault, FaultKind, Outcome, Record, Refusal, StatusRun, StepId};
+use crate::history::{Outcome, Record, Refusal, StatusRun, StepId};
 use crate::image::build::{build, raw_data};
 use crate::panics;
-use crate::scenario::{Action, Faults, Format, GuestOp, Range, Scenario};
+use crate::scenario::{Action, Format, GuestOp, Range, Scenario};
 use crate::stamp::{self, Source};
 
 /// Steps after which an orderly close counts as hung.
@@ -71,9 +72,7 @@ pub struct SimTarget {
     sections: Rc<RefCell<Vec<Section>>>,
     files: Vec<(String, Format)>,
     outside: Option<Rc<dyn Outside>>,
-    faults: Option<Faults>,
-    /// Storage requests so far that `faults` are about.
-    matched: u32,
+    ordered: Ordered,
 }
 
 impl std::fmt::Debug for SimTarget {
@@ -102,8 +101,7 @@ impl SimTarget {
             sections: Rc::default(),
             files: Vec::new(),
             outside: None,
-            faults: None,
-            matched: 0,
+            ordered: Ordered::default(),
         }
     }
 
@@ -115,7 +113,7 @@ impl SimTarget {
     ) {
         self.clear();
         self.files.clear();
-        self.faults = None;
+        self.ordered = Ordered::default();
         self.outside = Some(outside);
         let env = env(self.exec.clock(), self.exec.spawner());
         self.layer = Some(Layer::new(env, Some(Rc::new(self.sink.clone()))));
@@ -248,7 +246,7 @@ impl Target for SimTarget {
             unmap: disk.unmap,
         });
         self.files.clear();
-        (self.faults, self.matched) = (disk.faults, 0);
+        self.ordered = Ordered::new(disk.faults);
         for (index, image) in (0..).zip(&scenario.images) {
             let file = self
                 .disk
@@ -317,32 +315,17 @@ impl Target for SimTarget {
     }
 
     fn endings(&mut self, storage: u32) -> u32 {
-        let Some(faults) = self.faults else { return 1 };
-        let (file, op) = self.disk.pending_op(storage as usize);
         // Files are created in the order of the images.
-        let kind = fault_of(file.0, op).kind;
-        if faults.image.is_some_and(|image| image != file.0) || !faults.concerns(kind) {
-            return 1;
-        }
-        let nth = self.matched;
-        self.matched += 1;
-        if faults.from <= nth && faults.until.is_none_or(|until| nth < until) {
-            self.disk.endings(storage as usize)
-        } else {
-            1
-        }
+        let (file, op) = self.disk.pending_op(storage as usize);
+        self.ordered.endings(file.0, op)
     }
 
     fn fail(&mut self, storage: u32, ending: u32) {
         let disk = self.disk.clone();
         let (file, op) = disk.pending_op(storage as usize);
         let bad = self.exec.enter(|| disk.fail(storage as usize, ending));
-        let fault = Fault {
-            done: bad.done,
-            errno: bad.errno.0,
-            ..fault_of(file.0, op)
-        };
-        self.sink.records.borrow_mut().push(Record::Fault(fault));
+        let fault = Record::Fault(failed(file.0, op, bad));
+        self.sink.records.borrow_mut().push(fault);
     }
 
     #[inline]
@@ -437,26 +420,6 @@ impl Target for SimTarget {
                     .map(|r| format!("storage request {:?} on {}", r.op, r.file)),
             )
             .collect()
-    }
-}
-
-/// A request as history tells it when it fails.
-fn fault_of(image: u32, op: Op) -> Fault {
-    let (kind, offset, bytes) = match op {
-        Op::Read { offset, bytes } => (FaultKind::Read, offset, bytes),
-        Op::Write { offset, bytes } => (FaultKind::Write, offset, bytes),
-        Op::WriteZeroes { offset, bytes, .. } => (FaultKind::WriteZeroes, offset, bytes),
-        Op::Discard { offset, bytes } => (FaultKind::Discard, offset, bytes),
-        Op::Flush => (FaultKind::Flush, 0, 0),
-        Op::Truncate { length } => (FaultKind::Truncate, length, 0),
-    };
-    Fault {
-        image,
-        kind,
-        offset,
-        bytes,
-        done: 0,
-        errno: 0,
     }
 }
 

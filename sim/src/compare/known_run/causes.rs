@@ -26,6 +26,8 @@ pub(super) struct Causes {
     pub(super) over_raw: bool,
     /// The base of a running stream has no name that would open it as it is.
     pub(super) described: bool,
+    /// A stream looked for its base by a file's name among nodes that have a description for a name.
+    pub(super) looked: bool,
 }
 
 impl Causes {
@@ -45,7 +47,11 @@ impl Causes {
             "blockdev-snapshot" | "transaction" => {
                 self.snapshot_shortens |= shortens_an_export(before, after);
             }
-            "block-stream" => self.over_raw |= streams_over_raw(before, arguments),
+            "block-stream" => {
+                self.over_raw |= streams_over_raw(before, arguments);
+                let given = Value::Object(arguments.clone());
+                self.looked |= looks_among_descriptions(before, &Command::new(execute, &given));
+            }
             _ => {}
         }
         self.relengthed.extend(relengthed(before, after));

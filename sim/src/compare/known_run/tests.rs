@@ -9,7 +9,7 @@ use crate::scenario::parse;
 
 #[test]
 fn every_entry_has_a_scenario_and_a_page() {
-    for defect in GATED {
+    for defect in gated() {
         let scenario = parse::parse(defect.id, defect.scenario.as_bytes());
         assert!(scenario.is_ok(), "{}: {scenario:?}", defect.id);
         assert!(defect.page.starts_with("# "), "{}", defect.id);
@@ -19,7 +19,7 @@ fn every_entry_has_a_scenario_and_a_page() {
             defect.id
         );
     }
-    for (id, _) in MATCHERS {
+    for (id, _) in MATCHERS.iter().chain(failing::MATCHERS) {
         assert!(find(id).is_some(), "{id} is not in a list");
     }
 }

@@ -74,6 +74,20 @@ impl Disk {
         }
         &mut self.bytes[start..end]
     }
+
+    /// Carries out what changes the bytes from `start` to `end`.
+    fn change(&mut self, command: Command, start: usize, end: usize, data: &[u8]) {
+        match command {
+            Command::Write => self.room(start, end).copy_from_slice(data),
+            Command::WriteZeroes => self.room(start, end).fill(0),
+            // What was discarded reads as zeroes, like a hole.
+            Command::Trim => {
+                let end = end.min(self.bytes.len());
+                self.bytes[start.min(end)..end].fill(0);
+            }
+            Command::Read | Command::Flush | Command::Disconnect | Command::Status => {}
+        }
+    }
 }
 
 /// A request that the daemon waits for.
@@ -237,9 +251,8 @@ impl Server {
     /// Whether the daemon may have waited for us to take it.
     fn receive(&mut self, at: usize) -> Result<bool, String> {
         let connection = &mut self.connections[at];
-        let got = receive(&mut connection.stream, &mut self.scratch, &mut connection.input);
-        connection.gone |= got.is_none();
-        let got = got.unwrap_or(0);
+        let (got, gone) = receive(&mut connection.stream, &mut self.scratch, &mut connection.input);
+        connection.gone |= gone;
         if got > 0 {
             let input = std::mem::take(&mut self.connections[at].input);
             let mut used = 0;
@@ -385,11 +398,10 @@ impl Server {
 
     /// Carries out a held request and answers it.
     pub fn release(&mut self, at: usize) {
+        let inside = self.is_inside(at);
         let held = self.held.remove(at);
         let disk = &mut self.disks[held.disk];
         let request = held.request;
-        let last = request.offset.checked_add(u64::from(request.length));
-        let inside = last.is_some_and(|last| last <= disk.length());
         let (start, end) = if inside {
             let start = index(request.offset);
             (start, start + request.length as usize)
@@ -401,12 +413,8 @@ impl Server {
         match request.command {
             Command::Flush => {}
             Command::Read if inside => data = (disk.stored(start, end), end - start),
-            Command::Write if inside => disk.room(start, end).copy_from_slice(&held.data),
-            Command::WriteZeroes if inside => disk.room(start, end).fill(0),
-            // What was discarded reads as zeroes, like a hole.
-            Command::Trim if inside => {
-                let end = end.min(disk.bytes.len());
-                disk.bytes[start.min(end)..end].fill(0);
+            Command::Write | Command::WriteZeroes | Command::Trim if inside => {
+                disk.change(request.command, start, end, &held.data);
             }
             Command::Write | Command::WriteZeroes => error = ENOSPC,
             Command::Read | Command::Trim | Command::Disconnect | Command::Status => error = EINVAL,
@@ -414,10 +422,30 @@ impl Server {
         Server::answer(&mut self.connections, &held, error, data);
     }
 
-    /// Answers a held request with an error; it has no effect.
-    pub fn fail(&mut self, at: usize, errno: u32) {
+    /// Whether a held request lies inside its disk.
+    #[must_use]
+    pub fn is_inside(&self, at: usize) -> bool {
+        let held = &self.held[at];
+        let last = held.request.offset.checked_add(u64::from(held.request.length));
+        last.is_some_and(|last| last <= self.disks[held.disk].length())
+    }
+
+    /// Answers a held request with an error, after the first `done` bytes of it were carried out.
+    pub fn fail(&mut self, at: usize, errno: u32, done: u64) {
         assert!(errno != 0, "no error");
+        assert!(done == 0 || self.is_inside(at), "nothing outside is carried out");
         let held = self.held.remove(at);
+        let request = held.request;
+        assert!(done <= u64::from(request.length), "more than all");
+        if done > 0 {
+            let (start, done) = (index(request.offset), index(done));
+            self.disks[held.disk].change(
+                request.command,
+                start,
+                start + done,
+                &held.data[..done.min(held.data.len())],
+            );
+        }
         Server::answer(&mut self.connections, &held, errno, (&[], 0));
     }
 
@@ -462,26 +490,22 @@ pub(in crate::qemu) fn send(stream: &mut UnixStream, output: &mut Vec<u8>) -> bo
 /// As much as may have kept the daemon from sending more, bytes.
 pub(in crate::qemu) const MUCH: usize = 1 << 15;
 
-/// Takes what is there; `None` when the other side hung up.
+/// Takes what is there: how many bytes, and whether the other side hung up behind them.
 pub(in crate::qemu) fn receive(
     stream: &mut UnixStream,
     scratch: &mut [u8],
     input: &mut Vec<u8>,
-) -> Option<usize> {
+) -> (usize, bool) {
     let mut got = 0;
     loop {
         match stream.read(scratch) {
-            Ok(0) => return None,
+            Ok(0) => return (got, true),
             Ok(n) => {
                 got += n;
                 input.extend_from_slice(&scratch[..n]);
-                if n < scratch.len() {
-                    return Some(got);
-                }
             }
             Err(e) if e.kind() == ErrorKind::Interrupted => {}
-            Err(e) if e.kind() == ErrorKind::WouldBlock => return Some(got),
-            Err(_) => return None,
+            Err(e) => return (got, e.kind() != ErrorKind::WouldBlock),
         }
     }
 }
@@ -583,9 +607,17 @@ mod tests {
     fn a_failed_write_has_no_effect_and_the_file_ends_where_it_was_written() {
         let mut peer = Peer::new();
         peer.ask(Command::Write, 1, 0, 2, &[1; 2]);
-        peer.server.fail(0, 5);
+        peer.server.fail(0, 5, 0);
         assert_eq!(peer.answer(), (5, 1, Vec::new()));
         assert_eq!(peer.server.disks()[0].file(), [7; 1024]);
+        peer.ask(Command::Write, 1, 0, 4, &[1; 4]);
+        peer.server.fail(0, 28, 1);
+        assert_eq!(peer.answer(), (28, 1, Vec::new()), "a part of it is carried out");
+        assert_eq!(peer.server.disks()[0].file()[..2], [1, 7]);
+        peer.ask(Command::Trim, 1, 0, 1024, &[]);
+        peer.server.fail(0, 5, 1);
+        assert_eq!(peer.answer().0, 5);
+        assert_eq!(peer.server.disks()[0].file()[..2], [0, 7]);
         peer.ask(Command::Write, 2, 1024, 3, &[2; 3]);
         peer.server.release(0);
         peer.answer();

@@ -24,17 +24,19 @@ use blkcheck_impl::event::Event;
 use blkcheck_impl::jobs::JobStatus;
 use serde_json::{Map, Value};
 
+use super::faults::{Ordered, failed};
 use super::{
     Alternatives, Capabilities, ClosedFile, Leftovers, Move, NodeContent, Steering, Target, Trouble,
 };
 use crate::choice::Key;
+use crate::disk::{BadEnd, Op};
 use crate::history::{Outcome, Record, StepId};
 use crate::image::build::build;
 use crate::qemu::Broken;
 use crate::qemu::graph::Snapshot;
 use crate::qemu::names::Names;
 use crate::qemu::nbd::server::Held;
-use crate::qemu::nbd::wire::Command;
+use crate::qemu::nbd::wire::{Command, flag};
 use crate::qemu::process::{Daemon, PROGRAM, Unavailable, Version, version};
 use crate::scenario::{Action, Disk, Format, Scenario};
 use images::{name_backing, room};
@@ -89,6 +91,7 @@ pub struct QemuTarget {
     /// What the daemon was last told, for people.
     last: String,
     steering: Option<Steerer>,
+    ordered: Ordered,
     /// The next daemon is started under a debugger.
     closely: bool,
 }
@@ -121,6 +124,7 @@ impl QemuTarget {
             nodes: Vec::new(),
             last: String::new(),
             steering: None,
+            ordered: Ordered::default(),
             closely: false,
         })
     }
@@ -152,9 +156,38 @@ impl QemuTarget {
         running.server.held().iter().map(word).collect()
     }
 
+    /// The daemon waits for no storage.
+    fn is_idle(&self) -> bool {
+        self.running.as_ref().is_none_or(|r| r.server.held().is_empty())
+    }
+
+    /// How a held request ends if it ends badly in this way.
+    pub(crate) fn bad_end(&self, storage: u32, ending: u32) -> BadEnd {
+        let running = self.running.as_ref().expect("prepared");
+        asked(&running.server.held()[storage as usize]).1.bad_end(ending)
+    }
+
     fn running(&mut self) -> &mut Running {
         self.running.as_mut().expect("prepared")
     }
+}
+
+/// A storage request of the daemon: the image that it is on, and what it does. Disks are in the order of the images.
+fn asked(held: &Held) -> (u32, Op) {
+    let (offset, bytes) = (held.request.offset, u64::from(held.request.length));
+    let op = match held.request.command {
+        Command::Read => Op::Read { offset, bytes },
+        Command::Write => Op::Write { offset, bytes },
+        Command::WriteZeroes => Op::WriteZeroes {
+            offset,
+            bytes,
+            may_unmap: held.request.flags & flag::NO_HOLE == 0,
+        },
+        Command::Trim => Op::Discard { offset, bytes },
+        Command::Flush => Op::Flush,
+        Command::Disconnect | Command::Status => unreachable!("never held"),
+    };
+    (u32::try_from(held.disk).expect("few images"), op)
 }
 
 /// The first step that this target cannot take.
@@ -179,7 +212,10 @@ impl Target for QemuTarget {
 
     fn adapt(&self, scenario: &Scenario) -> Option<Scenario> {
         let mut scenario = scenario.clone();
-        scenario.disk = Disk::default();
+        scenario.disk = Disk {
+            faults: scenario.disk.faults,
+            ..Disk::default()
+        };
         crate::generate::without_rates(&mut scenario.steps);
         crate::generate::without_inline_backing(&mut scenario.steps);
         Some(scenario)
@@ -198,6 +234,7 @@ impl Target for QemuTarget {
         self.exports.clear();
         self.nodes.clear();
         self.last = "nothing yet".to_owned();
+        self.ordered = Ordered::new(scenario.disk.faults);
         self.steering = scenario.steer.then(|| Steerer::new(scenario));
         let used_up = |r: &Running| r.runs >= RUNS;
         if self.closely || !self.clean || self.running.as_ref().is_none_or(used_up) {
@@ -212,8 +249,10 @@ impl Target for QemuTarget {
         let running = self.running.as_mut().expect("just started");
         running.runs += 1;
         running.client.reset();
+        running.client.forgive(scenario.steer);
         running.server.reset();
         running.settle()?;
+        running.daemon.forget_words();
         let before = running.next_made_up()?;
         self.names.reset(Daemon::STORAGE, before);
         self.files.clear();
@@ -230,7 +269,7 @@ impl Target for QemuTarget {
 
     fn steering(&self, scenario: &Scenario, step: StepId) -> Steering {
         let steerer = self.steering.as_ref();
-        steerer.map_or(Steering::Go, |s| s.steering(scenario, step))
+        steerer.map_or(Steering::Go, |s| s.steering(scenario, step, self.is_idle()))
     }
 
     fn look_closely(&mut self, closely: bool) {
@@ -241,8 +280,9 @@ impl Target for QemuTarget {
         if self.trouble.is_some() {
             return;
         }
+        let idle = self.is_idle();
         if let Some(steerer) = &mut self.steering {
-            steerer.issued(scenario, step);
+            steerer.issued(scenario, step, idle);
         }
         match &scenario.steps[step.0 as usize].action {
             Action::Command { execute, arguments } => {
@@ -268,6 +308,11 @@ impl Target for QemuTarget {
             }
         }
         self.act();
+    }
+
+    /// Each step takes a daemon about a millisecond; whole scenarios take a few thousand at most.
+    fn step_limit(&self) -> u64 {
+        8_000
     }
 
     fn alternatives(&mut self) -> Alternatives {
@@ -304,6 +349,26 @@ impl Target for QemuTarget {
             None => Ok(()),
             Some(broken) => Err(broken.clone().into()),
         }
+    }
+
+    fn endings(&mut self, storage: u32) -> u32 {
+        let server = &self.running().server;
+        // Ends badly as it is.
+        if !server.is_inside(storage as usize) {
+            return 1;
+        }
+        let (image, op) = asked(&server.held()[storage as usize]);
+        self.ordered.endings(image, op)
+    }
+
+    fn fail(&mut self, storage: u32, ending: u32) {
+        let (image, op) = asked(&self.running().server.held()[storage as usize]);
+        let bad = op.bad_end(ending);
+        self.records.push(Record::Fault(failed(image, op, bad)));
+        // Numbers of errors are the same on the wire.
+        let errno = bad.errno.0.cast_unsigned();
+        self.running().server.fail(storage as usize, errno, bad.done);
+        self.act();
     }
 
     fn take_records(&mut self, into: &mut Vec<Record>) {
@@ -364,10 +429,8 @@ impl Target for QemuTarget {
             let (r, disk) = (h.request, running.server.disks()[h.disk].name());
             format!("held: {:?} {:#x}+{:#x} of {disk}", r.command, r.offset, r.length)
         }));
-        if self.trouble.is_some() {
-            let words = running.daemon.last_words();
-            lines.extend(words.into_iter().map(|l| format!("the daemon said: {l}")));
-        }
+        let words = running.daemon.last_words();
+        lines.extend(words.into_iter().map(|l| format!("the daemon said: {l}")));
         lines.extend(running.backtrace.iter().map(|l| format!("backtrace: {l}")));
         lines
     }

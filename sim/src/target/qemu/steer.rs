@@ -7,7 +7,8 @@
 
 use crate::compare::known_run::{collide, largest_cluster, meets, takes_back};
 use crate::follow::Follower;
-use crate::history::{Record, StepId};
+use crate::history::{Outcome, Record, StepId};
+use crate::qemu::nbd::client::ESHUTDOWN;
 use crate::scenario::{Action, GuestOp, Scenario};
 use crate::target::Steering;
 
@@ -19,6 +20,8 @@ pub(super) struct Steerer {
     scenario: Scenario,
     cluster: u64,
     flying: Vec<(StepId, GuestOp)>,
+    /// Requests whose connection was closed: the daemon may be at them as long as it waits for storage.
+    lost: Vec<GuestOp>,
     /// Transactions under way that are going to be taken back.
     taken_back: Vec<StepId>,
 }
@@ -32,14 +35,18 @@ impl Steerer {
             scenario: scenario.clone(),
             cluster: largest_cluster(scenario),
             flying: Vec::new(),
+            lost: Vec::new(),
             taken_back: Vec::new(),
         }
     }
 
-    pub(super) fn steering(&self, scenario: &Scenario, step: StepId) -> Steering {
+    /// `idle`: no storage request of the daemon is held.
+    pub(super) fn steering(&self, scenario: &Scenario, step: StepId, idle: bool) -> Steering {
         match &scenario.steps[step.0 as usize].action {
             Action::Guest { op, .. } => {
-                let collides = self.flying.iter().any(|(_, o)| collide(*op, *o, self.cluster));
+                let lost = self.lost.iter().filter(|_| !idle);
+                let flying = self.flying.iter().map(|(_, op)| op).chain(lost);
+                let collides = { flying }.any(|o| collide(*op, *o, self.cluster));
                 match collides || !self.taken_back.is_empty() {
                     true => Steering::Wait,
                     false => Steering::Go,
@@ -59,7 +66,10 @@ impl Steerer {
         }
     }
 
-    pub(super) fn issued(&mut self, scenario: &Scenario, step: StepId) {
+    pub(super) fn issued(&mut self, scenario: &Scenario, step: StepId, idle: bool) {
+        if idle {
+            self.lost.clear();
+        }
         let known = self.scenario.steps.len();
         self.scenario.steps.extend_from_slice(&scenario.steps[known..]);
         match &scenario.steps[step.0 as usize].action {
@@ -77,10 +87,23 @@ impl Steerer {
     pub(super) fn follow(&mut self, records: &[Record]) {
         for record in records {
             self.follower.record(&self.scenario, record);
-            if let Record::Ended(step, _) = record {
+            if let Record::Ended(step, outcome) = record {
+                let gone = self.flying.iter().filter(|(s, _)| s == step && is_lost(outcome));
+                self.lost.extend(gone.map(|(_, op)| *op));
                 self.flying.retain(|(s, _)| s != step);
                 self.taken_back.retain(|s| s != step);
             }
         }
     }
+}
+
+/// The connection of a request was closed under it.
+fn is_lost(outcome: &Outcome) -> bool {
+    let errno = match outcome {
+        Outcome::Read(result) => result.as_ref().err(),
+        Outcome::Done(result) => result.as_ref().err(),
+        Outcome::Status(result) => result.as_ref().err(),
+        _ => None,
+    };
+    errno == Some(&ESHUTDOWN)
 }
