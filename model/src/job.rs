@@ -5,7 +5,7 @@
 
 use std::rc::Rc;
 
-use crate::graph::{EdgeId, NodeId};
+use crate::graph::{EdgeId, Graph, NodeId};
 use crate::refusal::Refusal;
 
 /// Status of a job; names as in QAPI `JobStatus`.
@@ -195,6 +195,26 @@ pub struct Stream {
     pub mask_protocol: bool,
     /// The device was made writable for the job.
     pub was_read_only: bool,
+}
+
+impl Stream {
+    /// Whether somebody gave the last streamed layer another backing node meanwhile, and it stands no longer on the filters
+    /// that were between it and the base.
+    #[must_use]
+    pub fn has_strayed(&self, graph: &Graph) -> bool {
+        let mut filters = std::iter::successors(graph.cow_child(self.base_overlay), |node| {
+            graph.filter_child(*node)
+        });
+        self.above_base != self.base_overlay && !filters.any(|node| node == self.above_base)
+    }
+
+    /// What is the base now: others may have changed what is below the streamed range.
+    pub(crate) fn base(&self, graph: &Graph) -> Option<NodeId> {
+        match self.has_strayed(graph) {
+            true => graph.cow_child(self.base_overlay),
+            false => graph.chain_child(self.above_base),
+        }
+    }
 }
 
 /// A job.

@@ -11,6 +11,7 @@
 //!   visible because of the short layer and would turn into the base's data.
 //! * The header is written only once the new link is in place; if it cannot be written the old link comes back,
 //!   so a failed job leaves graph and header as they were.
+//! * A backing node that somebody gave to the last layer meanwhile stays, also if filters were above the base before.
 //! * With on-error=ignore, a failed allocation query skips its chunk instead of asking again for ever.
 //! * The edge on the filter goes with the filter, so no filter without a child waits for the dismissal.
 
@@ -207,11 +208,24 @@ impl Stream {
         }
     }
 
+    /// What is below the streamed range now: others may have changed that. The filters that were between the last layer and the
+    /// base count as long as that layer stands on them.
+    fn base(&self, layer: &Layer) -> Option<NodeId> {
+        let below = layer.filter_or_cow(self.base_overlay);
+        let mut at = Some(self.base_overlay);
+        while let Some(node) = at {
+            let next = layer.filter_or_cow(node);
+            if node == self.above_base {
+                return next;
+            }
+            at = next.filter(|next| layer.node(*next).facts.is_filter);
+        }
+        below
+    }
+
     /// Length of what becomes the backing file, bytes; 0 without one.
     fn base_length(&self, layer: &Layer) -> u64 {
-        layer
-            .filter_or_cow(self.above_base)
-            .map_or(0, |base| layer.node(base).length())
+        self.base(layer).map_or(0, |base| layer.node(base).length())
     }
 
     /// Copy-on-read of the device itself: under its serialising lock, what is unallocated then becomes zeroes.
@@ -262,7 +276,7 @@ impl Stream {
 
     /// Backing link and header of `top` to the base. `top` and `below` are drained.
     async fn relink(&self, layer: &Layer, top: NodeId, below: NodeId) -> Result<(), Errno> {
-        let base = layer.filter_or_cow(self.above_base);
+        let base = self.base(layer);
         flush(layer, top).await?;
         layer.set_backing(top, base).await.map_err(|_| Errno::EPERM)?;
         if let Err(errno) = self.write_header(layer, top, base).await {

@@ -310,8 +310,7 @@ fn prepare(world: &mut World, at: usize) -> Option<String> {
     let graph = &mut world.graph;
     let top = graph.skip_filters(stream.device);
     let below = graph.cow_child(top)?;
-    // Read now, not at the start: others may have changed what is below the streamed range.
-    let base = graph.chain_child(stream.above_base);
+    let base = stream.base(graph);
     if graph.attempt(|graph| graph.set_backing(top, base)).is_err() {
         return Some("Operation not permitted".to_owned());
     }

@@ -142,6 +142,7 @@ const MATCHERS: &[(&str, Matcher)] = &[
     ("filter-keeps-length", keeps_length),
     ("reopen-drains-for-ever", drains_for_ever),
     ("stream-over-raw-loses-data", loses_over_raw),
+    ("stream-undoes-reopen", undoes_reopen),
 ];
 
 /// The reviewed defect that explains a finding.
@@ -430,6 +431,18 @@ fn records_description(found: &Found<'_>) -> bool {
         && found.causes.looked
         && found.last_answer().is_some_and(is_stream);
     no_room || other_base
+}
+
+/// Graph, header or content, after a stream whose last layer got another backing node.
+fn undoes_reopen(found: &Found<'_>) -> bool {
+    let oracles = [
+        OracleName::Graph,
+        OracleName::Permissions,
+        OracleName::Image,
+        OracleName::Data,
+        OracleName::Transparency,
+    ];
+    oracles.contains(&found.violation.oracle) && found.causes.strayed
 }
 
 /// One of the assertions that a request past the end of a node meets.

@@ -10,7 +10,7 @@ use super::causes::{
     has_raw, has_raw_on_overlay, has_shorter_overlay, has_step, is_refused, is_uneven, names_any, past,
     reopens_twice, streams,
 };
-use super::{Case, Kind, What, bitmaps, graph};
+use super::{Case, Kind, Past, What, bitmaps, graph};
 use crate::scenario::Format;
 
 /// An entry for which somebody else looks, where it happens.
@@ -106,6 +106,20 @@ pub(super) fn stream_over_raw_loses_data(case: &Case<'_>) -> bool {
     let moved = has_step(case, "blockdev-snapshot");
     let dropped = || stored && commands(case).any(|(_, arguments)| has_raw(arguments, moved));
     (content || stored) && streams(case.scenario, case.step) && (has_raw_on_overlay(case.world) || dropped())
+}
+
+/// Graph, header or content, after a job whose last layer got another backing node.
+pub(super) fn stream_undoes_reopen(case: &Case<'_>) -> bool {
+    let strayed = |past: &Past| {
+        past.world
+            .jobs
+            .iter()
+            .any(|job| job.stream.has_strayed(&past.world.graph))
+    };
+    matches!(
+        case.what,
+        Some(What::Edges | What::Nodes | What::Backing | What::Content)
+    ) && case.past.iter().any(strayed)
 }
 
 pub(super) fn nbd_short_tail_hangs(case: &Case<'_>) -> bool {

@@ -167,6 +167,18 @@ pub static DEFECTS: &[Defect] = &[
         steer: None,
     },
     Defect {
+        id: "stream-undoes-reopen",
+        title: "a stream that waits for its end takes back a reopen that gave its last layer another backing node",
+        qemu: "where a filter is between the last layer and the base, the new backing node is what is below that filter, \
+               also when the layer stands on something else by then",
+        right: "what the layer stands on when the stream takes effect: a stream must not change what the guest reads",
+        sure: Sure::Certain,
+        scenario: files!("stream-undoes-reopen").0,
+        page: files!("stream-undoes-reopen").1,
+        matches: cases::stream_undoes_reopen,
+        steer: None,
+    },
+    Defect {
         id: "nbd-short-tail-hangs",
         title: "a read of the end of an NBD export that is no whole number of sectors long is never answered",
         qemu: "the request to the server is cut to the server's length, yet the answer is awaited in full when it is a \

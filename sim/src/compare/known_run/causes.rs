@@ -26,6 +26,8 @@ pub(super) struct Causes {
     pub(super) over_raw: bool,
     /// The base of a running stream has no name that would open it as it is.
     pub(super) described: bool,
+    /// The last layer of a running stream was given another backing node, and there was a filter above the old one.
+    pub(super) strayed: bool,
     /// A stream looked for its base by a file's name among nodes that have a description for a name.
     pub(super) looked: bool,
 }
@@ -60,6 +62,7 @@ impl Causes {
     /// What the model is like now.
     pub(super) fn look(&mut self, world: &World) {
         self.described |= has_described_base(world);
+        self.strayed |= world.jobs.iter().any(|job| job.stream.has_strayed(&world.graph));
     }
 }
 
