@@ -167,6 +167,12 @@ const DEFECTIVE: &[(&str, &str, &str)] = &[
         "holds the wrong data",
         "holds zeroes",
     ),
+    // stream-undoes-reopen: the course with the gate ends at the graph, which scripts do not check
+    (
+        "tests/regressions/another-base-under-a-pending-stream.json",
+        "holds the wrong data",
+        "",
+    ),
     // refused-stream-pins-read-only
     (
         "tests/regressions/refused-change-closes-a-node-below.json",
@@ -175,21 +181,11 @@ const DEFECTIVE: &[(&str, &str, &str)] = &[
     ),
     // nbd-short-tail-hangs
     ("tests/scenarios/short-backing.json", "", "it hangs"),
-    // inline-backing-over-header
+    // stream-records-description, which over NBD decides what a base is found by
     (
         "tests/regressions/base-by-a-renamed-file.json",
         "",
-        "cannot be used with a file name",
-    ),
-    (
-        "tests/regressions/copy-on-read-after-a-failed-look-below.json",
-        "cannot be used with a file name",
-        "cannot be used with a file name",
-    ),
-    (
-        "tests/regressions/stream-of-an-intermediate-node-under-a-filter.json",
-        "",
-        "cannot be used with a file name",
+        "Cannot change 'file' link",
     ),
 ];
 
