@@ -28,6 +28,8 @@ use crate::shrink::{Execute, Limits, Trial, shrink};
 const SAVED: usize = 24;
 /// How long a daemon may take while a hang is shrunk; what is left is tried once more with full patience.
 const HANGS_SOON: Duration = Duration::from_secs(2);
+/// Longest part of a file's name that says which scenario it came from: the end of a path.
+const LONGEST_NAME: usize = 120;
 /// Entries that tell of one known defect.
 const TOLD: u64 = 3;
 
@@ -111,6 +113,8 @@ pub struct Summary {
     pub walked: Option<Walked>,
     /// It was stopped.
     pub interrupted: bool,
+    /// Why something could not be saved.
+    pub unsaved: Option<String>,
 }
 
 impl Summary {
@@ -124,7 +128,7 @@ impl Summary {
 /// Carries it out.
 ///
 /// # Errors
-/// No daemon of the right version, or a file that cannot be written.
+/// No daemon of the right version that starts.
 pub fn run(
     work: &Work,
     program: Option<&Path>,
@@ -133,8 +137,11 @@ pub fn run(
     stop: &AtomicBool,
     progress: &dyn Fn(u64),
 ) -> Result<Summary, CliError> {
-    let peer = Peer::new(program)
+    let mut peer = Peer::new(program)
         .map_err(|e| CliError::Environment(e.to_string().replace("--on qemu", "compare")))?;
+    // One that does not even start says nothing about the scenarios.
+    peer.start()
+        .map_err(|e| CliError::Environment(format!("compare: {e}")))?;
     let watch = Stopwatch::start();
     let mut found = Found {
         summary: Summary {
@@ -150,6 +157,10 @@ pub fn run(
     match work {
         Work::Files(files) => {
             for (name, scenario) in files {
+                if stop.load(Ordering::Relaxed) {
+                    found.summary.interrupted = true;
+                    break;
+                }
                 found.one(&mut lockstep, name, scenario);
             }
         }
@@ -173,7 +184,7 @@ pub fn run(
     }
     // Told before the shrinker adds its own.
     found.summary.seconds = watch.elapsed().as_secs_f64();
-    found.save_all(&mut lockstep, out)?;
+    found.save_all(&mut lockstep, out);
     let mut summary = found.summary;
     summary.daemons = lockstep.peer().starts();
     Ok(summary)
@@ -233,13 +244,11 @@ impl Found<'_> {
         }
     }
 
-    fn save_all(&mut self, lockstep: &mut Lockstep, out: &Path) -> Result<(), CliError> {
+    fn save_all(&mut self, lockstep: &mut Lockstep, out: &Path) {
         let fresh = std::mem::take(&mut self.fresh);
         if !fresh.is_empty() {
-            std::fs::create_dir_all(out).map_err(|source| CliError::File {
-                path: out.display().to_string(),
-                source,
-            })?;
+            let made = std::fs::create_dir_all(out);
+            self.summary.unsaved = made.err().map(|e| format!("{}: {e}", out.display()));
         }
         // One of each kind first: the tenth of a kind is seldom new.
         let mut seen: BTreeMap<(Option<What>, Option<Kind>, String), u32> = BTreeMap::new();
@@ -252,8 +261,10 @@ impl Found<'_> {
                 finding,
                 file: None,
             };
-            if *nth <= 2 && number < 8 * SAVED && !self.stop.load(Ordering::Relaxed) {
-                shrink_and_save(lockstep, scenario, &mut reported, out, self.shrinks)?;
+            let wanted = *nth <= 2 && number < 8 * SAVED && !self.stop.load(Ordering::Relaxed);
+            if wanted && self.summary.unsaved.is_none() {
+                let saved = shrink_and_save(lockstep, scenario, &mut reported, out, self.shrinks);
+                self.summary.unsaved = saved.err().map(|e| e.to_string());
             }
             if reported.finding.failed.is_some() {
                 self.summary.failures.push(reported);
@@ -261,7 +272,6 @@ impl Found<'_> {
                 self.summary.divergences.push(reported);
             }
         }
-        Ok(())
     }
 }
 
@@ -323,7 +333,7 @@ fn shrink_and_save(
         .what
         .map_or("daemon", What::as_str)
         .replace(' ', "-");
-    let name = reported.scenario.replace([' ', '/'], "-");
+    let name = file_name(&reported.scenario);
     let path = (0..)
         .map(|n| {
             out.join(format!(
@@ -336,6 +346,19 @@ fn shrink_and_save(
     save(&path, &smallest)?;
     reported.file = Some(path);
     Ok(())
+}
+
+/// What of a scenario's name, which may be any path, is part of the name of a file.
+fn file_name(scenario: &str) -> String {
+    let plain = |c: char| {
+        if c.is_ascii_alphanumeric() || "._-".contains(c) {
+            c
+        } else {
+            '-'
+        }
+    };
+    let name: Vec<char> = scenario.chars().map(plain).collect();
+    name[name.len().saturating_sub(LONGEST_NAME)..].iter().collect()
 }
 
 fn oracle(finding: &Finding) -> OracleName {

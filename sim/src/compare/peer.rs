@@ -133,6 +133,19 @@ impl Peer {
         self.running.as_mut().expect("a scenario is under way")
     }
 
+    /// Starts a daemon, where none is running.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub(super) fn start(&mut self) -> Result<(), Broken> {
+        if self.running.is_none() {
+            self.running = Some(Running::start(&self.program)?);
+            self.starts += 1;
+            self.clean = true;
+        }
+        Ok(())
+    }
+
     /// Lays out the images of a scenario. `names`: the daemon will make up names of nodes.
     ///
     /// # Errors
@@ -141,8 +154,7 @@ impl Peer {
         let used_up = |r: &Running| r.scenarios >= SCENARIOS;
         if !self.clean || self.running.as_ref().is_none_or(used_up) {
             self.running = None;
-            self.running = Some(Running::start(&self.program)?);
-            self.starts += 1;
+            self.start()?;
         }
         // Clean again only when this scenario was taken down.
         self.clean = false;
@@ -372,7 +384,15 @@ impl Running {
             patience: HANGS_AFTER,
         };
         let mut events = Vec::new();
-        running.until("no greeting", |r| r.monitor.greeting().is_some())?;
+        let greeted = running.until("no greeting", |r| r.monitor.greeting().is_some());
+        if let Err(broken) = greeted {
+            // Whoever aborts was quoted already.
+            let why = running.daemon.why(broken.clone());
+            return Err(match broken {
+                Broken::Died(text) if !text.contains(": ") => Broken::Died(why),
+                broken => broken,
+            });
+        }
         running
             .ask("qmp_capabilities", &Map::new(), &mut events)?
             .map_err(|e| Broken::Nonsense(format!("the daemon refuses to talk: {}", e.1)))?;

@@ -1,18 +1,21 @@
 //! One daemon: started, looked after, ended; with a private directory for its sockets.
 //!
 //! Rules: nothing is left behind, however we end. Dropping a [`Daemon`] kills it and removes its directory. A guard (a
-//! shell that waits for our end of a pipe to close) does the same when we are killed. The monitor is the daemon's
+//! shell that waits for our end of a pipe to close) does the same when we are killed: it is there before the daemon is,
+//! and the daemon's process itself tells it whom to kill before it becomes the daemon. The daemon leads a group of
+//! processes of its own, so that a script that starts it takes it along. The monitor is the daemon's
 //! standard input, so that no other daemon started meanwhile inherits it.
 
 use std::fs::File;
-use std::io::Read;
-use std::os::fd::OwnedFd;
+use std::io::{self, BufRead, BufReader, Read};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
+use rustix::process::{Pid, Signal, kill_process_group};
 use tempfile::TempDir;
 
 use super::Broken;
@@ -22,6 +25,12 @@ use crate::clock::Stopwatch;
 pub const PROGRAM: &str = "qemu-storage-daemon";
 /// Longest directory name under which sockets still fit into an address.
 const PATH_LIMIT: usize = 74;
+/// How long a program may take to tell its version: it may have to be loaded from a disk.
+const VERSION_LIMIT: Duration = Duration::from_secs(20);
+/// Most that is read of what it says then, bytes.
+const VERSION_LENGTH: u64 = 4096;
+/// Most of it that is quoted, characters.
+const VERSION_QUOTE: usize = 200;
 /// Lines of the daemon's last words.
 const LAST_WORDS: usize = 12;
 /// How long a daemon that hung up may take to end (it may have to write a core).
@@ -60,19 +69,80 @@ pub enum Unavailable {
 /// When there is none, or none of version 10.
 pub fn version(program: &Path) -> Result<Version, Unavailable> {
     let name = program.display().to_string();
-    let output = Command::new(program)
-        .arg("--version")
-        .stdin(Stdio::null())
-        .output()
-        .map_err(|reason| Unavailable::Missing {
-            program: name.clone(),
-            reason,
-        })?;
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    let says = text.lines().next().unwrap_or("nothing").to_owned();
+    let says = first_line(program).map_err(|reason| Unavailable::Missing {
+        program: name.clone(),
+        reason,
+    })?;
     match parse_version(&says) {
         Some(version) if version.0 == 10 => Ok(version),
         _ => Err(Unavailable::Version { program: name, says }),
+    }
+}
+
+/// A program as it was named, from wherever it is started: one that is not looked up in PATH is found from here.
+#[must_use]
+pub fn absolute(program: &Path) -> PathBuf {
+    if program.components().count() < 2 {
+        return program.to_owned();
+    }
+    std::path::absolute(program).unwrap_or_else(|_| program.to_owned())
+}
+
+/// The first line that a program says of its version; without one, of what is wrong with it. It may be any program.
+fn first_line(program: &Path) -> io::Result<String> {
+    let mut child = Command::new(program)
+        .arg("--version")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .process_group(0)
+        .spawn()?;
+    let pipes = (child.stdout.take(), child.stderr.take());
+    let (send, said) = std::sync::mpsc::channel();
+    // Ends with the line, at the latest when the group is killed.
+    let reader = std::thread::Builder::new().spawn(move || {
+        let mut line = Vec::new();
+        let _ = pipes.0.map(|out| read_line(out, &mut line));
+        if line.is_empty() {
+            let _ = pipes.1.map(|err| read_line(err, &mut line));
+        }
+        let _ = send.send(line);
+    });
+    let text = said.recv_timeout(if reader.is_ok() {
+        VERSION_LIMIT
+    } else {
+        Duration::ZERO
+    });
+    kill_group(&child);
+    let _ = child.wait();
+    reader?;
+    let text = text.map_err(|_| {
+        let limit = VERSION_LIMIT.as_secs();
+        io::Error::new(
+            io::ErrorKind::TimedOut,
+            format!("it does not tell its version in {limit} s"),
+        )
+    })?;
+    let text = String::from_utf8_lossy(&text);
+    let line = text.lines().next().unwrap_or("nothing");
+    let told = |c: char| {
+        if c.is_control() {
+            char::REPLACEMENT_CHARACTER
+        } else {
+            c
+        }
+    };
+    Ok(line.chars().take(VERSION_QUOTE).map(told).collect())
+}
+
+fn read_line(pipe: impl Read, line: &mut Vec<u8>) -> io::Result<usize> {
+    BufReader::new(pipe.take(VERSION_LENGTH)).read_until(b'\n', line)
+}
+
+/// Kills a group of processes, by its leader. Not after that one was buried and another may have its number.
+fn kill_group(leader: &Child) {
+    if let Some(group) = i32::try_from(leader.id()).ok().and_then(Pid::from_raw) {
+        let _ = kill_process_group(group, Signal::KILL);
     }
 }
 
@@ -87,10 +157,43 @@ fn parse_version(line: &str) -> Option<Version> {
 #[derive(Debug)]
 pub struct Daemon {
     child: Child,
-    guard: Option<Child>,
+    /// It is no process any more.
+    buried: bool,
+    guard: Guard,
     directory: TempDir,
     /// So much of what it said is no concern of ours, bytes.
     heard: usize,
+}
+
+/// Kills the daemon and removes its directory when we end, in whichever way.
+#[derive(Debug)]
+struct Guard(Child);
+
+impl Guard {
+    /// Its standard input closes when we end. The first line there is the number of the daemon's process.
+    fn start(directory: &TempDir) -> io::Result<Guard> {
+        let script = "read -r daemon; read -r line; [ \"$daemon\" ] && kill -9 -\"$daemon\"; rm -rf \"$1\"";
+        let guard = Command::new("/bin/sh")
+            .args(["-c", script, "blkcheck-guard"])
+            .arg(directory.path())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .process_group(0)
+            .spawn()?;
+        Ok(Guard(guard))
+    }
+
+    /// Where to say whom to kill.
+    fn whom(&self) -> io::Result<OwnedFd> {
+        let pipe = self.0.stdin.as_ref().expect("piped");
+        pipe.as_fd().try_clone_to_owned()
+    }
+
+    fn end(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 impl Daemon {
@@ -98,7 +201,7 @@ impl Daemon {
     ///
     /// # Errors
     /// When there is no place.
-    pub fn directory() -> std::io::Result<TempDir> {
+    pub fn directory() -> io::Result<TempDir> {
         let mut builder = tempfile::Builder::new();
         let builder = builder.prefix("blkcheck-qemu-");
         let usual = std::env::temp_dir();
@@ -113,6 +216,9 @@ impl Daemon {
     /// are the same for every daemon on every machine.
     pub const STORAGE: &str = "blkdisks";
 
+    /// The socket of the exports, from its working directory.
+    const EXPORTS: &str = "g";
+
     /// Where the daemon finds the images.
     #[must_use]
     pub fn storage_socket(directory: &Path) -> PathBuf {
@@ -122,58 +228,52 @@ impl Daemon {
     /// Where the daemon exports nodes.
     #[must_use]
     pub fn export_socket(directory: &Path) -> PathBuf {
-        directory.join("g")
+        directory.join(Daemon::EXPORTS)
     }
 
     /// Starts one; its monitor is at the other end of `monitor`.
     ///
     /// # Errors
     /// When it does not start.
-    pub fn start(program: &Path, directory: TempDir, monitor: UnixStream) -> std::io::Result<Daemon> {
-        let exports = Daemon::export_socket(directory.path());
-        let child = Command::new(program)
+    pub fn start(program: &Path, directory: TempDir, monitor: UnixStream) -> io::Result<Daemon> {
+        let guard = Guard::start(&directory)?;
+        let child = Command::new("/bin/sh")
+            .args(["-c", "echo $$ && exec \"$@\" >/dev/null", "blkcheck-start"])
+            .arg(absolute(program))
             .args(["--chardev", "socket,id=monitor,fd=0", "--monitor", "monitor"])
             // What threads of a pool do at the same time ends in either order.
             .args(["--object", "main-loop,id=loop,thread-pool-max=1"])
             .arg("--nbd-server")
+            // From its working directory, which may have any name.
             .arg(format!(
                 "addr.type=unix,addr.path={},max-connections=0,handshake-max-seconds=0",
-                exports.display()
+                Daemon::EXPORTS
             ))
             .current_dir(directory.path())
             // Memory that it uses after giving it back holds the same in every run.
             .env("MALLOC_PERTURB_", "165")
             .stdin(OwnedFd::from(monitor))
-            .stdout(Stdio::null())
+            .stdout(guard.whom()?)
             .stderr(File::create(directory.path().join("stderr"))?)
             // A Ctrl-C is for us; a daemon that got it too would begin to shut down.
             .process_group(0)
             .spawn()?;
-        let mut daemon = Daemon {
+        Ok(Daemon {
             child,
-            guard: None,
+            buried: false,
+            guard,
             directory,
             heard: 0,
-        };
-        daemon.guard = Some(daemon.start_guard()?);
-        Ok(daemon)
+        })
     }
 
-    /// Its standard input closes when we end, in whichever way.
-    fn start_guard(&self) -> std::io::Result<Child> {
-        Command::new("/bin/sh")
-            .args([
-                "-c",
-                "read -r line; kill -9 \"$1\"; rm -rf \"$2\"",
-                "blkcheck-guard",
-            ])
-            .arg(self.child.id().to_string())
-            .arg(self.directory.path())
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .process_group(0)
-            .spawn()
+    /// Why it is of no use, with what it said of it.
+    #[must_use]
+    pub fn why(&self, reason: impl std::fmt::Display) -> String {
+        match self.last_words().last() {
+            Some(line) if !line.is_empty() => format!("{reason}; it said: {line}"),
+            _ => reason.to_string(),
+        }
     }
 
     /// Its process.
@@ -209,6 +309,16 @@ impl Daemon {
             .map_or(0, |m| usize::try_from(m.len()).unwrap_or(0));
     }
 
+    /// Ends it and all that it started.
+    fn bury(&mut self) {
+        if !std::mem::replace(&mut self.buried, true) {
+            kill_group(&self.child);
+            // It must not outlive the process whose number it knows.
+            self.guard.end();
+            let _ = self.child.wait();
+        }
+    }
+
     /// It hung up: how it ended.
     #[expect(
         clippy::disallowed_methods,
@@ -218,6 +328,8 @@ impl Daemon {
         let watch = Stopwatch::start();
         while watch.elapsed() < END_LIMIT {
             if let Ok(Some(status)) = self.child.try_wait() {
+                // Nobody had the time to get its number.
+                self.bury();
                 // Only who aborts says why.
                 let words = self.last_words();
                 let why = words.last().filter(|_| status.signal() == Some(6));
@@ -252,11 +364,7 @@ fn manner(status: ExitStatus) -> String {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        // The guard first: it must not outlive the process whose number it knows.
-        for child in self.guard.iter_mut().chain([&mut self.child]) {
-            let _ = child.kill();
-            let _ = child.wait();
-        }
+        self.bury();
     }
 }
 
@@ -277,6 +385,87 @@ mod tests {
         );
         let other = version(Path::new("/bin/echo")).expect_err("another program");
         assert!(other.to_string().contains("says: "), "{other}");
+    }
+
+    fn script(directory: &TempDir, text: &str) -> PathBuf {
+        use std::os::unix::fs::PermissionsExt;
+        let path = directory.path().join("program");
+        std::fs::write(&path, format!("#!/bin/sh\n{text}\n")).expect("written");
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o700)).expect("permitted");
+        path
+    }
+
+    #[test]
+    fn a_program_that_talks_for_ever_or_says_it_elsewhere_has_a_version_or_none() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let endless =
+            version(&script(&directory, "while :; do echo -n no no no; done")).expect_err("no version");
+        assert!(endless.to_string().len() < 500, "{endless}");
+        let elsewhere = version(&script(&directory, "echo cannot load a library >&2; exit 127"));
+        let elsewhere = elsewhere.expect_err("no version");
+        assert!(
+            elsewhere.to_string().contains("says: cannot load a library"),
+            "{elsewhere}"
+        );
+        // Whoever keeps the pipe open does not keep us.
+        let text = "sleep 1000 & echo qemu-storage-daemon version 10.0.2; exit";
+        assert_eq!(
+            first_line(&script(&directory, text)).ok().as_deref(),
+            Some("qemu-storage-daemon version 10.0.2")
+        );
+    }
+
+    #[test]
+    fn a_program_is_the_same_one_from_another_directory() {
+        assert_eq!(absolute(Path::new(PROGRAM)), Path::new(PROGRAM));
+        assert_eq!(absolute(Path::new("/a/b")), Path::new("/a/b"));
+        assert!(absolute(Path::new("build/daemon")).is_absolute());
+        assert!(absolute(Path::new("./daemon")).is_absolute());
+    }
+
+    /// Whether a process is there that is not dead.
+    fn runs(pid: &str) -> bool {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.trim()));
+        stat.is_ok_and(|s| {
+            !s.rsplit_once(") ")
+                .is_some_and(|(_, rest)| rest.starts_with(['Z', 'X']))
+        })
+    }
+
+    /// A script that starts a daemon takes it along, whether we end it or our own end does.
+    #[test]
+    #[expect(clippy::disallowed_methods, reason = "other processes take real time")]
+    fn what_a_script_started_ends_with_it() {
+        let scripts = tempfile::tempdir().expect("a directory");
+        for by_guard in [false, true] {
+            let directory = Daemon::directory().expect("a directory");
+            let (path, pids) = (directory.path().to_owned(), scripts.path().join("pid"));
+            let text = format!(
+                "sleep 1000 & echo $! > {0}.new; mv {0}.new {0}; wait",
+                pids.display()
+            );
+            let (_ours, theirs) = UnixStream::pair().expect("a pair");
+            let mut daemon = Daemon::start(&script(&scripts, &text), directory, theirs).expect("starts");
+            let within = |done: &dyn Fn() -> bool| {
+                let watch = Stopwatch::start();
+                while !done() && watch.elapsed() < END_LIMIT {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                done()
+            };
+            assert!(within(&|| pids.exists()));
+            let pid = std::fs::read_to_string(&pids).expect("its number");
+            assert!(runs(&pid));
+            if by_guard {
+                // What the kernel does when we are killed.
+                drop(daemon.guard.0.stdin.take());
+                assert!(within(&|| !path.exists()));
+            }
+            drop(daemon);
+            assert!(within(&|| !runs(&pid)), "{pid} lives on");
+            assert!(!path.exists());
+            std::fs::remove_file(&pids).expect("there");
+        }
     }
 
     #[test]

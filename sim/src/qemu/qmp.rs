@@ -12,6 +12,10 @@ use serde_json::{Map, Value, json};
 use super::Broken;
 use super::nbd::server::{MUCH, receive, send};
 
+/// Longest line, bytes: no answer to a command comes near it.
+const LONGEST_LINE: usize = 16 << 20;
+/// Most messages that wait to be taken; whoever sends more does so by itself.
+const MOST_MESSAGES: usize = 100_000;
 /// Most that is quoted of what nobody understands, characters.
 const LONGEST_QUOTE: usize = 200;
 
@@ -149,7 +153,10 @@ impl Monitor {
                 continue;
             }
             match parse(line) {
-                Ok(Parsed::Greeting(greeting)) => self.greeting = Some(greeting),
+                Ok(Parsed::Greeting(greeting)) if self.greeting.is_none() => self.greeting = Some(greeting),
+                Ok(Parsed::Greeting(_)) => {
+                    nonsense = nonsense.or(Some(format!("a second greeting: {}", text_of(line))));
+                }
                 Ok(Parsed::Event(name, data)) => self.messages.push_back(Message::Event(name, data)),
                 Ok(Parsed::Answer(result)) if self.answered < self.next => {
                     self.messages.push_back(Message::Answer(self.answered, result));
@@ -162,6 +169,13 @@ impl Monitor {
             }
         }
         self.input.drain(..used);
+        if self.messages.len() > MOST_MESSAGES {
+            nonsense = nonsense.or(Some("events without an end".to_owned()));
+        }
+        if self.input.len() > LONGEST_LINE {
+            let start = text_of(&self.input[..LONGEST_QUOTE]);
+            nonsense = nonsense.or(Some(format!("a line without an end: {start}")));
+        }
         nonsense.map_or(Ok(stirred), |said| Err(Broken::Nonsense(said)))
     }
 }
@@ -240,5 +254,31 @@ mod tests {
         drop(theirs);
         assert_eq!(monitor.pump(), Ok(false));
         assert!(monitor.is_gone());
+    }
+
+    /// What is said of somebody who says this again and again.
+    fn flooded(by: &'static [u8]) -> String {
+        let (ours, mut theirs) = UnixStream::pair().expect("a pair");
+        let mut monitor = Monitor::new(ours).expect("a monitor");
+        let flood = std::thread::spawn(move || while theirs.write_all(&by.repeat(1000)).is_ok() {});
+        let broken = loop {
+            if let Err(broken) = monitor.pump() {
+                break broken;
+            }
+        };
+        drop(monitor);
+        flood.join().expect("it ends with the socket");
+        broken.to_string()
+    }
+
+    #[test]
+    fn who_talks_without_end_is_heard_no_longer() {
+        let said = flooded(b"xxxx");
+        assert!(
+            said.starts_with("a line without an end: xxx") && said.len() < 300,
+            "{said}"
+        );
+        assert_eq!(flooded(b"{\"event\": \"E\"}\n"), "events without an end");
+        assert!(flooded(b"{\"QMP\": {}}\n").starts_with("a second greeting"));
     }
 }

@@ -16,6 +16,7 @@
 //! On a kernel that shows no `wchan`, state letters have to do, with the gap.
 
 use std::fs::{self, File};
+use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -31,6 +32,8 @@ const STALL_LIMIT: Duration = Duration::from_secs(20);
 const TIME_LIMIT: Duration = Duration::from_secs(300);
 /// A sleeper of which no place was shown for so long is on a kernel that shows none.
 const STILL: Duration = Duration::from_millis(300);
+/// No such process.
+const ESRCH: i32 = 3;
 /// Looks between two looks at a clock.
 const PATIENCE: u32 = 512;
 /// Looks after each of which the processor is given up and no more: the daemon has the same one, so that it goes on at
@@ -92,11 +95,19 @@ pub struct Sleepers {
     /// The kernel does not show where threads sleep.
     letters: bool,
     before: Vec<(usize, Runs)>,
+    /// Why its threads could not be listed the last time.
+    blind: Option<io::Error>,
 }
 
 fn read<'a>(file: &File, buffer: &'a mut [u8; 512]) -> Option<&'a [u8]> {
     let n = file.read_at(buffer, 0).ok()?;
     Some(&buffer[..n])
+}
+
+/// A thread that is gone is no trouble of ours.
+fn ours(error: io::Error) -> Option<io::Error> {
+    let gone = error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(ESRCH);
+    (!gone).then_some(error)
 }
 
 /// Reads the text of `schedstat`: time on a processor, time waiting for one, how often.
@@ -126,9 +137,9 @@ fn parse_letter(text: &[u8]) -> Option<u8> {
 }
 
 impl Thread {
-    fn open(directory: &Path, letters: bool) -> Option<Thread> {
-        Some(Thread {
-            place: File::open(directory.join(if letters { "stat" } else { "wchan" })).ok()?,
+    fn open(directory: &Path, letters: bool) -> io::Result<Thread> {
+        Ok(Thread {
+            place: File::open(directory.join(if letters { "stat" } else { "wchan" }))?,
             runs: File::open(directory.join("schedstat")).ok(),
             nudge: File::open(directory.join("syscall")).ok(),
         })
@@ -171,21 +182,28 @@ impl Sleepers {
             first: 0,
             letters: false,
             before: Vec::new(),
+            blind: None,
         }
     }
 
     /// Lists the threads anew, the oldest first.
     fn list(&mut self) {
         self.threads.clear();
-        let Ok(entries) = fs::read_dir(&self.directory) else {
-            return;
+        self.blind = None;
+        let entries = match fs::read_dir(&self.directory) {
+            Ok(entries) => entries,
+            Err(e) => return self.blind = ours(e),
         };
         let mut numbers: Vec<u32> = entries
             .filter_map(|e| e.ok()?.file_name().to_str()?.parse().ok())
             .collect();
         numbers.sort_unstable();
-        let open = |n: &u32| Thread::open(&self.directory.join(n.to_string()), self.letters);
-        self.threads = numbers.iter().filter_map(open).collect();
+        for n in numbers {
+            match Thread::open(&self.directory.join(n.to_string()), self.letters) {
+                Ok(thread) => self.threads.push(thread),
+                Err(e) => self.blind = self.blind.take().or(ours(e)),
+            }
+        }
     }
 
     fn is_listed(&self) -> bool {
@@ -242,6 +260,11 @@ impl Sleepers {
         }
         let mut limits = Limits::default();
         loop {
+            if let Some(reason) = &self.blind {
+                return Err(Broken::Hangs(format!(
+                    "its threads cannot be looked at: {reason}"
+                )));
+            }
             if self.threads.is_empty() || self.has_ended(&limits) {
                 return Ok(false);
             }

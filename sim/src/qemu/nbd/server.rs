@@ -209,7 +209,8 @@ impl Server {
     /// # Errors
     /// Nonsense from the daemon.
     pub fn pump(&mut self) -> Result<bool, String> {
-        self.accept();
+        self.accept()
+            .map_err(|e| format!("no connection can be taken: {e}"))?;
         for at in 0..self.connections.len() {
             if self.receive(at)? || self.connections[at].send() {
                 return Ok(true);
@@ -225,11 +226,17 @@ impl Server {
         Ok(false)
     }
 
-    fn accept(&mut self) {
-        while let Ok((stream, _)) = self.listener.accept() {
-            if stream.set_nonblocking(true).is_err() {
-                continue;
-            }
+    fn accept(&mut self) -> std::io::Result<()> {
+        loop {
+            let stream = match self.listener.accept() {
+                Ok((stream, _)) => stream,
+                Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(()),
+                Err(e) if matches!(e.kind(), ErrorKind::Interrupted | ErrorKind::ConnectionAborted) => {
+                    continue;
+                }
+                Err(e) => return Err(e),
+            };
+            stream.set_nonblocking(true)?;
             let mut output = Vec::new();
             output.extend_from_slice(&wire::GREETING.to_be_bytes());
             output.extend_from_slice(&wire::OPTION.to_be_bytes());
@@ -490,7 +497,10 @@ pub(in crate::qemu) fn send(stream: &mut UnixStream, output: &mut Vec<u8>) -> bo
 /// As much as may have kept the daemon from sending more, bytes.
 pub(in crate::qemu) const MUCH: usize = 1 << 15;
 
-/// Takes what is there: how many bytes, and whether the other side hung up behind them.
+/// More than this is left for the next time, bytes: whoever sends without end does not keep us.
+const ENOUGH: usize = 1 << 24;
+
+/// Takes what is there, or enough of it: how many bytes, and whether the other side hung up behind them.
 pub(in crate::qemu) fn receive(
     stream: &mut UnixStream,
     scratch: &mut [u8],
@@ -503,6 +513,9 @@ pub(in crate::qemu) fn receive(
             Ok(n) => {
                 got += n;
                 input.extend_from_slice(&scratch[..n]);
+                if got >= ENOUGH {
+                    return (got, false);
+                }
             }
             Err(e) if e.kind() == ErrorKind::Interrupted => {}
             Err(e) => return (got, e.kind() != ErrorKind::WouldBlock),

@@ -88,20 +88,27 @@ impl Running {
             debugger: None,
             backtrace: Vec::new(),
         };
-        // It sleeps now and then while it starts: what counts is that it greets.
-        let watch = Stopwatch::start();
-        while running.monitor.greeting().is_none() {
-            running.settle().map_err(unusable)?;
-            if watch.elapsed() > GREETING_LIMIT {
-                let limit = GREETING_LIMIT.as_secs();
-                return Err(unusable(format!("no greeting in {limit} s; is it one?")));
-            }
-            std::thread::yield_now();
-        }
+        running
+            .greet()
+            .map_err(|broken| unusable(running.daemon.why(broken)))?;
         running.sleepers.started();
         let agreed = running.ask("qmp_capabilities", &Map::new()).map_err(unusable)?;
         agreed.map_err(|(_, refusal)| unusable(refusal))?;
         Ok(running)
+    }
+
+    /// It sleeps now and then while it starts: what counts is that it greets.
+    fn greet(&mut self) -> Result<(), Broken> {
+        let watch = Stopwatch::start();
+        while self.monitor.greeting().is_none() {
+            self.settle()?;
+            if watch.elapsed() > GREETING_LIMIT {
+                let limit = GREETING_LIMIT.as_secs();
+                return Err(Broken::Hangs(format!("no greeting in {limit} s; is it one?")));
+            }
+            std::thread::yield_now();
+        }
+        Ok(())
     }
 
     /// From now on, under a debugger, if there is one.

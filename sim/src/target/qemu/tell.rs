@@ -18,6 +18,9 @@ use crate::qemu::qmp::Message;
 use crate::scenario::{GuestOp, Range};
 use crate::stamp::{self, Source};
 
+/// Looks at the graph, one after the other because of news that came meanwhile, before it is nonsense.
+const MOST_LOOKS: u32 = 1000;
+
 /// A name that outlives everything: events have static ones. There are only as many as commands in use.
 pub(in crate::target) fn lasting(name: &str) -> &'static str {
     static NAMES: Mutex<BTreeSet<&'static str>> = Mutex::new(BTreeSet::new());
@@ -43,6 +46,7 @@ impl QemuTarget {
     }
 
     pub(super) fn try_act(&mut self) -> Result<(), Broken> {
+        let mut looks = 0;
         loop {
             self.running().settle()?;
             self.guests_ended();
@@ -74,6 +78,12 @@ impl QemuTarget {
             if self.main.is_some() && self.under_way.is_none() {
                 if self.looking.is_some() {
                     return Ok(());
+                }
+                looks += 1;
+                if looks > MOST_LOOKS {
+                    return Err(Broken::Nonsense(
+                        "it has news whenever it is looked at".to_owned(),
+                    ));
                 }
                 let id = self
                     .running()

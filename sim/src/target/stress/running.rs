@@ -44,7 +44,7 @@ impl Running {
         };
         running
             .until("no greeting", |r| r.monitor.greeting().is_some())
-            .map_err(unusable)?;
+            .map_err(|broken| unusable(running.daemon.why(broken)))?;
         let agreed = running.ask("qmp_capabilities", &Map::new()).map_err(unusable)?;
         agreed.map_err(|(_, refusal)| unusable(refusal))?;
         for n in 0..IO_THREADS {
