@@ -95,6 +95,8 @@ pub struct Summary {
     pub known: BTreeMap<&'static str, (u64, Finding)>,
     /// Stopped before its end.
     pub interrupted: bool,
+    /// Why findings could not be saved.
+    pub unsaved: Option<String>,
 }
 
 impl Summary {
@@ -119,7 +121,7 @@ pub struct Progress {
 /// Runs a campaign. `stop` ends it early (Ctrl-C); `progress` is updated as it goes.
 ///
 /// # Errors
-/// When the environment cannot run the target, or a finding cannot be saved.
+/// When the environment cannot run the target.
 pub fn run(options: &Options, stop: &AtomicBool, progress: &Progress) -> Result<Summary, CliError> {
     assert!(options.threads > 0, "a campaign needs a worker");
     let watch = Stopwatch::start();
@@ -129,18 +131,26 @@ pub fn run(options: &Options, stop: &AtomicBool, progress: &Progress) -> Result<
     });
     let merged = Mutex::new(Tally::default());
     let failure = Mutex::new(None);
+    let failed = |error| {
+        stop.store(true, Ordering::Relaxed);
+        failure
+            .lock()
+            .expect("no worker panics holding it")
+            .get_or_insert(error);
+    };
+    let worker = || match work(options, &watch, &next, stop, progress) {
+        Ok(tally) => merged.lock().expect("no worker panics holding it").merge(tally),
+        Err(error) => failed(error),
+    };
     std::thread::scope(|scope| {
-        for _ in 0..options.threads {
-            scope.spawn(|| match work(options, &watch, &next, stop, progress) {
-                Ok(tally) => merged.lock().expect("no worker panics holding it").merge(tally),
-                Err(error) => {
-                    stop.store(true, Ordering::Relaxed);
-                    failure
-                        .lock()
-                        .expect("no worker panics holding it")
-                        .get_or_insert(error);
-                }
-            });
+        for n in 0..options.threads {
+            if let Err(e) = std::thread::Builder::new().spawn_scoped(scope, worker) {
+                let wanted = options.threads;
+                let text =
+                    format!("{n} of {wanted} threads can be started ({e}); ask for fewer with --threads");
+                failed(CliError::Environment(text));
+                break;
+            }
         }
     });
     if let Some(error) = failure.into_inner().expect("workers are gone") {
@@ -151,7 +161,10 @@ pub fn run(options: &Options, stop: &AtomicBool, progress: &Progress) -> Result<
     summary.seconds = seconds.as_secs_f64();
     summary.cpu_seconds = cpu.as_secs_f64();
     summary.interrupted = stop.load(Ordering::Relaxed);
-    save_findings(options, &mut summary, stop)?;
+    // What was found is told whether it can be saved or not.
+    summary.unsaved = save_findings(options, &mut summary, stop)
+        .err()
+        .map(|e| e.to_string());
     Ok(summary)
 }
 
@@ -170,7 +183,12 @@ fn work(
         {
             break;
         }
-        let start = next.fetch_add(BLOCK, Ordering::Relaxed);
+        // Numbers end; the one where they do is nobody's.
+        let start = next
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| {
+                Some(n.saturating_add(BLOCK))
+            })
+            .expect("it always says some");
         let end = match &options.span {
             Span::Seeds(seeds) => seeds.end.min(start.saturating_add(BLOCK)),
             Span::For(_) => start.saturating_add(BLOCK),

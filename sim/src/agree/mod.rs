@@ -77,6 +77,8 @@ pub struct Summary {
     pub failures: Vec<Found>,
     /// It was stopped.
     pub interrupted: bool,
+    /// Why something could not be saved.
+    pub unsaved: Option<String>,
 }
 
 impl Summary {
@@ -143,7 +145,7 @@ fn chooser(seed: u64, interleaving: u64) -> Box<dyn Chooser> {
 /// Carries it out: `interleavings` runs, spread over the scenarios of `seeds`.
 ///
 /// # Errors
-/// No daemon of the right version, or a file that cannot be written.
+/// No daemon of the right version that starts.
 pub fn run(
     interleavings: u64,
     seeds: Option<&Range<u64>>,
@@ -165,10 +167,13 @@ pub fn run(
     let watch = Stopwatch::start();
     let count = seeds.end - seeds.start;
     'all: for (at, seed) in (0u64..).zip(seeds) {
-        let scenario = scenario(seed);
-        summary.scenarios += 1;
         // Spread evenly, the first ones get one more.
         let here = interleavings / count + u64::from(at < interleavings % count);
+        if here == 0 {
+            break;
+        }
+        let scenario = scenario(seed);
+        summary.scenarios += 1;
         for interleaving in 0..here {
             if stop.load(Ordering::Relaxed) {
                 summary.interrupted = true;
@@ -196,7 +201,10 @@ pub fn run(
                     file: None,
                 };
                 if summary.divergences.len() + summary.failures.len() < SAVED {
-                    found.file = Some(saved(&scenario, &side.choices, &found, out)?);
+                    match saved(&scenario, &side.choices, &found, out) {
+                        Ok(path) => found.file = Some(path),
+                        Err(e) => summary.unsaved = Some(e.to_string()),
+                    }
                 }
                 if failed {
                     summary.failures.push(found);

@@ -17,6 +17,7 @@ pub(super) fn agree(args: &CompareArgs, count: u64) -> Result<Found, CliError> {
     let summary = agree::run(count, seeds, args.qemu.as_deref(), &args.out, &stop, &progress);
     bar.finish_and_clear();
     let summary = summary?;
+    super::tell_unsaved(summary.unsaved.as_deref());
     print_out(&if args.json {
         as_json(&summary).to_string()
     } else {

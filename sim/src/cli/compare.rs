@@ -45,6 +45,7 @@ pub(super) fn compare(args: &CompareArgs) -> Result<Found, CliError> {
     );
     bar.finish_and_clear();
     let summary = summary?;
+    super::tell_unsaved(summary.unsaved.as_deref());
     print_out(&if args.json {
         as_json(&summary).to_string()
     } else {

@@ -14,16 +14,20 @@ mod replay;
 mod run;
 mod shrink;
 
+use std::io::{ErrorKind, Read, Write};
 use std::path::Path;
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use clap::Parser;
 
 pub use args::{Faults, On, Scheduler, Tier};
 
 use crate::scenario::Scenario;
+
+/// Longest scenario file, bytes: whoever names a device gets an answer.
+const LONGEST_FILE: u64 = 256 << 20;
 
 /// Why a command could not be carried out: exit code 2.
 #[derive(Debug, thiserror::Error)]
@@ -75,11 +79,15 @@ pub fn main() -> ExitCode {
             Ok(Found::Nothing)
         }
     };
+    let done = done.and_then(|found| match UNTOLD.get() {
+        None => Ok(found),
+        Some(why) => Err(CliError::Environment(format!("standard output: {why}"))),
+    });
     match done {
         Ok(Found::Nothing) => ExitCode::SUCCESS,
         Ok(Found::Something) => ExitCode::from(1),
         Err(error) => {
-            eprintln!("blkcheck: {error}");
+            tell(&format!("blkcheck: {error}"));
             ExitCode::from(2)
         }
     }
@@ -111,18 +119,49 @@ fn stop_on_interrupt() -> Arc<AtomicBool> {
     stop
 }
 
+/// Why something could not be printed; then nobody may take the exit code for a result.
+static UNTOLD: OnceLock<String> = OnceLock::new();
+
 /// Prints to stdout; a closed pipe is not an error of ours.
 pub(crate) fn print_out(text: &str) {
-    use std::io::Write;
-    let _ = writeln!(std::io::stdout(), "{text}");
+    let mut out = std::io::stdout().lock();
+    match writeln!(out, "{text}").and_then(|()| out.flush()) {
+        Err(e) if e.kind() != ErrorKind::BrokenPipe => {
+            UNTOLD.get_or_init(|| e.to_string());
+        }
+        _ => {}
+    }
+}
+
+/// Prints to stderr, if anybody reads it.
+pub(crate) fn tell(text: &str) {
+    let _ = writeln!(std::io::stderr(), "{text}");
+}
+
+/// Findings without a file are findings.
+fn tell_unsaved(why: Option<&str>) {
+    if let Some(why) = why {
+        tell(&format!("blkcheck: findings could not be saved: {why}"));
+    }
 }
 
 pub(crate) fn load(path: &Path) -> Result<Scenario, CliError> {
     let name = path.display().to_string();
-    let text = std::fs::read(path).map_err(|source| CliError::File {
+    let unreadable = |source| CliError::File {
         path: name.clone(),
         source,
-    })?;
+    };
+    let mut text = Vec::new();
+    let file = std::fs::File::open(path).map_err(unreadable)?;
+    file.take(LONGEST_FILE + 1)
+        .read_to_end(&mut text)
+        .map_err(unreadable)?;
+    if text.len() as u64 > LONGEST_FILE {
+        let size = LONGEST_FILE >> 20;
+        return Err(CliError::Scenario(format!(
+            "{name}: longer than {size} MiB; no scenario is"
+        )));
+    }
     crate::scenario::parse::parse(&name, &text).map_err(|e| CliError::Scenario(e.to_string()))
 }
 

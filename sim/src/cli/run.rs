@@ -8,7 +8,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
 
 use super::args::{Faults, On, RunArgs, Scheduler, Tier};
-use super::{CliError, Found, print_out};
+use super::{CliError, Found, print_out, tell};
 use crate::campaign::{self, Options, Progress, Span, Summary};
 use crate::compare::known_run;
 use crate::generate::Profile;
@@ -76,6 +76,7 @@ pub(super) fn run(args: &RunArgs) -> Result<Found, CliError> {
     let summary = campaign::run(&options, &stop, &progress);
     line.finish();
     let summary = summary?;
+    super::tell_unsaved(summary.unsaved.as_deref());
     if args.json {
         print_out(&as_json(&options, &summary).to_string());
     } else {
@@ -95,7 +96,7 @@ fn announce(options: &Options) {
         Span::For(time) => format!("seeds from 0 on for {time:?}"),
     };
     let setup = &options.setup;
-    eprintln!(
+    tell(&format!(
         "blkcheck {}: {span}, {} threads, on {}, profile {}, scheduler {}, faults {}",
         env!("CARGO_PKG_VERSION"),
         options.threads,
@@ -103,9 +104,9 @@ fn announce(options: &Options) {
         setup.profile.name(),
         setup.scheduler_name(),
         setup.faults_name(),
-    );
+    ));
     if setup.is_stress() {
-        eprintln!("{}", crate::report::NOT_DETERMINISTIC);
+        tell(crate::report::NOT_DETERMINISTIC);
     }
 }
 
@@ -252,7 +253,8 @@ fn as_text(options: &Options, summary: &Summary) -> String {
     if summary.interrupted {
         let _ = writeln!(out, "interrupted");
     }
-    for finding in summary.findings.iter().filter(|f| f.file.is_some()) {
+    let told = |f: &&campaign::Finding| f.file.is_some() || summary.unsaved.is_some();
+    for finding in summary.findings.iter().filter(told).take(20) {
         out.push('\n');
         out.push_str(&crate::report::finding(finding, options.setup.on_name()));
     }
