@@ -18,6 +18,8 @@ use crate::refusal::Refusal;
 use crate::world::{FileKind, World};
 
 const SECTOR: u64 = 512;
+/// Longest node, bytes.
+const MAX_LENGTH: u64 = 0x7fff_ffff_c000_0000;
 
 /// A child: a node that exists, or one to open.
 #[derive(Clone, Debug)]
@@ -271,6 +273,11 @@ fn open(world: &mut World, options: &Options, above: Option<Above<'_>>) -> Resul
     });
     match &options.kind {
         Kind::Leaf { filename } => open_leaf(world, id, filename)?,
+        Kind::NullCo { size } if *size > MAX_LENGTH => {
+            return Err(Refusal::new(
+                "Could not refresh total sector count: File too large",
+            ));
+        }
         Kind::NullCo { size } => {
             let node = world.graph.node_mut(id);
             node.length = *size;

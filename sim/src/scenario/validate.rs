@@ -2,6 +2,8 @@
 
 use std::collections::BTreeSet;
 
+use serde_json::Value;
+
 use super::{Action, Fill, Format, GuestOp, Image, Range, Scenario, Stored, VERSION};
 use crate::finish::STATUSES;
 
@@ -119,8 +121,9 @@ pub fn validate(scenario: &Scenario) -> Result<(), Invalid> {
 
 fn check_image(image: &Image, grain: u32, at: &[Seg; 2]) -> Result<(), Invalid> {
     let key = |key| [at[0], at[1], Seg::Key(key)];
-    check((1..=255).contains(&image.file.len()), &key("file"), || {
-        "expected a name of 1 to 255 bytes".into()
+    let plain = (1..=255).contains(&image.file.len()) && !image.file.contains('\0');
+    check(plain, &key("file"), || {
+        "expected a name of 1 to 255 bytes, none of them 0".into()
     })?;
     check(image.size <= MAX_SIZE, &key("size"), || {
         format!("{} bytes, at most {MAX_SIZE}", image.size)
@@ -254,6 +257,13 @@ fn check_action(action: &Action, grain: u32, at: &[Seg; 2]) -> Result<(), Invali
         Action::Settle { settle } => check(settle.is_empty(), &[at[0], at[1], Seg::Key("settle")], || {
             "expected an empty object".into()
         }),
+        Action::Command { execute, arguments } if execute == "block_resize" => {
+            let size = arguments.get("size").and_then(Value::as_u64).unwrap_or(0);
+            let at = [at[0], at[1], Seg::Key("arguments"), Seg::Key("size")];
+            check(size <= MAX_SIZE, &at, || {
+                format!("{size} bytes, at most {MAX_SIZE}")
+            })
+        }
         Action::Command { .. } | Action::DrainBegin { .. } | Action::DrainEnd { .. } => Ok(()),
     }
 }

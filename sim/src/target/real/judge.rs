@@ -7,6 +7,9 @@ use std::sync::Once;
 use super::RealTarget;
 use crate::oracle::{OracleName, Violation};
 
+/// What the image should hold, among the images.
+pub(super) const EXPECTED: &str = ".expected";
+
 impl RealTarget {
     /// `check` of the image, and `compare` of its guest content with what is expected, written as a raw file.
     pub(super) fn qemu_img_judges(&self, name: &str, expected: &[u8]) -> Result<(), Violation> {
@@ -20,14 +23,15 @@ impl RealTarget {
                 evidence: said,
             }
         };
+        // A name may look like another protocol's, or like an option.
+        let name = &format!("./{name}");
         self.qemu_img(&["check", "-q", "-f", "qcow2", name])
             .map_err(|said| violation("check", said))?;
-        let raw = ".expected";
-        let path = self.scratch.path().join(raw);
+        let path = self.scratch.path().join(EXPECTED);
         fs::write(&path, expected)
-            .map_err(|e| violation("compare", vec![format!("cannot write {raw}: {e}")]))?;
+            .map_err(|e| violation("compare", vec![format!("cannot write {EXPECTED}: {e}")]))?;
         // Not -s, which also wants the same allocation. A longer image whose excess is zero is told in words only.
-        let same = self.qemu_img(&["compare", "-f", "qcow2", "-F", "raw", name, raw]);
+        let same = self.qemu_img(&["compare", "-f", "qcow2", "-F", "raw", name, EXPECTED]);
         let said = same.map_err(|said| violation("compare", said))?;
         if said.contains("size mismatch") {
             Err(violation("compare", vec![said]))
@@ -69,8 +73,8 @@ pub(super) fn say_whether_judged() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
         if !qemu_img_is_there() {
-            eprintln!(
-                "WARNING: qemu-img is not installed: finished images are judged by blkcheck's own reader only"
+            crate::cli::tell(
+                "WARNING: qemu-img is not installed: finished images are judged by blkcheck's own reader only",
             );
         }
     });

@@ -24,7 +24,7 @@ use blkcheck_impl::env::Env;
 use blkcheck_impl::real::{RealEnv, RealOptions};
 use serde_json::{Map, Value};
 
-use judge::{qemu_img_is_there, say_whether_judged};
+use judge::{EXPECTED, qemu_img_is_there, say_whether_judged};
 use world::{Entry, Kernel, Traffic, World};
 
 use super::loopdev::{LoopDevice, LoopError, Scratch, available, devices_over};
@@ -100,7 +100,7 @@ impl RealTarget {
     /// Lays out one image and says where it can be opened.
     fn lay_out(&mut self, image: &Image, index: u16, grain: u32) -> Result<Entry, Trouble> {
         let name = &image.file;
-        if name.is_empty() || name.contains(['/', '\0']) || name == "." || name == ".." {
+        if name.is_empty() || name.contains('/') || [".", "..", EXPECTED].contains(&&**name) {
             return Err(Trouble::Unusable(format!(
                 "image file '{name}': only plain names can become real files"
             )));
@@ -129,7 +129,13 @@ impl RealTarget {
             open = device.path().to_owned();
             self.devices.push(device);
         }
-        let path = open.to_str().expect("made of plain parts").to_owned();
+        let Some(path) = open.to_str().map(str::to_owned) else {
+            let text = format!(
+                "temporary directory {}: its name is not UTF-8",
+                self.scratch.path().display()
+            );
+            return Err(Trouble::Unusable(text));
+        };
         let (writers, contested) = (Rc::default(), Rc::default());
         Ok(Entry {
             name: name.clone(),
