@@ -74,6 +74,10 @@ pub struct Bitmap {
     pub inconsistent: bool,
     /// The export that shows it to its clients.
     pub shown_by: Option<Rc<str>>,
+    /// A backup uses the bitmap: this one records meanwhile.
+    pub successor: Option<Box<Bitmap>>,
+    /// Later ones of a layer have larger numbers.
+    pub number: u32,
     /// Removed, once the transaction that does so takes effect.
     pub removed: bool,
     /// Its length changed because that of a node below did.
@@ -95,6 +99,8 @@ impl Bitmap {
             read_only: false,
             inconsistent: false,
             shown_by: None,
+            successor: None,
+            number: 0,
             removed: false,
             followed: false,
             dirty: Some(Spans::default()),
@@ -104,7 +110,60 @@ impl Bitmap {
     /// Somebody uses it, so that nobody else may.
     #[must_use]
     pub fn is_busy(&self) -> bool {
-        self.shown_by.is_some() || self.removed
+        self.shown_by.is_some() || self.removed || self.successor.is_some()
+    }
+
+    /// Writes are recorded, here or by the successor.
+    #[must_use]
+    pub fn records(&self) -> bool {
+        self.enabled || self.successor.as_ref().is_some_and(|successor| successor.enabled)
+    }
+
+    /// Bytes were written: who records marks them.
+    pub fn record(&mut self, bytes: Range<u64>) {
+        if self.enabled {
+            self.mark(bytes.clone());
+        }
+        if let Some(successor) = &mut self.successor {
+            successor.record(bytes);
+        }
+    }
+
+    /// Nobody knows what was written; of those that record, at least.
+    pub fn lose_track(&mut self, of_all: bool) {
+        if self.enabled || of_all {
+            self.dirty = None;
+        }
+        if let Some(successor) = &mut self.successor {
+            successor.lose_track(of_all);
+        }
+    }
+
+    /// From now on a new one records, if this one did.
+    pub fn give_successor(&mut self, number: u32) {
+        let mut successor = Bitmap::new(self.name.clone(), self.granularity, self.length);
+        successor.enabled = std::mem::take(&mut self.enabled);
+        successor.number = number;
+        self.successor = Some(Box::new(successor));
+    }
+
+    /// What the successor recorded is recorded here, and this one goes on.
+    pub fn take_successor_in(&mut self) {
+        if let Some(successor) = self.successor.take() {
+            self.merge(&successor);
+            self.enabled = successor.enabled;
+        }
+    }
+
+    /// The successor in its place, which is also to be stored if this one was.
+    ///
+    /// # Panics
+    /// When there is none.
+    #[must_use]
+    pub fn into_successor(self) -> Bitmap {
+        let mut heir = *self.successor.expect("it is in use");
+        heir.persistent = self.persistent;
+        heir
     }
 
     /// How many bits it has.
@@ -152,6 +211,9 @@ impl Bitmap {
         let bits = self.bits();
         if let Some(dirty) = &mut self.dirty {
             dirty.truncate(bits);
+        }
+        if let Some(successor) = &mut self.successor {
+            successor.resize(length);
         }
     }
 
@@ -227,6 +289,28 @@ mod tests {
         coarse.dirty = None;
         fine.merge(&coarse);
         assert_eq!(fine.count(), None, "nobody knows");
+    }
+
+    #[test]
+    fn a_successor_records_and_is_taken_in_or_takes_over() {
+        let mut bitmap = Bitmap::new(Rc::from("b"), 4096, 65536);
+        bitmap.persistent = true;
+        bitmap.mark(0..1);
+        bitmap.give_successor(7);
+        assert!(bitmap.is_busy() && bitmap.records() && !bitmap.enabled);
+        bitmap.record(8192..8193);
+        assert_eq!(bitmap.count(), Some(4096), "what is copied stays what it was");
+        let heir = bitmap.clone().into_successor();
+        assert_eq!(
+            (heir.count(), heir.enabled, heir.persistent),
+            (Some(4096), true, true)
+        );
+        assert!(heir.dirty.as_ref().unwrap().contains(2) && !heir.is_busy());
+        bitmap.take_successor_in();
+        assert_eq!(
+            (bitmap.count(), bitmap.enabled, bitmap.is_busy()),
+            (Some(8192), true, false)
+        );
     }
 
     #[test]

@@ -20,6 +20,17 @@ pub enum Op {
     Resize,
     /// Changing what its chain is recorded to be (change-backing-file).
     Change,
+    /// Copying its content elsewhere (blockdev-backup).
+    BackupSource,
+    /// Copying into it.
+    BackupTarget,
+}
+
+impl Op {
+    /// It may touch a node that is the backing node of another.
+    fn is_free_to_overlays(self) -> bool {
+        matches!(self, Op::Stream | Op::BackupSource | Op::BackupTarget)
+    }
 }
 
 impl Graph {
@@ -38,8 +49,8 @@ impl Graph {
     #[must_use]
     pub fn busy(&self, id: NodeId, op: Op) -> Vec<Refusal> {
         let reason = |parent: &Parent, role: Role| match parent {
-            Parent::Job(_) => Some("block device is in use by block job: stream".to_owned()),
-            Parent::Node(overlay) if role.contains(Role::COW) && op != Op::Stream => {
+            Parent::Job(_, kind) => Some(format!("block device is in use by block job: {}", kind.name())),
+            Parent::Node(overlay) if role.contains(Role::COW) && !op.is_free_to_overlays() => {
                 Some(format!("node is used as backing hd of '{}'", self.name(*overlay)))
             }
             Parent::Node(_) | Parent::Export(_) | Parent::JobBackend(_) => None,

@@ -7,7 +7,7 @@
 use std::rc::Rc;
 
 use crate::graph::{Edge, EdgeId, Graph, NodeId, Parent};
-use crate::perm::{Masks, Role};
+use crate::perm::{Driver, Masks, Role};
 use crate::refusal::Refusal;
 
 impl Graph {
@@ -209,7 +209,7 @@ impl Graph {
     pub(crate) fn move_parents(&mut self, from: NodeId, to: NodeId) -> Result<(), Refusal> {
         for id in self.node(from).parents.clone() {
             let edge = self.edge(id);
-            if matches!(edge.parent, Parent::Job(_)) || self.edge_is_below(id, to) {
+            if matches!(edge.parent, Parent::Job(..)) || self.edge_is_below(id, to) {
                 continue;
             }
             if edge.frozen_by.is_some() {
@@ -221,10 +221,10 @@ impl Graph {
         Ok(())
     }
 
-    /// Takes a copy-on-read filter out of its chain: its parents go to its child, and it loses that child.
+    /// Takes a job's filter out of its chain: its parents go to its child, and it loses that child.
     ///
     /// # Errors
-    /// Masks.
+    /// A link that somebody else has frozen, or masks.
     pub fn drop_filter(&mut self, filter: NodeId) -> Result<(), Refusal> {
         self.unfreeze(filter);
         let link = self.chain_link(filter).expect("a filter is dropped once");
@@ -238,6 +238,10 @@ impl Graph {
     #[must_use]
     pub fn filename(&self, id: NodeId) -> Option<Rc<str>> {
         let node = self.node(id);
+        // These two go by the name of what is below them.
+        if matches!(node.driver, Driver::CopyBeforeWrite | Driver::SnapshotAccess) {
+            return self.full_name(self.primary_child(id)?);
+        }
         if node.filename.is_some() || node.windowed || node.driver.is_filter() {
             return node.filename.clone();
         }

@@ -11,6 +11,8 @@ use std::fmt;
 use std::rc::Rc;
 
 use crate::bitmap::Bitmap;
+use crate::copy_before_write::Kept;
+use crate::job::JobKind;
 use crate::options::NodeOptions;
 use crate::perm::{Driver, Masks, Role};
 use crate::refusal::Refusal;
@@ -45,7 +47,7 @@ pub enum Parent {
     /// The backend through which a job does its I/O; the job's id.
     JobBackend(Rc<str>),
     /// A job's edge; the job's id. It stays at its node when parents are moved, and blocks operations there.
-    Job(Rc<str>),
+    Job(Rc<str>, JobKind),
 }
 
 impl Parent {
@@ -119,8 +121,10 @@ pub struct Node {
     pub inherits_from: Option<NodeId>,
     /// copy-on-read: the last node whose content is copied. The filter holds a reference on it.
     pub bottom: Option<NodeId>,
-    /// A job's own reference to the filter it made.
-    pub held_by_job: bool,
+    /// copy-before-write: what it keeps.
+    pub kept: Option<Kept>,
+    /// How many jobs refer to it: to the filter that they made, or to the source of a backup.
+    pub held_by_jobs: usize,
     /// Dirty bitmaps, newest first.
     pub bitmaps: Vec<Bitmap>,
     /// Edges from above, newest first.
@@ -151,7 +155,8 @@ impl Node {
             implicit: false,
             inherits_from: None,
             bottom: None,
-            held_by_job: false,
+            kept: None,
+            held_by_jobs: 0,
             bitmaps: Vec::new(),
             parents: Vec::new(),
             children: Vec::new(),
@@ -168,6 +173,8 @@ pub struct Graph {
     next_edge: u32,
     /// Throttle groups, by name.
     pub(crate) groups: BTreeSet<Rc<str>>,
+    /// How many bitmaps were made.
+    bitmaps: u32,
     /// Nodes that became writable (or read-only), in order; what follows from it is yet to be done.
     flips: Vec<(NodeId, bool)>,
     /// A backing node that is let go of gets the masks that are left to it, which the daemon forgets.
@@ -210,6 +217,12 @@ impl Graph {
             }
             _ => Ok(()),
         }
+    }
+
+    /// A number for a new bitmap: later ones are larger.
+    pub(crate) fn next_bitmap(&mut self) -> u32 {
+        self.bitmaps += 1;
+        self.bitmaps
     }
 
     /// No nodes.
@@ -391,11 +404,7 @@ impl Graph {
             .filter(|other| other.bottom == Some(id))
             .count();
         let shown = node.bitmaps.iter().filter(|b| b.shown_by.is_some()).count();
-        node.parents.len()
-            + as_bottom
-            + shown
-            + usize::from(node.monitor_owned)
-            + usize::from(node.held_by_job)
+        node.parents.len() + as_bottom + shown + usize::from(node.monitor_owned) + node.held_by_jobs
     }
 
     /// Closes every node that nobody refers to, and then those that only it referred to.
@@ -424,7 +433,7 @@ impl Graph {
         match parent {
             Parent::Node(node) => format!("node '{}'", self.name(*node)),
             Parent::Export(_) | Parent::JobBackend(_) => "an unnamed block device".to_owned(),
-            Parent::Job(id) => format!("stream job '{id}'"),
+            Parent::Job(id, kind) => format!("{} job '{id}'", kind.name()),
         }
     }
 
@@ -557,86 +566,5 @@ impl Graph {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::perm::Perm;
-
-    fn chain() -> (Graph, Vec<NodeId>) {
-        let mut graph = Graph::new();
-        let ids: Vec<NodeId> = ["base", "mid", "top"]
-            .iter()
-            .map(|name| {
-                let id = graph.add_node(Node::new(name, Driver::Qcow2));
-                graph.node_mut(id).monitor_owned = true;
-                id
-            })
-            .collect();
-        for pair in ids.windows(2) {
-            graph.set_backing(pair[1], Some(pair[0])).unwrap();
-        }
-        (graph, ids)
-    }
-
-    #[test]
-    fn a_section_drains_everything_above() {
-        let (graph, ids) = chain();
-        let counters = graph.quiesce_counters(&BTreeMap::from([(ids[1], 1)]), 0);
-        assert_eq!(counters, BTreeMap::from([(ids[0], 0), (ids[1], 1), (ids[2], 1)]));
-        // drain-all: own section plus one per drained child
-        let counters = graph.quiesce_counters(&BTreeMap::new(), 1);
-        assert_eq!(counters, BTreeMap::from([(ids[0], 1), (ids[1], 2), (ids[2], 2)]));
-    }
-
-    #[test]
-    fn a_node_closes_when_the_last_reference_goes() {
-        let (mut graph, ids) = chain();
-        graph.node_mut(ids[0]).monitor_owned = false;
-        graph.node_mut(ids[1]).monitor_owned = false;
-        graph.reap();
-        assert_eq!(graph.nodes().count(), 3, "the chain holds them");
-        graph.set_backing(ids[2], None).unwrap();
-        graph.reap();
-        assert_eq!(graph.nodes().map(|(id, _)| id).collect::<Vec<_>>(), [ids[2]]);
-    }
-
-    #[test]
-    fn masks_below_a_node_that_is_let_go_of_follow_only_where_that_is_said() {
-        for refreshes in [false, true] {
-            let (mut graph, ids) = chain();
-            if refreshes {
-                graph.refresh_what_is_let_go();
-            }
-            let masks = Masks::new(Perm::CONSISTENT_READ, Perm::all());
-            let export = Parent::Export(Rc::from("x"));
-            graph.attach_root(export, ids[2], "root", masks).unwrap();
-            assert!(graph.cumulative(ids[0]).perm.contains(Perm::CONSISTENT_READ));
-            graph.set_backing(ids[2], None).unwrap();
-            assert_eq!(
-                graph.cumulative(ids[0]).perm.contains(Perm::CONSISTENT_READ),
-                !refreshes,
-                "refreshes: {refreshes}"
-            );
-        }
-    }
-
-    #[test]
-    fn check_sees_a_conflict() {
-        let (mut graph, ids) = chain();
-        graph.check().unwrap();
-        let root = |id: &str, masks| Edge {
-            name: "root",
-            role: Role::empty(),
-            parent: Parent::Export(Rc::from(id)),
-            child: ids[2],
-            masks,
-            frozen_by: None,
-        };
-        graph.add_edge(root("a", Masks::new(Perm::WRITE, Perm::all())));
-        graph.add_edge(root("b", Masks::new(Perm::empty(), Perm::CONSISTENT_READ)));
-        let text = graph.check().unwrap_err();
-        assert!(
-            text.starts_with("Permission conflict on node 'top': permissions 'write' are both"),
-            "{text}"
-        );
-    }
-}
+#[path = "graph_tests.rs"]
+mod tests;

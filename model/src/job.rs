@@ -1,10 +1,12 @@
 //! Jobs: the state machine, which verb is admitted when, and how pauses add up.
 //!
 //! Rules: every observed status change must be in [`JobStatus::may_become`]; verbs are refused by [`check_verb`] with
-//! QEMU's text. What a stream does to graph and headers is in [`crate::command::stream`].
+//! QEMU's text. What a stream does to graph and headers is in [`crate::command::stream`], what a backup does in
+//! [`crate::command::backup`].
 
 use std::rc::Rc;
 
+use crate::bitmap::Spans;
 use crate::graph::{EdgeId, Graph, NodeId};
 use crate::refusal::Refusal;
 
@@ -217,6 +219,106 @@ impl Stream {
     }
 }
 
+/// What a backup copies.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Sync {
+    /// Everything.
+    Full,
+    /// What the source's own layer holds when it is looked through.
+    Top,
+    /// What a bitmap says.
+    Bitmap,
+    /// Only what guests write over.
+    None,
+}
+
+impl Sync {
+    /// QAPI name (`incremental` is a way to say `bitmap`).
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Sync::Full => "full",
+            Sync::Top => "top",
+            Sync::Bitmap => "bitmap",
+            Sync::None => "none",
+        }
+    }
+}
+
+/// What becomes of a backup's bitmap when the backup ends.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum BitmapMode {
+    /// Success: what was written since the start. Else: that as well as what it was.
+    OnSuccess,
+    /// What it was, and what was written since.
+    Never,
+    /// What was written since the start, and what was not copied.
+    Always,
+}
+
+impl BitmapMode {
+    /// QAPI name.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            BitmapMode::OnSuccess => "on-success",
+            BitmapMode::Never => "never",
+            BitmapMode::Always => "always",
+        }
+    }
+}
+
+/// What a backup was asked to do.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Backup {
+    /// `device`: the node whose content is kept as it was at the start.
+    pub source: NodeId,
+    /// `target`.
+    pub target: NodeId,
+    /// The copy-before-write filter above the source; none once it is dropped.
+    pub filter: Option<NodeId>,
+    /// Bytes per cluster.
+    pub cluster: u64,
+    /// Length of source and target, bytes.
+    pub length: u64,
+    /// What is copied.
+    pub sync: Sync,
+    /// The clusters that are copied, by number, whoever writes: all of them for `full`; for `top` those of these that the
+    /// source's layer holds; for `none` those of these that guests write to. None if unknown.
+    pub initial: Option<Spans>,
+    /// The bitmap on the source that is used up or brought up to date, and how.
+    pub bitmap: Option<(Rc<str>, BitmapMode)>,
+}
+
+/// What a job is for.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum JobKind {
+    /// `block-stream`.
+    Stream,
+    /// `blockdev-backup`.
+    Backup,
+}
+
+impl JobKind {
+    /// QAPI name.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            JobKind::Stream => "stream",
+            JobKind::Backup => "backup",
+        }
+    }
+}
+
+/// What a job does.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Work {
+    /// Copies what layers below hold into an image.
+    Stream(Stream),
+    /// Copies an image as it was at one moment.
+    Backup(Backup),
+}
+
 /// A job.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Job {
@@ -226,7 +328,7 @@ pub struct Job {
     pub status: JobStatus,
     /// One of the pauses is the user's (or an error's with action `stop`).
     pub user_paused: bool,
-    /// Cancelled; a stream's cancellation is always hard.
+    /// Cancelled; a stream's cancellation and a backup's are always hard.
     pub cancelled: bool,
     /// Rate limit, bytes per second; 0 = none.
     pub speed: i64,
@@ -239,18 +341,77 @@ pub struct Job {
     /// The edge of the backend through which it does I/O; none once completed.
     pub backend: Option<EdgeId>,
     /// What it does.
-    pub stream: Stream,
+    pub work: Work,
+    /// The jobs of one number end together, well or not.
+    pub group: u32,
+    /// Its run phase went well.
+    pub waited: bool,
     /// How it ended.
     pub outcome: Option<Outcome>,
 }
 
 impl Job {
+    /// A new one that was asked for with these arguments, in a group of its own.
+    pub(crate) fn new(id: Rc<str>, asked: &Asked<'_>, group: u32, work: Work) -> Job {
+        Job {
+            id,
+            status: JobStatus::Undefined,
+            user_paused: false,
+            cancelled: false,
+            speed: asked.speed,
+            auto_finalize: asked.auto_finalize,
+            auto_dismiss: asked.auto_dismiss,
+            edges: Vec::new(),
+            backend: None,
+            work,
+            group,
+            waited: false,
+            outcome: None,
+        }
+    }
+
+    /// What kind of job it is.
+    #[must_use]
+    pub fn kind(&self) -> JobKind {
+        match self.work {
+            Work::Stream(_) => JobKind::Stream,
+            Work::Backup(_) => JobKind::Backup,
+        }
+    }
+
+    /// What it streams, if that is what it does.
+    #[must_use]
+    pub fn stream(&self) -> Option<&Stream> {
+        match &self.work {
+            Work::Stream(stream) => Some(stream),
+            Work::Backup(_) => None,
+        }
+    }
+
+    /// What it backs up, if that is what it does.
+    #[must_use]
+    pub fn backup(&self) -> Option<&Backup> {
+        match &self.work {
+            Work::Backup(backup) => Some(backup),
+            Work::Stream(_) => None,
+        }
+    }
+
     /// How many pause requests there are, with `drained_edges` of its edges on drained nodes.
     #[must_use]
     pub fn pause_count(&self, drained_edges: usize) -> usize {
         let not_started = matches!(self.status, Undefined | Created);
         usize::from(not_started) + usize::from(self.user_paused) + drained_edges
     }
+}
+
+/// What every job can be asked for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Asked<'a> {
+    pub(crate) id: Option<&'a str>,
+    pub(crate) speed: i64,
+    pub(crate) auto_finalize: bool,
+    pub(crate) auto_dismiss: bool,
 }
 
 /// A job that the world has forgotten, but of which a client still sees status changes.
@@ -260,6 +421,23 @@ pub struct Ghost {
     pub id: Rc<str>,
     /// Last status seen.
     pub status: JobStatus,
+    /// It was made, and then taken back with its transaction.
+    pub taken_back: bool,
+}
+
+impl Ghost {
+    /// A client may see this next. A job that could not be made is gone at once; one that was made is given up first.
+    #[must_use]
+    pub fn may_become(&self, next: JobStatus) -> bool {
+        let shown = match (self.status, self.taken_back) {
+            (Undefined, _) => Created,
+            (Created, true) => Aborting,
+            (Aborting, _) => Concluded,
+            (Created, false) | (Concluded, _) => Null,
+            _ => return false,
+        };
+        next == shown
+    }
 }
 
 #[cfg(test)]

@@ -9,12 +9,14 @@
 //! * [`bitmap`], [`marking`]: dirty bitmaps, and what marks them;
 //! * [`job`]: state machine, verbs, pauses;
 //! * [`layer`], [`status`], [`stream`]: what layers hold, what a read through a chain sees, what a stream may copy;
+//! * [`copy_before_write`]: what a point-in-time filter keeps;
 //! * [`register`]: which reads a history of guest requests allows.
 
 pub mod bitmap;
 pub mod blockers;
 pub mod change;
 pub mod command;
+pub mod copy_before_write;
 pub mod freeze;
 pub mod graph;
 pub mod job;
@@ -29,6 +31,7 @@ pub mod reopen;
 pub mod status;
 pub mod stream;
 pub mod walk;
+mod window;
 pub mod world;
 
 pub use bitmap::{Bitmap, StoredBitmap};

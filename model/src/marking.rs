@@ -5,16 +5,17 @@
 //! nothing, since what a guest sees stays as it is.
 //! A bitmap is stored when its node becomes read-only or is closed, and loaded when it is opened; in between the image
 //! says that what it holds is out of date.
-//! Not predicted: what a qcow2 node writes to its file, and where a copy-on-read filter that is not directly above an
+//! Differs from QEMU 10.0: a bitmap that a backup uses is stored with what was recorded meanwhile.
+//! Not predicted: what a qcow2 node writes to its file, what a copy-before-write filter writes to its target, and where a copy-on-read filter that is not directly above an
 //! image writes to what is below that. Bitmaps that record there are unknown until they are cleared and at rest.
 
 use std::ops::Range;
 use std::rc::Rc;
 
 use crate::bitmap::{Bitmap, StoredBitmap};
-use crate::command::open::Window;
 use crate::graph::{Graph, NodeId, Parent};
 use crate::perm::Driver;
+use crate::window::Window;
 use crate::world::{Qcow2Facts, World};
 
 impl World {
@@ -40,10 +41,10 @@ impl World {
             return;
         }
         for bitmap in &mut self.graph.node_mut(node).bitmaps {
-            if !sure {
-                bitmap.dirty = None;
-            } else if bitmap.enabled {
-                bitmap.mark(bytes.clone());
+            if sure {
+                bitmap.record(bytes.clone());
+            } else {
+                bitmap.lose_track(true);
             }
         }
         if !self.graph.node(node).writable {
@@ -61,8 +62,8 @@ impl World {
         let mut next = Some(node);
         while let Some(id) = next.filter(|id| !bytes.is_empty() && goes_on(*id)) {
             let node = self.graph.node_mut(id);
-            for bitmap in node.bitmaps.iter_mut().filter(|bitmap| bitmap.enabled) {
-                bitmap.mark(bytes.clone());
+            for bitmap in &mut node.bitmaps {
+                bitmap.record(bytes.clone());
             }
             let passes_on = node.driver == Driver::Raw || node.driver.is_filter();
             if node.driver == Driver::Raw {
@@ -82,8 +83,8 @@ impl World {
             .map(|(id, _)| id)
             .collect();
         for id in unseen {
-            for bitmap in self.graph.node_mut(id).bitmaps.iter_mut().filter(|b| b.enabled) {
-                bitmap.dirty = None;
+            for bitmap in &mut self.graph.node_mut(id).bitmaps {
+                bitmap.lose_track(false);
             }
         }
     }
@@ -104,6 +105,9 @@ impl World {
             }
             stored.in_use |= writable;
             loaded.insert(0, bitmap);
+        }
+        for bitmap in loaded.iter_mut().rev() {
+            bitmap.number = self.graph.next_bitmap();
         }
         self.graph.node_mut(id).bitmaps = loaded;
     }
@@ -175,6 +179,9 @@ impl World {
 fn store(header: &mut Qcow2Facts, bitmaps: &[Bitmap]) {
     let storable = |bitmap: &&Bitmap| bitmap.persistent && !bitmap.inconsistent && !bitmap.read_only;
     for bitmap in bitmaps.iter().filter(storable) {
+        // No change may be forgotten: what its successor has recorded is stored with it.
+        let mut bitmap = bitmap.clone();
+        bitmap.take_successor_in();
         let new = StoredBitmap {
             name: bitmap.name.clone(),
             granularity: bitmap.granularity,
@@ -193,6 +200,8 @@ impl Graph {
     /// Somebody may write to the node without the model knowing where.
     fn has_unseen_writer(&self, id: NodeId) -> bool {
         self.parents(id).any(|(_, edge)| match edge.parent {
+            // What is kept is written by copies.
+            Parent::Node(_) if edge.name == "target" => true,
             Parent::Node(parent) if edge.name == "file" => match self.node(parent).driver {
                 Driver::Qcow2 => true,
                 _ => self.is_below_copy_on_read(parent) || self.has_unseen_writer(parent),

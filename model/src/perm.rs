@@ -126,11 +126,15 @@ pub enum Driver {
     CopyOnRead,
     /// Filter that holds requests back, by the limits of its group.
     Throttle,
+    /// Filter that keeps what is written over: it copies the old content to its target first.
+    CopyBeforeWrite,
+    /// Shows the content that a copy-before-write filter below has kept.
+    SnapshotAccess,
 }
 
 impl Driver {
     /// All drivers of the model.
-    pub const ALL: [Driver; 7] = [
+    pub const ALL: [Driver; 9] = [
         Driver::File,
         Driver::HostDevice,
         Driver::NullCo,
@@ -138,6 +142,8 @@ impl Driver {
         Driver::Qcow2,
         Driver::CopyOnRead,
         Driver::Throttle,
+        Driver::CopyBeforeWrite,
+        Driver::SnapshotAccess,
     ];
 
     /// QAPI name.
@@ -151,6 +157,8 @@ impl Driver {
             Driver::Qcow2 => "qcow2",
             Driver::CopyOnRead => "copy-on-read",
             Driver::Throttle => "throttle",
+            Driver::CopyBeforeWrite => "copy-before-write",
+            Driver::SnapshotAccess => "snapshot-access",
         }
     }
 
@@ -163,7 +171,10 @@ impl Driver {
     /// Filters always show exactly their child's content. `raw` is *not* one: chain walks stop at it.
     #[must_use]
     pub fn is_filter(self) -> bool {
-        matches!(self, Driver::CopyOnRead | Driver::Throttle)
+        matches!(
+            self,
+            Driver::CopyOnRead | Driver::Throttle | Driver::CopyBeforeWrite
+        )
     }
 
     /// A leaf that stores bytes itself.
@@ -200,7 +211,10 @@ impl Driver {
     /// Options such as read-only can be changed while open.
     #[must_use]
     pub fn supports_reopen(self) -> bool {
-        self != Driver::CopyOnRead
+        !matches!(
+            self,
+            Driver::CopyOnRead | Driver::CopyBeforeWrite | Driver::SnapshotAccess
+        )
     }
 }
 
@@ -223,10 +237,23 @@ pub fn child_masks(driver: Driver, role: Role, writable: bool, cum: Masks) -> Ma
         // Raw never writes on its own account.
         Driver::Raw => Masks::new((by_role.perm - (W | RS)) | (cum.perm & (W | RS)), by_role.shared),
         Driver::Qcow2 | Driver::Throttle => by_role,
+        Driver::CopyBeforeWrite if role.contains(Role::FILTERED) => by_role,
+        // The target is written whoever is above; others may write to it as well, since it may stand on the source.
+        Driver::CopyBeforeWrite => Masks::new(W, Perm::all() - RS),
+        // It reads by a way of its own, for which it needs nothing.
+        Driver::SnapshotAccess => Masks::NONE,
         Driver::File | Driver::HostDevice | Driver::NullCo => {
             unreachable!("{} has no children", driver.name())
         }
     }
+}
+
+/// The masks of a copy-before-write filter on its source while somebody uses the filter: nobody else may write there, or
+/// what is kept would not be all that is written over.
+#[must_use]
+pub fn kept_masks(masks: Masks, discards_source: bool) -> Masks {
+    let own = if discards_source { CR | W } else { CR };
+    Masks::new(masks.perm | own, masks.shared - (W | RS))
 }
 
 /// A backing file is only read; others may change it only if everybody above tolerates that.

@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 
 use crate::graph::{Edge, EdgeId, Graph, NodeId, Parent};
-use crate::perm::{Masks, Perm, child_masks};
+use crate::perm::{Driver, Masks, Perm, Role, child_masks, kept_masks};
 use crate::refusal::Refusal;
 
 impl Graph {
@@ -20,7 +20,12 @@ impl Graph {
     /// The masks that a node whose parents have `cum` puts on this child edge.
     fn masks_below(&self, parent: NodeId, edge: &Edge, cum: Masks) -> Masks {
         let node = self.node(parent);
-        let masks = child_masks(node.driver, edge.role, node.writable, cum);
+        let mut masks = child_masks(node.driver, edge.role, node.writable, cum);
+        // A filter that nobody uses keeps nothing.
+        let keeps = node.driver == Driver::CopyBeforeWrite && edge.role.contains(Role::FILTERED);
+        if keeps && !node.parents.is_empty() {
+            masks = kept_masks(masks, node.kept.as_ref().is_some_and(|kept| kept.discards_source));
+        }
         if self.node(edge.child).force_share {
             Masks::new(masks.perm, Perm::all())
         } else {

@@ -3,6 +3,7 @@
 //! Rules: the text is the one QEMU 10.0 gives, word for word; a refusal changes nothing in the world.
 
 use std::fmt;
+use std::rc::Rc;
 
 /// QAPI error class.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Hash)]
@@ -35,7 +36,9 @@ pub struct Refusal {
     /// The text.
     pub desc: String,
     /// The command got as far as creating a job of this id, so a client sees it go `created`, `null`.
-    pub early_failed_job: Option<std::rc::Rc<str>>,
+    pub early_failed_job: Option<Rc<str>>,
+    /// Jobs that the command made and took back, so that a client sees them go `created`, `aborting`, `concluded`, `null`.
+    pub taken_back: Vec<Rc<str>>,
 }
 
 impl Refusal {
@@ -46,6 +49,7 @@ impl Refusal {
             class: ErrorClass::GenericError,
             desc: desc.into(),
             early_failed_job: None,
+            taken_back: Vec::new(),
         }
     }
 

@@ -10,11 +10,12 @@
 use serde_json::Value;
 
 use crate::bitmap::Bitmap;
-use crate::command::open::{Window, check_detect_zeroes};
+use crate::command::open::check_detect_zeroes;
 use crate::graph::{EdgeId, Graph, NodeId};
 use crate::options::NodeOptions;
 use crate::perm::{Driver, Role};
 use crate::refusal::Refusal;
+use crate::window::Window;
 
 /// Options that every node may do without; they then have their default value.
 const COMMON: [&str; 7] = [

@@ -14,7 +14,7 @@ use serde_json::Value;
 use crate::bitmap::StoredBitmap;
 use crate::command::{self, Command};
 use crate::graph::{BackingHeader, EdgeId, Graph, NodeId, Parent};
-use crate::job::{Ghost, Job, JobStatus, Outcome};
+use crate::job::{Ghost, Job, JobStatus, Outcome, Work};
 use crate::perm::{Driver, Masks, Role};
 use crate::refusal::Refusal;
 
@@ -83,6 +83,10 @@ pub struct World {
     pub files: BTreeMap<Rc<str>, Rc<FileFacts>>,
     /// Jobs that are gone but for their last events.
     ghosts: Vec<Ghost>,
+    /// Jobs of a transaction that are yet to start, the next one first.
+    to_start: Vec<Rc<str>>,
+    /// The last number that a group of jobs was given.
+    next_group: u32,
     /// How many node names have been made up; a refused command may have used some.
     pub auto_names: u32,
 }
@@ -133,11 +137,16 @@ impl World {
             }
             Err(refusal) => {
                 self.auto_names = next.auto_names;
-                self.ghosts
-                    .extend(refusal.early_failed_job.clone().map(|id| Ghost {
-                        id,
+                let ghost = |taken_back| {
+                    move |id: &Rc<str>| Ghost {
+                        id: id.clone(),
                         status: JobStatus::Undefined,
-                    }));
+                        taken_back,
+                    }
+                };
+                self.ghosts.extend(refusal.taken_back.iter().map(ghost(true)));
+                self.ghosts
+                    .extend(refusal.early_failed_job.iter().map(ghost(false)));
             }
         }
         result
@@ -158,10 +167,7 @@ impl World {
     pub fn job_status(&mut self, id: &str, to: JobStatus) -> Result<(), String> {
         if let Some(at) = self.ghosts.iter().position(|ghost| &*ghost.id == id) {
             let ghost = &mut self.ghosts[at];
-            if ghost.status == JobStatus::Null
-                || !ghost.status.may_become(to)
-                || (to != JobStatus::Created && to != JobStatus::Null)
-            {
+            if !ghost.may_become(to) {
                 return Err(format!(
                     "job '{id}' is gone ({}), yet becomes {}",
                     ghost.status.name(),
@@ -200,6 +206,16 @@ impl World {
             (JobStatus::Null, _) if !job.auto_dismiss => Err("nobody dismissed it"),
             _ => Ok(()),
         };
+        let starts = job.status == JobStatus::Created && to == JobStatus::Running;
+        let turn = self
+            .to_start
+            .iter()
+            .position(|next| &**next == id)
+            .filter(|_| starts);
+        let allowed = match turn {
+            Some(at) if at > 0 => Err("another one of its transaction starts first"),
+            _ => allowed,
+        };
         allowed.map_err(|why| {
             format!(
                 "job '{id}' goes from {} to {}: {why}",
@@ -207,7 +223,11 @@ impl World {
                 to.name()
             )
         })?;
+        if turn.is_some() {
+            self.to_start.remove(0);
+        }
         job.status = to;
+        job.waited |= to == JobStatus::Waiting;
         if to == JobStatus::Null {
             self.forget_job(id);
         }
@@ -254,7 +274,7 @@ impl World {
             .position(|job| &*job.id == id)
             .ok_or_else(|| format!("there is no job '{id}'"))?;
         let job = &self.jobs[at];
-        match (outcome, job.cancelled) {
+        match (outcome, job.cancelled || self.group_gives_up(job)) {
             _ if job.outcome.is_some() => return Err(format!("job '{id}' completes twice")),
             (Outcome::Success | Outcome::NotFlushed, true) => {
                 return Err(format!("job '{id}' was cancelled, yet takes effect"));
@@ -262,10 +282,44 @@ impl World {
             (Outcome::Cancelled, false) => return Err(format!("nobody cancelled job '{id}'")),
             _ => {}
         }
-        let error = command::stream::complete(self, at, outcome, writable);
+        let error = match &job.work {
+            Work::Stream(_) => command::stream::complete(self, at, outcome, writable),
+            Work::Backup(_) => {
+                command::backup::complete(self, at, outcome);
+                None
+            }
+        };
         self.reap();
         debug_assert_eq!(self.graph.check(), Ok(()), "after job '{id}' completed");
         Ok(error)
+    }
+
+    /// Another job of the same group was cancelled or failed, so that this one is as well.
+    fn group_gives_up(&self, job: &Job) -> bool {
+        let gives_up = |other: &Job| {
+            let failed = other.outcome.is_some_and(|outcome| outcome != Outcome::Success);
+            other.cancelled || failed || other.status == JobStatus::Aborting
+        };
+        self.group(job).any(gives_up)
+    }
+
+    /// The other jobs that end with this one.
+    pub fn group(&self, job: &Job) -> impl Iterator<Item = &Job> {
+        let (group, id) = (job.group, job.id.clone());
+        self.jobs
+            .iter()
+            .filter(move |other| other.group == group && other.id != id)
+    }
+
+    /// A number that no job has.
+    pub(crate) fn new_group(&mut self) -> u32 {
+        self.next_group += 1;
+        self.next_group
+    }
+
+    /// Jobs were made by one transaction, in this order; the last one starts first.
+    pub(crate) fn start_in_turn(&mut self, made: Vec<Rc<str>>) {
+        self.to_start = made.into_iter().rev().collect();
     }
 
     /// Removes a job with its edges.
@@ -287,6 +341,7 @@ impl World {
         self.ghosts.push(Ghost {
             id: id.clone(),
             status: JobStatus::Concluded,
+            taken_back: false,
         });
     }
 
@@ -333,10 +388,10 @@ impl World {
         match facts.driver {
             Driver::File | Driver::HostDevice | Driver::NullCo => facts.filename.clone(),
             Driver::Raw if facts.windowed => None,
-            Driver::Raw | Driver::CopyOnRead | Driver::Throttle => {
+            Driver::Raw | Driver::CopyOnRead | Driver::Throttle | Driver::CopyBeforeWrite => {
                 self.content_file(self.graph.primary_child(node)?)
             }
-            Driver::Qcow2 => None,
+            Driver::Qcow2 | Driver::SnapshotAccess => None,
         }
     }
 
@@ -386,7 +441,7 @@ impl World {
             Parent::Node(id) => format!("node '{}'", self.graph.name(*id)),
             Parent::Export(id) => format!("export '{id}'"),
             Parent::JobBackend(id) => format!("backend of job '{id}'"),
-            Parent::Job(id) => format!("job '{id}'"),
+            Parent::Job(id, _) => format!("job '{id}'"),
         };
         let mut facts: Vec<EdgeFacts> = self
             .graph

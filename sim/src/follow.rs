@@ -423,7 +423,11 @@ impl Follower {
     /// How else a completion may have ended, the likelier last.
     fn doubt_completion(&mut self, id: &str, outcome: Outcome, prepared: bool) {
         let entry = |outcome, writable| Entry::Completed(id.into(), outcome, writable);
-        let was_read_only = self.world.job(id).is_some_and(|j| j.stream.was_read_only);
+        let was_read_only = self
+            .world
+            .job(id)
+            .and_then(|job| job.stream())
+            .is_some_and(|stream| stream.was_read_only);
         let not_flushed = prepared && outcome == Outcome::Failed;
         // After a prepare that failed, becoming read-only again must have failed as well.
         let twice = self.operation.as_ref().is_some_and(|o| o.faults > 1) || self.flush_lost || !self.ordered;

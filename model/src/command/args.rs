@@ -217,6 +217,21 @@ impl<'a> Args<'a> {
             .ok_or_else(|| Refusal::new(format!("Parameter '{name}' expects uint32_t")))
     }
 
+    /// An optional unsigned number of 64 bits. A negative one is taken for the large one that has the same bits.
+    ///
+    /// # Errors
+    /// Another type, another number.
+    pub fn opt_size(&self, name: &'static str) -> Result<Option<u64>, Refusal> {
+        let Some(value) = self.optional(name) else {
+            return Ok(None);
+        };
+        let negative = || value.as_i64().map(i64::cast_unsigned);
+        value.as_u64().or_else(negative).map(Some).ok_or_else(|| {
+            let name = self.full_name(name);
+            Refusal::new(format!("Parameter '{name}' expects uint64"))
+        })
+    }
+
     /// An optional list of strings and objects. `kind`: what the schema calls such an item. Items as in [`Args::objects`].
     ///
     /// # Errors

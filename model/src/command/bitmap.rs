@@ -162,7 +162,8 @@ impl<'a> BitmapCommand<'a> {
         let mut bitmap = Bitmap::new(Rc::from(self.name), granularity, node.length);
         bitmap.enabled = !disabled;
         bitmap.persistent = persistent;
-        node.bitmaps.insert(0, bitmap);
+        bitmap.number = world.graph.next_bitmap();
+        world.graph.node_mut(id).bitmaps.insert(0, bitmap);
         Ok(())
     }
 }
@@ -303,17 +304,7 @@ impl World {
     /// The size of the image's clusters, within bounds.
     fn default_granularity(&self, id: NodeId) -> u64 {
         let (least, most) = DEFAULT_GRANULARITY;
-        let node = self.graph.node(id);
-        match node.driver {
-            Driver::Qcow2 => self
-                .header(id)
-                .map_or(most, |header| header.cluster_size.clamp(least, most)),
-            driver if driver == Driver::Raw || driver.is_filter() => self
-                .graph
-                .primary_child(id)
-                .map_or(most, |below| self.default_granularity(below)),
-            _ => most,
-        }
+        self.cluster_size(id).map_or(most, |size| size.clamp(least, most))
     }
 
     fn check_storable(&self, id: NodeId, name: &str, granularity: u64) -> Result<(), Refusal> {

@@ -4,11 +4,14 @@
 //! order. The world it works on is a copy, so a refusal may leave it half changed.
 
 pub mod args;
+pub mod backup;
 pub mod bitmap;
 pub mod change_backing;
 pub mod del;
 pub mod export;
 pub mod failing;
+pub(crate) mod filters;
+pub(crate) mod jobs;
 pub mod object;
 pub mod open;
 pub mod reopen;
@@ -64,6 +67,7 @@ fn handler(name: &str) -> Option<Handler> {
         "blockdev-add" => open::blockdev_add,
         "blockdev-del" => del::blockdev_del,
         "blockdev-reopen" => reopen::blockdev_reopen,
+        "blockdev-backup" => transaction::blockdev_backup,
         "blockdev-snapshot" => transaction::blockdev_snapshot,
         "transaction" => transaction::transaction,
         "block_resize" => resize::block_resize,

@@ -10,11 +10,16 @@ use std::rc::Rc;
 use serde_json::{Map, Value};
 
 use crate::command::args::Args;
+use crate::command::filters::{
+    open_copy_before_write, open_copy_on_read, open_snapshot_access, open_throttle,
+};
 use crate::command::{is_well_formed, lookup};
+use crate::copy_before_write::Manner;
 use crate::graph::{Node, NodeId};
 use crate::options::NodeOptions;
-use crate::perm::{Driver, Role};
+use crate::perm::{Driver, Masks, Role};
 use crate::refusal::Refusal;
+use crate::window::Window;
 use crate::world::{FileKind, World};
 
 const SECTOR: u64 = 512;
@@ -23,7 +28,7 @@ const MAX_LENGTH: u64 = 0x7fff_ffff_c000_0000;
 
 /// A child: a node that exists, or one to open.
 #[derive(Clone, Debug)]
-enum ChildRef {
+pub(crate) enum ChildRef {
     Name(Rc<str>),
     Inline(Box<Options>),
 }
@@ -40,12 +45,34 @@ enum Backing {
 
 #[derive(Clone, Debug)]
 enum Kind {
-    Leaf { filename: Rc<str> },
-    NullCo { size: u64 },
-    Raw { file: ChildRef },
-    Qcow2 { file: ChildRef, backing: Backing },
-    CopyOnRead { file: ChildRef, bottom: Option<Rc<str>> },
-    Throttle { file: ChildRef },
+    Leaf {
+        filename: Rc<str>,
+    },
+    NullCo {
+        size: u64,
+    },
+    Raw {
+        file: ChildRef,
+    },
+    Qcow2 {
+        file: ChildRef,
+        backing: Backing,
+    },
+    CopyOnRead {
+        file: ChildRef,
+        bottom: Option<Rc<str>>,
+    },
+    Throttle {
+        file: ChildRef,
+    },
+    CopyBeforeWrite {
+        file: ChildRef,
+        target: ChildRef,
+        manner: Manner,
+    },
+    SnapshotAccess {
+        file: ChildRef,
+    },
 }
 
 /// Options of one node, checked against the schema.
@@ -62,16 +89,16 @@ pub(crate) struct Options {
 
 /// Who opens a node inline.
 #[derive(Clone, Copy)]
-struct Above<'a> {
-    node: Option<NodeId>,
-    options: &'a NodeOptions,
-    role: Role,
+pub(crate) struct Above<'a> {
+    pub(crate) node: Option<NodeId>,
+    pub(crate) options: &'a NodeOptions,
+    pub(crate) role: Role,
     /// Images whose headers are being followed.
-    followed: Option<&'a Followed<'a>>,
+    pub(crate) followed: Option<&'a Followed<'a>>,
 }
 
 /// An image whose header is being followed, and those above it.
-struct Followed<'a> {
+pub(crate) struct Followed<'a> {
     image: Rc<str>,
     above: Option<&'a Followed<'a>>,
 }
@@ -156,6 +183,15 @@ impl Options {
                     file: ChildRef::parse(&args, "file", args.required("file")?)?,
                 }
             }
+            Driver::CopyBeforeWrite => {
+                let file = ChildRef::parse(&args, "file", args.required("file")?)?;
+                let target = ChildRef::parse(&args, "target", args.required("target")?)?;
+                let manner = Manner::parse(&args)?;
+                Kind::CopyBeforeWrite { file, target, manner }
+            }
+            Driver::SnapshotAccess => Kind::SnapshotAccess {
+                file: ChildRef::parse(&args, "file", args.required("file")?)?,
+            },
             Driver::CopyOnRead => {
                 let file = ChildRef::parse(&args, "file", args.required("file")?)?;
                 Kind::CopyOnRead {
@@ -223,7 +259,7 @@ fn nested<'a>(object: &'a Map<String, Value>, path: &str) -> Args<'a> {
 }
 
 /// A child by reference, or opened now.
-fn open_child(world: &mut World, child: &ChildRef, above: Above<'_>) -> Result<NodeId, Refusal> {
+pub(crate) fn open_child(world: &mut World, child: &ChildRef, above: Above<'_>) -> Result<NodeId, Refusal> {
     match child {
         ChildRef::Name(name) => lookup(world, name, name),
         ChildRef::Inline(options) => open(world, options, Some(above)),
@@ -241,6 +277,8 @@ fn open(world: &mut World, options: &Options, above: Option<Above<'_>>) -> Resul
         Kind::Raw { file }
         | Kind::Qcow2 { file, .. }
         | Kind::CopyOnRead { file, .. }
+        | Kind::CopyBeforeWrite { file, .. }
+        | Kind::SnapshotAccess { file }
         | Kind::Throttle { file } => {
             // Identifiers go to children first, so whom they inherit from is set once this node has one.
             let below = Above {
@@ -250,13 +288,17 @@ fn open(world: &mut World, options: &Options, above: Option<Above<'_>>) -> Resul
                 followed: None,
             };
             let id = open_child(world, file, below)?;
+            // It is looked into, whoever is to use it: a filter that keeps is then in use.
+            if world.graph.node(id).driver == Driver::CopyBeforeWrite {
+                world.graph.check_root(id, Masks::NONE)?;
+            }
             Some((id, matches!(file, ChildRef::Inline(_))))
         }
     };
     check_generic(&own)?;
     let name = assign_name(world, options.node_name.as_deref())?;
     let mut explicit = options.explicit.clone();
-    for child in ["file", "backing"] {
+    for child in ["file", "backing", "target"] {
         for options in [&mut own, &mut explicit] {
             options.take_child(child);
             options.remove(child);
@@ -289,6 +331,10 @@ fn open(world: &mut World, options: &Options, above: Option<Above<'_>>) -> Resul
             open_qcow2(world, id, file.expect("has a file").0, backing, followed)?;
         }
         Kind::Throttle { .. } => open_throttle(world, id, file.expect("has a file").0)?,
+        Kind::CopyBeforeWrite { target, manner, .. } => {
+            open_copy_before_write(world, id, file.expect("has a file").0, target, *manner)?;
+        }
+        Kind::SnapshotAccess { .. } => open_snapshot_access(world, id, file.expect("has a file").0)?,
         Kind::CopyOnRead { bottom, .. } => {
             open_copy_on_read(world, id, file.expect("has a file").0, bottom.as_deref())?;
         }
@@ -319,26 +365,7 @@ pub(crate) fn check_detect_zeroes(options: &NodeOptions, unmap: bool) -> Result<
     Ok(())
 }
 
-/// Opens a copy-on-read filter over a node, as a job does it.
-pub(crate) fn open_job_filter(
-    world: &mut World,
-    name: Option<&str>,
-    file: NodeId,
-    bottom: NodeId,
-) -> Result<NodeId, Refusal> {
-    let node_name = assign_name(world, name)?;
-    let id = world.graph.add_node(Node {
-        implicit: name.is_none(),
-        held_by_job: true,
-        options: options_of([("driver", Driver::CopyOnRead.name())]),
-        ..Node::new(&node_name, Driver::CopyOnRead)
-    });
-    let bottom = world.graph.node(bottom).name.clone();
-    open_copy_on_read(world, id, file, Some(&bottom))?;
-    Ok(id)
-}
-
-fn assign_name(world: &mut World, given: Option<&str>) -> Result<Rc<str>, Refusal> {
+pub(crate) fn assign_name(world: &mut World, given: Option<&str>) -> Result<Rc<str>, Refusal> {
     let Some(name) = given else {
         let name = format!("#block{}00", world.auto_names);
         world.auto_names += 1;
@@ -380,62 +407,6 @@ fn open_leaf(world: &mut World, id: NodeId, filename: &Rc<str>) -> Result<(), Re
     node.length = facts.length.next_multiple_of(SECTOR);
     node.request_alignment = facts.request_alignment;
     Ok(())
-}
-
-/// The part of its file that a raw node shows.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) struct Window {
-    offset: u64,
-    size: Option<u64>,
-}
-
-impl Window {
-    /// What the options say.
-    pub(crate) fn at(options: &NodeOptions) -> Window {
-        let number = |name| options.get(name).and_then(Value::as_u64);
-        Window {
-            offset: number("offset").unwrap_or(0),
-            size: number("size"),
-        }
-    }
-
-    /// Where it begins.
-    pub(crate) fn offset(self) -> u64 {
-        self.offset
-    }
-
-    /// What the options say, for a file of this length.
-    pub(crate) fn of(options: &NodeOptions, real: u64) -> Result<Window, Refusal> {
-        let Window { offset, size } = Window::at(options);
-        if offset > real {
-            return Err(Refusal::new(format!(
-                "Offset ({offset}) cannot be greater than size of the containing file ({real})"
-            )));
-        }
-        if let Some(size) = size.filter(|size| *size > real - offset) {
-            return Err(Refusal::new(format!(
-                "The sum of offset ({offset}) and size ({size}) has to be smaller or equal to the  actual size of \
-                 the containing file ({real})"
-            )));
-        }
-        if size.is_some_and(|size| !size.is_multiple_of(SECTOR)) {
-            return Err(Refusal::new("Specified size is not multiple of 512"));
-        }
-        Ok(Window { offset, size })
-    }
-
-    /// Not the whole file.
-    pub(crate) fn is_part(self) -> bool {
-        self.offset != 0 || self.size.is_some()
-    }
-
-    /// How much of a file of this length is seen.
-    pub(crate) fn length(self, real: u64) -> u64 {
-        let rest = real.saturating_sub(self.offset);
-        self.size
-            .map_or(rest, |size| size.min(rest))
-            .next_multiple_of(SECTOR)
-    }
 }
 
 fn open_raw(world: &mut World, id: NodeId, file: NodeId) -> Result<(), Refusal> {
@@ -558,46 +529,10 @@ fn options_from_header(
     })
 }
 
-fn options_of<const N: usize>(words: [(&str, &str); N]) -> NodeOptions {
+pub(crate) fn options_of<const N: usize>(words: [(&str, &str); N]) -> NodeOptions {
     let mut options = NodeOptions::default();
     for (name, word) in words {
         options.set(name, Value::from(word));
     }
     options
-}
-
-fn open_throttle(world: &mut World, id: NodeId, file: NodeId) -> Result<(), Refusal> {
-    let graph = &mut world.graph;
-    graph.attach_child(id, file, "file", Role::FILTERED | Role::PRIMARY)?;
-    graph.check_group(&graph.node(id).options)?;
-    graph.node_mut(id).length = graph.node(file).length;
-    Ok(())
-}
-
-/// A copy-on-read node over `file`. QEMU 10.0 hangs when `bottom` is not below it; here that is refused.
-fn open_copy_on_read(
-    world: &mut World,
-    id: NodeId,
-    file: NodeId,
-    bottom: Option<&str>,
-) -> Result<(), Refusal> {
-    let graph = &mut world.graph;
-    graph.attach_child(id, file, "file", Role::FILTERED | Role::PRIMARY)?;
-    graph.node_mut(id).length = graph.node(file).length;
-    let Some(name) = bottom else { return Ok(()) };
-    let Some(bottom) = graph.find(name) else {
-        return Err(Refusal::new(format!("Bottom node '{name}' not found")));
-    };
-    if graph.node(bottom).driver.is_filter() {
-        return Err(Refusal::new(format!("Bottom node '{name}' is a filter")));
-    }
-    if !graph.chain_contains(id, bottom) {
-        let filter = graph.name(id);
-        return Err(Refusal::new(format!(
-            "Bottom node '{name}' is not in the backing chain of '{filter}'"
-        )));
-    }
-    graph.freeze(id, bottom)?;
-    graph.node_mut(id).bottom = Some(bottom);
-    Ok(())
 }

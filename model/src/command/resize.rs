@@ -11,10 +11,10 @@ use serde_json::Value;
 use crate::blockers::Op;
 use crate::command::args::Args;
 use crate::command::bitmap::check_change;
-use crate::command::open::Window;
 use crate::graph::NodeId;
 use crate::perm::{Driver, Masks, Perm};
 use crate::refusal::Refusal;
+use crate::window::Window;
 use crate::world::{Qcow2Facts, World};
 
 const SECTOR: u64 = 512;
@@ -48,7 +48,9 @@ fn truncate(world: &mut World, id: NodeId, size: u64) -> Result<(), Refusal> {
     }
     let (driver, below) = (node.driver, world.graph.primary_child(id));
     match driver {
-        Driver::CopyOnRead | Driver::Throttle => truncate(world, below.expect("a filter has a child"), size),
+        Driver::CopyOnRead | Driver::Throttle | Driver::CopyBeforeWrite => {
+            truncate(world, below.expect("a filter has a child"), size)
+        }
         Driver::Raw => {
             let options = node.options.clone();
             if options.has("size") {
@@ -72,7 +74,9 @@ fn truncate(world: &mut World, id: NodeId, size: u64) -> Result<(), Refusal> {
         Driver::HostDevice if size > node.length => Err(Refusal::new("Cannot grow device files")),
         // Said to be shorter, it is as long as ever.
         Driver::HostDevice => Ok(()),
-        Driver::NullCo => Err(Refusal::new("Image format driver does not support resize")),
+        Driver::NullCo | Driver::SnapshotAccess => {
+            Err(Refusal::new("Image format driver does not support resize"))
+        }
     }
 }
 
@@ -115,7 +119,7 @@ impl crate::Graph {
                 continue;
             };
             let length = match node.driver {
-                Driver::CopyOnRead | Driver::Throttle => below,
+                Driver::CopyOnRead | Driver::Throttle | Driver::CopyBeforeWrite => below,
                 Driver::Raw => Window::at(&node.options).length(below),
                 _ => continue,
             };

@@ -11,9 +11,9 @@ use serde_json::Value;
 
 use crate::blockers::Op;
 use crate::command::args::Args;
-use crate::command::{change_backing, is_well_formed, lookup, open};
+use crate::command::{change_backing, filters, jobs, lookup};
 use crate::graph::{BackingHeader, Graph, NodeId, Parent};
-use crate::job::{Job, JobStatus, Outcome, Stream};
+use crate::job::{Asked, Job, JobKind, Outcome, Stream, Work};
 use crate::perm::{Masks, Perm};
 use crate::refusal::Refusal;
 use crate::world::World;
@@ -23,38 +23,40 @@ const STREAMED: Perm = Perm::CONSISTENT_READ.union(Perm::WRITE_UNCHANGED);
 
 /// The arguments, as given.
 struct Request<'a> {
-    job_id: Option<&'a str>,
+    asked: Asked<'a>,
     device: &'a str,
     base: Option<&'a str>,
     base_node: Option<&'a str>,
     backing_file: Option<Rc<str>>,
     mask_protocol: bool,
     bottom: Option<&'a str>,
-    speed: i64,
     filter_name: Option<&'a str>,
-    auto_finalize: bool,
-    auto_dismiss: bool,
 }
 
 impl<'a> Request<'a> {
     fn parse(arguments: &'a Value) -> Result<Request<'a>, Refusal> {
         let args = Args::new(arguments)?;
-        let request = Request {
-            job_id: args.opt_str("job-id")?,
+        let id = args.opt_str("job-id")?;
+        let mut request = Request {
+            asked: Asked {
+                id,
+                speed: 0,
+                auto_finalize: true,
+                auto_dismiss: true,
+            },
             device: args.str("device")?,
             base: args.opt_str("base")?,
             base_node: args.opt_str("base-node")?,
             backing_file: args.opt_name("backing-file")?,
             mask_protocol: args.opt_bool("backing-mask-protocol")?.unwrap_or(false),
             bottom: args.opt_str("bottom")?,
-            speed: args.opt_int("speed")?.unwrap_or(0),
-            filter_name: {
-                args.opt_enum("on-error", &["report", "ignore", "enospc", "stop", "auto"])?;
-                args.opt_str("filter-node-name")?
-            },
-            auto_finalize: args.opt_bool("auto-finalize")?.unwrap_or(true),
-            auto_dismiss: args.opt_bool("auto-dismiss")?.unwrap_or(true),
+            filter_name: None,
         };
+        request.asked.speed = args.opt_int("speed")?.unwrap_or(0);
+        args.opt_enum("on-error", &jobs::ON_ERROR)?;
+        request.filter_name = args.opt_str("filter-node-name")?;
+        request.asked.auto_finalize = args.opt_bool("auto-finalize")?.unwrap_or(true);
+        request.asked.auto_dismiss = args.opt_bool("auto-dismiss")?.unwrap_or(true);
         args.finish()?;
         Ok(request)
     }
@@ -200,7 +202,7 @@ fn above_base(graph: &Graph, base_overlay: NodeId, base: Option<NodeId>) -> Node
 
 /// Puts the copy-on-read filter above the device.
 fn insert_filter(world: &mut World, request: &Request<'_>, range: &Range) -> Result<NodeId, Refusal> {
-    let filter = open::open_job_filter(world, request.filter_name, range.device, range.base_overlay)
+    let filter = filters::open_job_filter(world, request.filter_name, range.device, range.base_overlay)
         .map_err(|refusal| refusal.prefixed("Could not create node: "))?;
     world
         .graph
@@ -216,35 +218,18 @@ fn create_job(
     filter: NodeId,
     was_read_only: bool,
 ) -> Result<(), Refusal> {
-    let id = request.job_id.unwrap_or("");
-    if !is_well_formed(id) {
-        return Err(Refusal::new(format!("Invalid job ID '{id}'")));
-    }
-    if world.job(id).is_some() {
-        return Err(Refusal::new(format!("Job ID '{id}' already in use")));
-    }
-    let id: Rc<str> = Rc::from(id);
-    let mut job = Job {
-        id: id.clone(),
-        status: JobStatus::Undefined,
-        user_paused: false,
-        cancelled: false,
-        speed: request.speed,
-        auto_finalize: request.auto_finalize,
-        auto_dismiss: request.auto_dismiss,
-        edges: Vec::new(),
-        backend: None,
-        stream: Stream {
-            device: range.device,
-            filter: Some(filter),
-            base_overlay: range.base_overlay,
-            above_base: range.above_base,
-            backing_file: request.backing_file.clone(),
-            mask_protocol: request.mask_protocol,
-            was_read_only,
-        },
-        outcome: None,
+    let id = jobs::check_id(world, request.asked.id)?;
+    let group = world.new_group();
+    let stream = Stream {
+        device: range.device,
+        filter: Some(filter),
+        base_overlay: range.base_overlay,
+        above_base: range.above_base,
+        backing_file: request.backing_file.clone(),
+        mask_protocol: request.mask_protocol,
+        was_read_only,
     };
+    let mut job = Job::new(id.clone(), &request.asked, group, Work::Stream(stream));
     // From here on a refusal is that of a job which exists.
     attach_job(&mut world.graph, &mut job, filter, range).map_err(|refusal| Refusal {
         early_failed_job: Some(id),
@@ -256,14 +241,12 @@ fn create_job(
 
 /// The edges of the job, in the order in which they are made.
 fn attach_job(graph: &mut Graph, job: &mut Job, filter: NodeId, range: &Range) -> Result<(), Refusal> {
-    let on = Parent::Job(job.id.clone());
+    let on = Parent::Job(job.id.clone(), JobKind::Stream);
     job.edges.insert(
         0,
         graph.attach_root(on.clone(), filter, "main node", Masks::NONE)?,
     );
-    if job.speed < 0 {
-        return Err(Refusal::new("Parameter 'speed' expects a non-negative value"));
-    }
+    jobs::check_speed(job.speed)?;
     let io = Masks::new(Perm::CONSISTENT_READ, STREAMED | Perm::WRITE);
     job.backend = Some(graph.attach_root(Parent::JobBackend(job.id.clone()), filter, "root", io)?);
     let active = Masks::new(Perm::empty(), STREAMED | Perm::WRITE);
@@ -306,7 +289,7 @@ pub(crate) fn complete(world: &mut World, at: usize, outcome: Outcome, writable:
 /// Makes the stream take effect.
 fn prepare(world: &mut World, at: usize) -> Option<String> {
     drop_filter(world, at);
-    let stream = world.jobs[at].stream.clone();
+    let stream = stream_of(world, at).clone();
     let graph = &mut world.graph;
     let top = graph.skip_filters(stream.device);
     let below = graph.cow_child(top)?;
@@ -343,8 +326,15 @@ fn header_for(graph: &Graph, base: NodeId, stream: &Stream) -> BackingHeader {
     }
 }
 
+fn stream_of(world: &mut World, at: usize) -> &mut Stream {
+    match &mut world.jobs[at].work {
+        Work::Stream(stream) => stream,
+        Work::Backup(_) => unreachable!("a stream is completed"),
+    }
+}
+
 fn drop_filter(world: &mut World, at: usize) {
-    let Some(filter) = world.jobs[at].stream.filter.take() else {
+    let Some(filter) = stream_of(world, at).filter.take() else {
         return;
     };
     // Its parents asked no more of the filter than its child grants, so this is never refused.
@@ -352,7 +342,7 @@ fn drop_filter(world: &mut World, at: usize) {
         .graph
         .drop_filter(filter)
         .expect("dropping a filter only loosens");
-    world.graph.node_mut(filter).held_by_job = false;
+    world.graph.node_mut(filter).held_by_jobs -= 1;
 }
 
 /// Whatever happened: no filter, no backend, the device as writable as before.
@@ -372,7 +362,7 @@ fn clean(world: &mut World, at: usize, writable: bool) {
         device,
         was_read_only,
         ..
-    } = world.jobs[at].stream;
+    } = *stream_of(world, at);
     if was_read_only && !writable {
         // A writer may have come meanwhile; then the device stays writable.
         let _ = world.graph.attempt(|graph| graph.set_read_only(device, true));

@@ -1,8 +1,8 @@
-//! `transaction`, and `blockdev-snapshot`, which is a transaction of one action.
+//! `transaction`, and `blockdev-snapshot` and `blockdev-backup`, which are transactions of one action.
 //!
 //! Rules: actions are prepared in order, each on what those before it made; the first that is refused takes all back.
 //! When all are prepared they take effect, last one first. A snapshot's old node then becomes read-only, if nobody
-//! minds.
+//! minds. Backups of one transaction may be told to end together.
 //! Differs from QEMU 10.0: an action that is taken back leaves the overlay's own parents where they were.
 
 use serde_json::Value;
@@ -10,7 +10,7 @@ use serde_json::Value;
 use crate::blockers::Op;
 use crate::command::args::Args;
 use crate::command::bitmap::{self, BitmapCommand};
-use crate::command::lookup;
+use crate::command::{backup, lookup};
 use crate::graph::{Graph, NodeId};
 use crate::perm::{Perm, Role};
 use crate::refusal::Refusal;
@@ -20,6 +20,7 @@ use crate::world::World;
 enum Action<'a> {
     Abort,
     Snapshot(Snapshot<'a>),
+    Backup(backup::Request<'a>),
     Bitmap(&'a str, BitmapCommand<'a>),
 }
 
@@ -42,12 +43,18 @@ impl<'a> Snapshot<'a> {
 
 impl<'a> Action<'a> {
     fn parse(args: Args<'a>) -> Result<Action<'a>, Refusal> {
-        let kinds = [&["abort", "blockdev-snapshot"][..], &bitmap::NAMES].concat();
+        let kinds = [
+            &["abort", "blockdev-snapshot", "blockdev-backup"][..],
+            &bitmap::NAMES,
+        ]
+        .concat();
         let kind = args.one_of("type", &kinds)?;
         let data = args.object("data")?;
         let action = if kind == "abort" {
             data.finish()?;
             Action::Abort
+        } else if kind == "blockdev-backup" {
+            Action::Backup(backup::Request::parse(data)?)
         } else if bitmap::NAMES.contains(&kind) {
             Action::Bitmap(kind, BitmapCommand::parse(kind, data)?)
         } else {
@@ -61,6 +68,7 @@ impl<'a> Action<'a> {
         match self {
             Action::Abort => "abort",
             Action::Snapshot(_) => "blockdev-snapshot",
+            Action::Backup(_) => "blockdev-backup",
             Action::Bitmap(name, _) => name,
         }
     }
@@ -80,30 +88,43 @@ pub(crate) fn transaction(world: &mut World, arguments: &Value) -> Result<(), Re
     }
     args.finish()?;
     // Only jobs can wait for one another.
-    if let Some(action) = actions.first().filter(|_| grouped) {
+    let waits = |action: &&Action<'_>| !matches!(action, Action::Backup(_));
+    if let Some(action) = actions.iter().find(waits).filter(|_| grouped) {
         return Err(Refusal::new(format!(
             "Action '{}' does not support transaction property completion-mode = grouped",
             action.name()
         )));
     }
-    carry_out(world, &actions)
+    let group = grouped.then(|| world.new_group());
+    carry_out(world, &actions, group)
 }
 
 pub(crate) fn blockdev_snapshot(world: &mut World, arguments: &Value) -> Result<(), Refusal> {
     let snapshot = Snapshot::parse(Args::new(arguments)?)?;
-    carry_out(world, &[Action::Snapshot(snapshot)])
+    carry_out(world, &[Action::Snapshot(snapshot)], None)
 }
 
-/// The world is a copy, so that a refusal need not take anything back.
-fn carry_out(world: &mut World, actions: &[Action<'_>]) -> Result<(), Refusal> {
-    let mut snapshotted = Vec::new();
+pub(crate) fn blockdev_backup(world: &mut World, arguments: &Value) -> Result<(), Refusal> {
+    let backup = backup::Request::parse(Args::new(arguments)?)?;
+    carry_out(world, &[Action::Backup(backup)], None)
+}
+
+/// The world is a copy, so that a refusal need not take anything back; but clients see jobs that were made and given up.
+fn carry_out(world: &mut World, actions: &[Action<'_>], group: Option<u32>) -> Result<(), Refusal> {
+    let (mut snapshotted, mut made) = (Vec::new(), Vec::new());
     for action in actions {
-        match action {
-            Action::Abort => return Err(Refusal::new("Transaction aborted using Abort action")),
-            Action::Snapshot(snapshot) => snapshotted.push(prepare(world, snapshot)?),
-            Action::Bitmap(_, command) => command.carry_out(world)?,
-        }
+        let done = match action {
+            Action::Abort => Err(Refusal::new("Transaction aborted using Abort action")),
+            Action::Snapshot(snapshot) => prepare(world, snapshot).map(|node| snapshotted.push(node)),
+            Action::Backup(backup) => backup.carry_out(world, group).map(|id| made.push(id)),
+            Action::Bitmap(_, command) => command.carry_out(world),
+        };
+        done.map_err(|refusal| Refusal {
+            taken_back: made.clone(),
+            ..refusal
+        })?;
     }
+    world.start_in_turn(made);
     world.remove_bitmaps();
     // An overlay may be longer or shorter than what it is put on.
     world.graph.lengths_follow();

@@ -6,6 +6,7 @@
 use serde_json::Value;
 
 use crate::command::args::Args;
+use crate::command::jobs;
 use crate::job::{Verb, check_verb};
 use crate::refusal::{ErrorClass, Refusal};
 use crate::world::World;
@@ -97,7 +98,7 @@ pub(crate) fn cancel(world: &mut World, arguments: &Value, family: Family) -> Re
 pub(crate) fn complete(world: &mut World, arguments: &Value, family: Family) -> Result<(), Refusal> {
     let at = named(world, arguments, family, family.argument())?;
     check(world, at, Verb::Complete)?;
-    // A stream is never ready, so the verb table has refused it; if it were, it has nothing to complete.
+    // Neither a stream nor a backup is ever ready, so the verb table has refused it; if it were, it has nothing to complete.
     Err(Refusal::new(format!(
         "The active block job '{}' cannot be completed",
         world.jobs[at].id
@@ -124,9 +125,7 @@ pub(crate) fn set_speed(world: &mut World, arguments: &Value) -> Result<(), Refu
     args.finish()?;
     let at = find(world, Family::BlockJob, id)?;
     check(world, at, Verb::SetSpeed)?;
-    if speed < 0 {
-        return Err(Refusal::new("Parameter 'speed' expects a non-negative value"));
-    }
+    jobs::check_speed(speed)?;
     world.jobs[at].speed = speed;
     Ok(())
 }

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use blkcheck_model::{Bitmap, StoredBitmap, World};
+use blkcheck_model::{Bitmap, Command, Outcome, StoredBitmap, World};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
@@ -43,7 +43,7 @@ pub(super) fn of_model(world: &World) -> Bitmaps {
             let known = Some(bitmap).filter(|bitmap| !bitmap.followed);
             let facts = Facts {
                 granularity: bitmap.granularity,
-                recording: bitmap.enabled,
+                recording: bitmap.records(),
                 busy: bitmap.is_busy(),
                 persistent: bitmap.persistent,
                 inconsistent: bitmap.inconsistent,
@@ -161,7 +161,19 @@ impl Run<'_> {
 
     /// What images hold of bitmaps when everything is closed.
     pub(super) fn stored_bitmaps(&self, mut world: World) -> Result<(), (String, String)> {
-        // A stream that was given up leaves its device as it was; the rest closes as it stands.
+        // A stream that was given up leaves its device as it was; a backup gives its bitmap back. The rest closes as it stands.
+        let backups = world
+            .jobs
+            .iter()
+            .filter(|job| job.backup().is_some() && job.outcome.is_none());
+        for id in backups.map(|job| job.id.to_string()).collect::<Vec<_>>() {
+            let given_up = json!({ "id": id });
+            let cancelled = world.execute(&Command::new("job-cancel", &given_up));
+            let ended = cancelled
+                .map_err(|refusal| refusal.desc)
+                .and_then(|_| world.job_completed(&id, Outcome::Cancelled));
+            ended.map_err(|why| (format!("backup '{id}' can be cancelled"), why))?;
+        }
         world.close_all();
         for (name, bytes) in self.peer.disks() {
             let header = world.files.get(name).and_then(|facts| facts.qcow2.as_ref());

@@ -1,7 +1,7 @@
 //! Defects of `qemu-storage-daemon` 10.0 that were reviewed and are held to be its own.
 //!
 //! Here: what an entry and a case are, and the questions that others ask. `list` has the entries, `cases` says which
-//! cases are which entry's, `ahead` which commands would meet one; `causes`, `graph` and `bitmaps` look for what they need.
+//! cases are which entry's, `ahead` which commands would meet one; `causes`, `graph`, `kept`, `backup` and `bitmaps` look for what they need.
 //!
 //! Rules: an entry has a scenario under `docs/findings/` that reproduces it, a page beside it that explains it, and a
 //! matcher as narrow as the defect. What an entry explains is reported as known, never as agreement. Random and
@@ -9,10 +9,12 @@
 //! carried out as it stands.
 
 mod ahead;
+mod backup;
 mod bitmaps;
 mod cases;
 mod causes;
 mod graph;
+mod kept;
 mod list;
 
 pub(super) use causes::{

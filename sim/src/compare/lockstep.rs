@@ -34,6 +34,8 @@ const CHANGES_FLAGS: [&str; 5] = [
     "blockdev-snapshot",
     "transaction",
 ];
+/// Commands that move links and, when they are refused, move them back.
+const REORDERS: [&str; 3] = ["blockdev-reopen", "blockdev-backup", "transaction"];
 const GRAPH: &str = "x-debug-query-block-graph";
 
 /// How careful to be.
@@ -113,7 +115,7 @@ pub(super) struct Run<'a> {
     heads: Vec<Vec<u8>>,
     /// How long exports are: as long as their nodes were when they were made.
     lengths: BTreeMap<String, u64>,
-    /// A reopen was refused: links that it took away and put back are newer than the model has them, so that among
+    /// A command was refused that takes links away and puts them back: they are newer than the model has them, so that among
     /// several reasons for a refusal the daemon names another one.
     reordered: bool,
     /// The world before everything was taken down.
@@ -351,11 +353,13 @@ impl<'a> Run<'a> {
         }
         let before_world = std::mem::replace(&mut self.world, world);
         self.books.looked_into(&before_world, execute, arguments);
-        self.reordered |= execute == "blockdev-reopen" && predicted.is_err();
+        self.reordered |= REORDERS.contains(&execute) && predicted.is_err();
         if predicted.is_ok() {
             self.books.opened(execute, arguments);
             self.books.resized(&before_world, &self.world);
             self.books.moved(&before_world, &self.world);
+            self.books.kept(&self.world);
+            self.books.backups_started(&before_world, &self.world);
             self.note_lengths();
             self.books.check_sharing(&self.world);
         }
@@ -521,6 +525,14 @@ impl<'a> Run<'a> {
         };
         let (name, writable) = (found.name.to_string(), found.writable);
         let node = self.world.graph.edge(found.root).child;
+        // A failure is answered twice (status-error-answered-twice).
+        if self.manner.steer
+            && matches!(op, GuestOp::BlockStatus(_))
+            && !self.books.can_tell(&self.world, node, op)
+        {
+            self.shown.steered += 1;
+            return Ok(());
+        }
         let ask = Books::ask(scenario, op, at);
         let answer = self.peer.request(&name, ask)?;
         self.is_alive(&answer)?;
@@ -616,7 +628,17 @@ pub(super) fn makes_up_names(scenario: &Scenario) -> bool {
                     && !arguments.contains_key("backing");
                 unnamed(arguments) || follows_header
             }
-            "block-stream" => !arguments.contains_key("filter-node-name"),
+            "block-stream" | "blockdev-backup" => !arguments.contains_key("filter-node-name"),
+            "transaction" => arguments
+                .get("actions")
+                .and_then(Value::as_array)
+                .is_some_and(|actions| {
+                    let mut data = actions
+                        .iter()
+                        .filter(|a| a["type"] == "blockdev-backup")
+                        .map(|a| &a["data"]);
+                    data.any(|data| data.get("filter-node-name").is_none())
+                }),
             _ => false,
         },
         _ => false,

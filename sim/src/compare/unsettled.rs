@@ -3,6 +3,7 @@
 //! * Bitmaps of which the daemon has another length than the model (`filter-keeps-length`).
 //! * A qcow2 node over a qcow2 node that shows the bytes of an image through its backing file: whether that is an image, and of
 //!   what, depends on which clusters the upper one holds. The model has no content.
+//! * A qcow2 node over a snapshot, for the same reason.
 
 use blkcheck_model::{Driver, Node, NodeId, World};
 use serde_json::{Map, Value};
@@ -62,7 +63,8 @@ fn shows_bytes(world: &World, node: &Value, below: bool) -> bool {
     let file = || options.get("filename").and_then(Value::as_str);
     match driver(options) {
         Some("file" | "host_device") => !below && file().is_some_and(|name| is_image(world, name)),
-        Some("raw" | "copy-on-read" | "throttle") => child("file", below),
+        Some("snapshot-access") => true,
+        Some("raw" | "copy-on-read" | "throttle" | "copy-before-write") => child("file", below),
         // Left out, the header says what is below.
         Some("qcow2") if options.get("backing").is_none() => names_backing(world, options),
         Some("qcow2") => child("backing", false),
@@ -78,7 +80,8 @@ fn node_shows_bytes(world: &World, id: NodeId, below: bool) -> bool {
             !below && name.is_some_and(|name| is_image(world, name))
         }
         Driver::NullCo => false,
-        Driver::Raw | Driver::CopyOnRead | Driver::Throttle => graph
+        Driver::SnapshotAccess => true,
+        Driver::Raw | Driver::CopyOnRead | Driver::Throttle | Driver::CopyBeforeWrite => graph
             .primary_child(id)
             .is_some_and(|child| node_shows_bytes(world, child, below)),
         Driver::Qcow2 => graph

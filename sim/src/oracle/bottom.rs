@@ -201,11 +201,12 @@ impl Bottom {
             return;
         }
         let graph = &world.graph;
-        let node = graph.skip_filters(job.stream.device);
+        let Some(stream) = job.stream() else { return };
+        let node = graph.skip_filters(stream.device);
         let Some(top) = Data::disk_of(scenario, world, node) else {
             return;
         };
-        if let Some(range) = range_of(scenario, world, node, job.stream.base_overlay) {
+        if let Some(range) = range_of(scenario, world, node, stream.base_overlay) {
             self.streams.push(Stream {
                 id: Rc::clone(&job.id),
                 top,

@@ -220,14 +220,14 @@ impl Data {
                 .position(|i| *i.file == *file && i.format == format)
         };
         match facts.driver {
-            Driver::CopyOnRead | Driver::Throttle => {
+            Driver::CopyOnRead | Driver::Throttle | Driver::CopyBeforeWrite => {
                 Self::disk_of(scenario, world, world.graph.filter_child(node)?)
             }
             Driver::Raw if facts.windowed => None,
             Driver::Raw => Self::disk_of(scenario, world, world.graph.primary_child(node)?),
             Driver::Qcow2 => leaf(Format::Qcow2),
             Driver::File | Driver::HostDevice => leaf(Format::Raw),
-            Driver::NullCo => None,
+            Driver::NullCo | Driver::SnapshotAccess => None,
         }
     }
 
@@ -237,7 +237,9 @@ impl Data {
         loop {
             let facts = world.graph.node(node);
             node = match facts.driver {
-                Driver::CopyOnRead | Driver::Throttle => world.graph.filter_child(node)?,
+                Driver::CopyOnRead | Driver::Throttle | Driver::CopyBeforeWrite => {
+                    world.graph.filter_child(node)?
+                }
                 Driver::Raw => world.graph.primary_child(node)?,
                 Driver::Qcow2 => match world.graph.cow_child(node) {
                     None => return Some(chain),
@@ -246,6 +248,7 @@ impl Data {
                         below
                     }
                 },
+                Driver::SnapshotAccess => return None,
                 Driver::File | Driver::HostDevice | Driver::NullCo => return Some(chain),
             };
         }
@@ -909,7 +912,7 @@ pub(crate) fn allocation(image: &Image, grain: u64, grains: usize) -> Vec<bool> 
 fn walks_to_the_end(world: &World, node: NodeId) -> bool {
     let graph = &world.graph;
     match graph.node(node).driver {
-        Driver::CopyOnRead | Driver::Throttle => graph
+        Driver::CopyOnRead | Driver::Throttle | Driver::CopyBeforeWrite => graph
             .filter_child(node)
             .is_some_and(|n| walks_to_the_end(world, n)),
         Driver::Raw => graph
@@ -917,7 +920,7 @@ fn walks_to_the_end(world: &World, node: NodeId) -> bool {
             .is_some_and(|n| walks_to_the_end(world, n)),
         Driver::Qcow2 => graph.cow_child(node).is_none_or(|n| walks_to_the_end(world, n)),
         Driver::File | Driver::HostDevice => true,
-        Driver::NullCo => false,
+        Driver::NullCo | Driver::SnapshotAccess => false,
     }
 }
 

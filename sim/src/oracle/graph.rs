@@ -90,7 +90,7 @@ impl Comparison {
                 let (kind, parent) = match &edge.parent {
                     ModelParent::Node(p) => (0, self.ours[p.0 as usize].expect("matched").0),
                     ModelParent::Export(_) | ModelParent::JobBackend(_) => (1, 0),
-                    ModelParent::Job(_) => (2, 0),
+                    ModelParent::Job(..) => (2, 0),
                 };
                 let role = self.role(kind, edge.role.bits());
                 let masks = masks(edge.masks.perm.bits(), edge.masks.shared.bits());
@@ -136,7 +136,7 @@ impl Comparison {
             let (kind, parent, role) = match &edge.parent {
                 ModelParent::Node(p) => (0, self.ours[p.0 as usize].expect("matched").0, edge.role.bits()),
                 ModelParent::Export(_) | ModelParent::JobBackend(_) => (1, 0, 0),
-                ModelParent::Job(_) => (2, 0, 0),
+                ModelParent::Job(..) => (2, 0, 0),
             };
             let either = [Some(&edge.masks), scratch.get(&id)]
                 .map(|m| m.map(|m| masks(m.perm.bits(), m.shared.bits())));

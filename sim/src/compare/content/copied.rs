@@ -85,7 +85,8 @@ impl Books {
                     self.was_read(world, child, grains);
                 }
             }
-            Driver::Throttle | Driver::Raw if !facts.windowed => {
+            Driver::SnapshotAccess => self.snapshot_was_read(world, node, grains),
+            Driver::Throttle | Driver::CopyBeforeWrite | Driver::Raw if !facts.windowed => {
                 if let Some(child) = world.graph.primary_child(node) {
                     self.was_read(world, child, grains);
                 }

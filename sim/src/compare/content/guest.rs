@@ -6,6 +6,7 @@ use blkcheck_model::layer::Cell;
 use blkcheck_model::perm::Driver;
 use blkcheck_model::{NodeId, World};
 
+use super::kept::Can;
 use super::{Books, Hole, UNKNOWN, Wrong, code, said, source};
 use crate::qemu::nbd::client::Answer;
 use crate::scenario::{GuestOp, Range};
@@ -43,13 +44,28 @@ impl Books {
             .checked_add(range.length)
             .is_none_or(|end| end > length);
         let refused = range.length > 0 && (outside || (writes && !writable));
-        match (refused, error) {
-            (true, Some(_)) => return Ok(()),
-            (true, None) => return Err(("an error".to_owned(), format!("{op:?} succeeds"))),
-            (false, Some(e)) => return Err(("success".to_owned(), format!("{op:?} fails with errno {e}"))),
-            (false, None) => {}
-        }
         let grains = self.grains(range);
+        let can = match op {
+            _ if refused => Can::No,
+            GuestOp::Flush => Can::Yes,
+            GuestOp::Read(_) | GuestOp::BlockStatus(_) => self.can_read(world, node, grains.clone()),
+            GuestOp::Discard(_) => self.keep_first(world, node, grains.clone(), true),
+            _ => self.keep_first(world, node, grains.clone(), false),
+        };
+        match (can, error) {
+            (Can::No, None) => return Err(("an error".to_owned(), format!("{op:?} succeeds"))),
+            (Can::Yes, Some(e)) => {
+                return Err(("success".to_owned(), format!("{op:?} fails with errno {e}")));
+            }
+            (Can::No, Some(_)) => return Ok(()),
+            (Can::Maybe, Some(_)) => {
+                if writes {
+                    self.write(world, node, grains, Cell::Stamp(UNKNOWN));
+                }
+                return Ok(());
+            }
+            (Can::Yes | Can::Maybe, None) => {}
+        }
         match op {
             GuestOp::Read(_) => {
                 if let Answer::Read(Ok(bytes)) = answer {
@@ -67,7 +83,8 @@ impl Books {
             GuestOp::Discard(_) if Books::discards(world, node) => {
                 self.write(world, node, grains, Cell::Stamp(UNKNOWN));
             }
-            GuestOp::Discard(_) | GuestOp::Flush => {}
+            GuestOp::Discard(_) => self.snapshot_discarded(world, node, grains),
+            GuestOp::Flush => {}
             GuestOp::BlockStatus(_) => {
                 if let Answer::Status(Ok(extents)) = answer {
                     self.status(world, node, range, extents)?;
@@ -167,7 +184,8 @@ impl Books {
         let below = || world.graph.chain_child(node);
         match facts.driver {
             _ if grain as u64 * self.grain >= facts.length => Hole::Yes,
-            Driver::CopyOnRead | Driver::Throttle => {
+            Driver::SnapshotAccess => Hole::Maybe,
+            Driver::CopyOnRead | Driver::Throttle | Driver::CopyBeforeWrite => {
                 below().map_or(Hole::No, |child| self.hole(world, child, grain))
             }
             // It is asked what its file alone says.
@@ -212,10 +230,15 @@ impl Books {
                     None => Hole::No,
                 }
             }
-            Driver::CopyOnRead | Driver::Throttle | Driver::Raw if !facts.windowed => world
-                .graph
-                .primary_child(node)
-                .map_or(Hole::No, |child| self.hole_alone(world, child, grain)),
+            Driver::SnapshotAccess => Hole::Maybe,
+            Driver::CopyOnRead | Driver::Throttle | Driver::CopyBeforeWrite | Driver::Raw
+                if !facts.windowed =>
+            {
+                world
+                    .graph
+                    .primary_child(node)
+                    .map_or(Hole::No, |child| self.hole_alone(world, child, grain))
+            }
             Driver::NullCo => self.null_co(&facts.name),
             _ => Hole::No,
         }

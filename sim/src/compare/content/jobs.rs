@@ -1,7 +1,8 @@
 //! What a stream leaves behind.
 
+use blkcheck_model::job::Work;
 use blkcheck_model::layer::Cell;
-use blkcheck_model::{NodeId, Outcome, World};
+use blkcheck_model::{Driver, NodeId, Outcome, World};
 
 use super::Books;
 
@@ -9,14 +10,22 @@ impl Books {
     /// A job is about to complete in the world.
     pub(in crate::compare) fn completed(&mut self, world: &World, id: &str, outcome: Outcome) {
         let Some(job) = world.job(id) else { return };
-        let device = world.graph.skip_filters(job.stream.device);
-        let bottom = job.stream.base_overlay;
+        let stream = match &job.work {
+            Work::Stream(stream) => stream,
+            Work::Backup(backup) => return self.backed_up(world, job, backup, outcome),
+        };
+        let device = world.graph.skip_filters(stream.device);
+        let bottom = stream.base_overlay;
         let Some(grains) = world
             .image_file(device)
             .and_then(|f| Some(self.files.get(&*f)?.layer.len()))
         else {
             return;
         };
+        let snapshots = |id: NodeId| world.graph.node(id).driver == Driver::SnapshotAccess;
+        if world.graph.chain(device).any(snapshots) {
+            self.lose(world, device);
+        }
         let wanted = self.in_range(world, device, bottom, 0..grains);
         for grain in wanted {
             if outcome == Outcome::Success {

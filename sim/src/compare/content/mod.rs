@@ -4,13 +4,15 @@
 //! right answer. What cannot be known from outside is [`UNKNOWN`] and never compared: a file opened twice, discards
 //! where nodes pass them on, windows of raw nodes. A cluster that may have been copied by a stream that did not end
 //! (`copied`) is not compared for allocation; both ways it reads the same until a layer below changes.
-//! * `opened`, `write`, `copied`, `jobs`: what changes the books; `guest`, `stored`: what is held against them.
+//! * `opened`, `write`, `copied`, `kept`, `jobs`, `backup`: what changes the books; `guest`, `stored`: what is held against them.
 //!
 //! Not here: metadata of the images.
 
+mod backup;
 mod copied;
 mod guest;
 mod jobs;
+mod kept;
 mod opened;
 mod stored;
 mod write;
@@ -52,6 +54,8 @@ pub(super) struct Books {
     files: BTreeMap<String, File>,
     /// Nodes of null-co that read as zeroes.
     zeroes: BTreeSet<String>,
+    /// Copy-before-write filters.
+    kept: kept::All,
     /// The daemon copied what only layers below `bottom` hold, or may have (a known defect).
     copied_below_bottom: bool,
 }
@@ -77,6 +81,7 @@ impl Books {
             grain,
             files: files.collect(),
             zeroes: BTreeSet::new(),
+            kept: kept::All::new(),
             copied_below_bottom: false,
         }
     }
@@ -116,6 +121,9 @@ impl Books {
     /// Somebody could read it through an export, and we would know what to expect of some of it.
     pub(super) fn readable(&self, world: &World, node: NodeId) -> bool {
         let facts = world.graph.node(node);
+        if facts.driver == Driver::SnapshotAccess {
+            return facts.length <= LONGEST;
+        }
         facts.length <= LONGEST && facts.driver != Driver::NullCo && self.view(world, node).is_some()
     }
 
@@ -137,7 +145,8 @@ impl Books {
             }
             Driver::NullCo => self.zeroes.contains(&*facts.name).then(|| vec![0; grains]),
             Driver::Raw if facts.windowed => None,
-            Driver::Raw | Driver::CopyOnRead | Driver::Throttle => {
+            Driver::SnapshotAccess => self.snapshot(world, node),
+            Driver::Raw | Driver::CopyOnRead | Driver::Throttle | Driver::CopyBeforeWrite => {
                 let mut view = self.view(world, world.graph.primary_child(node)?)?;
                 view.resize(grains, 0);
                 Some(view)
@@ -174,7 +183,9 @@ impl Books {
         let facts = world.graph.node(node);
         match facts.driver {
             Driver::Qcow2 => Some(node),
-            Driver::CopyOnRead | Driver::Throttle => Books::top(world, world.graph.filter_child(node)?),
+            Driver::CopyOnRead | Driver::Throttle | Driver::CopyBeforeWrite => {
+                Books::top(world, world.graph.filter_child(node)?)
+            }
             Driver::Raw if !facts.windowed => Books::top(world, world.graph.primary_child(node)?),
             _ => None,
         }

@@ -1,7 +1,7 @@
 //! Which commands would meet a defect, judged before they are sent: for entries that end a daemon or hide what comes after.
 
 use super::causes::{bottoms_out, has_bottom_outside, has_negative_null_co, names_any};
-use super::{Around, bitmaps, graph};
+use super::{Around, bitmaps, graph, kept};
 
 pub(super) fn null_co_size(around: &Around<'_>) -> bool {
     has_negative_null_co(around.arguments)
@@ -54,4 +54,12 @@ pub(super) fn reopen_of_nothing(around: &Around<'_>) -> bool {
 
 pub(super) fn reopen_frees_listed_node(around: &Around<'_>) -> bool {
     around.execute == "blockdev-reopen" && graph::lets_go_of_listed(around.world, around.arguments)
+}
+
+pub(super) fn cbw_huge_clusters(around: &Around<'_>) -> bool {
+    kept::has_huge_clusters(around.arguments)
+}
+
+pub(super) fn cbw_shorter_target(around: &Around<'_>) -> bool {
+    around.execute == "blockdev-add" && kept::gets_shorter_target(around)
 }

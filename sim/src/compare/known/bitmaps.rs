@@ -1,6 +1,6 @@
 //! What commands on dirty bitmaps have to do with known defects.
 
-use blkcheck_model::{Bitmap, Command, World};
+use blkcheck_model::{Bitmap, Command, NodeId, World};
 use serde_json::{Map, Value};
 
 use super::causes::{Given, happened, is_refused, past};
@@ -78,13 +78,16 @@ fn bitmap<'a>(world: &'a World, data: &Map<String, Value>) -> Option<&'a Bitmap>
 
 /// Takes a node away, or its length, while an export of another node shows one of its bitmaps.
 pub(super) fn takes_what_is_shown(world: &World, execute: &str, arguments: &Map<String, Value>) -> bool {
+    let any = |id: &NodeId, busy: fn(&Bitmap) -> bool| world.graph.node(*id).bitmaps.iter().any(busy);
     let shown = |bitmap: &Bitmap| bitmap.shown_by.is_some();
+    let used = |bitmap: &Bitmap| bitmap.shown_by.is_some() || bitmap.successor.is_some();
+    let name = arguments.get("node-name").and_then(Value::as_str);
+    let node = name.and_then(|name| world.graph.find(name));
+    // Another length is passed on through filters.
+    let mut below = std::iter::successors(node, |id| world.graph.filter_child(*id));
     match execute {
-        "blockdev-del" | "block_resize" => arguments
-            .get("node-name")
-            .and_then(Value::as_str)
-            .and_then(|name| world.graph.find(name))
-            .is_some_and(|node| world.graph.node(node).bitmaps.iter().any(shown)),
+        "blockdev-del" => node.is_some_and(|id| any(&id, shown)),
+        "block_resize" => below.any(|id| any(&id, used)),
         _ => false,
     }
 }

@@ -111,10 +111,10 @@ pub(super) fn stream_over_raw_loses_data(case: &Case<'_>) -> bool {
 /// Graph, header or content, after a job whose last layer got another backing node.
 pub(super) fn stream_undoes_reopen(case: &Case<'_>) -> bool {
     let strayed = |past: &Past| {
-        past.world
-            .jobs
-            .iter()
-            .any(|job| job.stream.has_strayed(&past.world.graph))
+        past.world.jobs.iter().any(|job| {
+            job.stream()
+                .is_some_and(|stream| stream.has_strayed(&past.world.graph))
+        })
     };
     matches!(
         case.what,

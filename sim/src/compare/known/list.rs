@@ -3,7 +3,7 @@
 //! Rules: an entry says nothing of how it is recognised; that is in `cases`, and in `ahead` for a command that is still to be sent.
 //! Defects that show only under gated storage are in `known_run`.
 
-use super::{Defect, Sure, ahead, bitmaps, cases};
+use super::{Defect, Sure, ahead, backup, bitmaps, cases, kept};
 
 macro_rules! files {
     ($id:literal) => {
@@ -388,6 +388,96 @@ pub static DEFECTS: &[Defect] = &[
         scenario: files!("aborted-snapshot-takes-parents").0,
         page: files!("aborted-snapshot-takes-parents").1,
         matches: cases::aborted_snapshot_takes_parents,
+        steer: None,
+    },
+    Defect {
+        id: "cbw-huge-clusters",
+        title: "a min-cluster-size of more than 128 MiB aborts the daemon, at once or when the first cluster is copied",
+        qemu: "the size is never held against the memory that copies have, nor, from 4 GiB on, against the 32 bits of a \
+               bitmap's granularity",
+        right: "a refusal, as for a size that is no power of two: no argument of a command may end the process",
+        sure: Sure::Certain,
+        scenario: files!("cbw-huge-clusters").0,
+        page: files!("cbw-huge-clusters").1,
+        matches: kept::cbw_huge_clusters,
+        steer: Some(ahead::cbw_huge_clusters),
+    },
+    Defect {
+        id: "cbw-shorter-target",
+        title: "a guest's write above copy-before-write with a shorter target aborts the daemon",
+        qemu: "lengths of source and target are not compared, and what is copied past the end of the target meets an assertion",
+        right: "the filter is refused, as blockdev-backup refuses such a pair, or the copy fails and the guest's write with it",
+        sure: Sure::Certain,
+        scenario: files!("cbw-shorter-target").0,
+        page: files!("cbw-shorter-target").1,
+        matches: kept::cbw_shorter_target,
+        steer: Some(ahead::cbw_shorter_target),
+    },
+    Defect {
+        id: "refused-backup-of-filter",
+        title: "a transaction that is refused at the backup of an earlier backup's filter aborts the daemon",
+        qemu: "the second action drains the filter, keeps no reference to it, and ends the drain after the roll-back has freed it",
+        right: "a refusal: the drain ends before the node goes",
+        sure: Sure::Certain,
+        scenario: files!("refused-backup-of-filter").0,
+        page: files!("refused-backup-of-filter").1,
+        matches: backup::refused_backup_of_filter,
+        steer: Some(backup::refuses_backup_of_filter),
+    },
+    Defect {
+        id: "backup-ends-in-frozen-chain",
+        title: "a backup whose filter is between a copy-on-read node and its bottom aborts the daemon when it ends",
+        qemu: "the filter is taken out at the end as if nobody could object; a frozen link does, and that error is fatal",
+        right: "the chain stays frozen without the filter, or blockdev-add is refused: a job's end must not end the process",
+        sure: Sure::Certain,
+        scenario: files!("backup-ends-in-frozen-chain").0,
+        page: files!("backup-ends-in-frozen-chain").1,
+        matches: backup::backup_ends_in_frozen_chain,
+        steer: Some(backup::freezes_backup_filter),
+    },
+    Defect {
+        id: "refused-group-hangs",
+        title: "a grouped transaction that is refused after two backups were made never answers",
+        qemu: "giving up one job of the group waits for the others, which were never started",
+        right: "a refusal: all of them are given up, and a command must answer",
+        sure: Sure::Certain,
+        scenario: files!("refused-group-hangs").0,
+        page: files!("refused-group-hangs").1,
+        matches: backup::refused_group_hangs,
+        steer: Some(backup::refuses_group),
+    },
+    Defect {
+        id: "backup-loses-source",
+        title: "the source of a running backup can be deleted once a snapshot and a stream took it out of the chain",
+        qemu: "the job refers to the filter only, and the filter stands on the overlay by then; the bitmap that is to be brought up to \
+               date at the end is gone with its node",
+        right: "the source stays while its backup runs: its bitmap is in use, and no command may free what a job uses",
+        sure: Sure::Certain,
+        scenario: files!("backup-loses-source").0,
+        page: files!("backup-loses-source").1,
+        matches: backup::backup_loses_source,
+        steer: Some(backup::takes_source),
+    },
+    Defect {
+        id: "top-of-overlay",
+        title: "a backup with sync=top copies nothing when its transaction also makes a snapshot of the source",
+        qemu: "what the upper layer holds is asked when the job runs, of what then is below the filter: the new overlay, which is empty",
+        right: "the layer that was the source in the one moment that all actions share: a backup that succeeds holds it",
+        sure: Sure::Certain,
+        scenario: files!("top-of-overlay").0,
+        page: files!("top-of-overlay").1,
+        matches: backup::backup_of_overlay,
+        steer: None,
+    },
+    Defect {
+        id: "aborted-backup-fills-bitmap",
+        title: "a transaction that is taken back after a backup with bitmap-mode always leaves every bit of its bitmap set",
+        qemu: "taking the backup back counts as its failure, and everything as not copied, since it never looked at its bitmap",
+        right: "a refused transaction changes nothing: the bitmap is what it was",
+        sure: Sure::Certain,
+        scenario: files!("aborted-backup-fills-bitmap").0,
+        page: files!("aborted-backup-fills-bitmap").1,
+        matches: backup::fills_bitmap,
         steer: None,
     },
 ];

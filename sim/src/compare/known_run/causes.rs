@@ -62,7 +62,10 @@ impl Causes {
     /// What the model is like now.
     pub(super) fn look(&mut self, world: &World) {
         self.described |= has_described_base(world);
-        self.strayed |= world.jobs.iter().any(|job| job.stream.has_strayed(&world.graph));
+        self.strayed |= world.jobs.iter().any(|job| {
+            job.stream()
+                .is_some_and(|stream| stream.has_strayed(&world.graph))
+        });
     }
 }
 
@@ -145,7 +148,9 @@ fn chain(graph: &Graph, top: NodeId) -> impl Iterator<Item = NodeId> + '_ {
 fn has_described_base(world: &World) -> bool {
     let graph = &world.graph;
     world.jobs.iter().any(|job| {
-        let base = graph.cow_child(job.stream.base_overlay);
+        let base = job
+            .stream()
+            .and_then(|stream| graph.cow_child(stream.base_overlay));
         base.is_some_and(|base| is_described(world, graph.skip_filters(base)))
     })
 }

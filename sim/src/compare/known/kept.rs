@@ -1,0 +1,41 @@
+//! What the entries about copy-before-write filters and their snapshots look for.
+
+use blkcheck_model::Command;
+use serde_json::{Map, Value};
+
+use super::{Around, Case, Kind, What};
+
+/// Memory for copies, bytes.
+const MEMORY: u64 = 128 << 20;
+
+/// Clusters of a filter are asked to be larger than any copy can be.
+pub(super) fn has_huge_clusters(options: &Map<String, Value>) -> bool {
+    let own = options.get("min-cluster-size").and_then(Value::as_u64);
+    let huge = own.is_some_and(|size| size > MEMORY && size.is_power_of_two() && i64::try_from(size).is_ok());
+    huge || options.values().any(|value| match value {
+        Value::Object(inner) => has_huge_clusters(inner),
+        Value::Array(items) => items.iter().filter_map(Value::as_object).any(has_huge_clusters),
+        _ => false,
+    })
+}
+
+pub(super) fn cbw_huge_clusters(case: &Case<'_>) -> bool {
+    let accepted = case.what == Some(What::Result)
+        && case.qemu == "accepted"
+        && case.model.contains("min-cluster-size too large");
+    let aborts = case.failed == Some(Kind::Assert) && case.qemu.contains("bdrv_create_dirty_bitmap");
+    (accepted || aborts) && has_huge_clusters(case.arguments)
+}
+
+pub(super) fn cbw_shorter_target(case: &Case<'_>) -> bool {
+    case.what == Some(What::Result) && case.qemu == "accepted" && case.model.contains(SHORTER)
+}
+
+const SHORTER: &str = "Cannot create block-copy-state: Source and target image have different sizes";
+
+/// A filter is to get a target that is shorter than its source.
+pub(super) fn gets_shorter_target(around: &Around<'_>) -> bool {
+    let command = Value::Object(around.arguments.clone());
+    let refused = around.world.check(&Command::new(around.execute, &command)).err();
+    refused.is_some_and(|refusal| refusal.desc.contains(SHORTER))
+}
