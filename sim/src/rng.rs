@@ -42,6 +42,10 @@ pub enum Stream {
     FaultPlan,
     /// Dirty bitmaps between the other steps.
     Bitmaps,
+    /// Copy-before-write filters between them.
+    Kept,
+    /// Backups between them.
+    Backups,
 }
 
 impl Rng {
@@ -54,6 +58,8 @@ impl Rng {
             Stream::Faults => 0x6661_756c_7473_0000,
             Stream::FaultPlan => 0x6661_756c_7470_6c61,
             Stream::Bitmaps => 0x6269_746d_6170_7300,
+            Stream::Kept => 0x6b65_7074_0000_0000,
+            Stream::Backups => 0x6261_636b_7570_7300,
         };
         // Mixed before use: seeds that follow each other must not give shifted copies of one stream.
         let mut rng = Rng {

@@ -120,6 +120,7 @@ pub fn commands() -> Vec<Step> {
     steps.extend(reopens());
     steps.extend(snapshots());
     steps.extend(resizes());
+    steps.extend(backups());
     steps.push(Step {
         actor: "guest".to_owned(),
         action: Action::Guest {
@@ -277,6 +278,37 @@ fn snapshots() -> Vec<Step> {
         transaction(json!([action("n2")])),
         transaction(json!([action("n2"), {"type": "abort", "data": {}}])),
         transaction(json!([action("n2"), action("n1")])),
+    ]
+}
+
+/// The overlay beside the chain is what is copied to.
+fn backups() -> Vec<Step> {
+    let backup = |arguments: Value| {
+        let mut all = json!({"job-id": "j", "device": "n2", "target": "over", "filter-node-name": "filter"});
+        for (key, value) in arguments.as_object().expect("an object") {
+            all[key] = value.clone();
+        }
+        all
+    };
+    let alone = |arguments: Value| command("blockdev-backup", backup(arguments));
+    let action = |arguments: Value| json!({"type": "blockdev-backup", "data": backup(arguments)});
+    let two = json!({"sync": "none", "job-id": "k", "target": "extra", "filter-node-name": "low"});
+    vec![
+        command(
+            "blockdev-add",
+            json!({"driver": "copy-before-write", "node-name": "extra", "file": "n2", "target": "over"}),
+        ),
+        command(
+            "blockdev-add",
+            json!({"driver": "snapshot-access", "node-name": "low", "file": "extra"}),
+        ),
+        alone(json!({"sync": "full"})),
+        alone(json!({"sync": "none", "auto-dismiss": false})),
+        alone(json!({"sync": "top", "device": "n1", "auto-finalize": false})),
+        command(
+            "transaction",
+            json!({"actions": [action(json!({"sync": "full"})), action(two)]}),
+        ),
     ]
 }
 

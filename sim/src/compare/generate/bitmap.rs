@@ -60,6 +60,15 @@ fn step(rng: &mut Rng, cast: &Cast, exports: &mut u32) -> Step {
     }
 }
 
+/// A verb on some bitmap of this node.
+pub(super) fn on(rng: &mut Rng, node: &str) -> Step {
+    let verb = verb(rng);
+    command(
+        &format!("block-dirty-bitmap-{verb}"),
+        json!({"node": node, "name": name(rng)}),
+    )
+}
+
 fn verb(rng: &mut Rng) -> &'static str {
     rng.pick::<&str>(&["remove", "clear", "clear", "enable", "disable"])
 }
@@ -138,7 +147,7 @@ fn transaction(rng: &mut Rng, cast: &Cast) -> Step {
     command("transaction", arguments)
 }
 
-fn action(rng: &mut Rng, cast: &Cast) -> Value {
+pub(super) fn action(rng: &mut Rng, cast: &Cast) -> Value {
     let (kind, data) = match rng.below(10) {
         0..=2 => ("block-dirty-bitmap-add".to_owned(), add(rng, cast)),
         3 | 4 => ("block-dirty-bitmap-merge".to_owned(), merge(rng, cast)),

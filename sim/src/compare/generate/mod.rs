@@ -1,13 +1,16 @@
 //! Scenarios for comparing, from seeds: a chain, and about twenty steps on it, a good part of which are refused.
-//! `bitmap`: dirty bitmaps; `graph`: commands that change the graph; `nodes`: nodes of every driver; `throttle`: throttle
+//! `backup`: backups; `bitmap`: dirty bitmaps; `graph`: commands that change the graph; `kept`:
+//! copy-before-write filters; `nodes`: nodes of every driver; `throttle`: throttle
 //! groups and their filters; `oddities`: what no program should send.
 //!
 //! Rules: a function of the seed alone. Every command stays within what the model knows; what it answers is not looked
 //! at here. No rates that end by themselves (a speed of 1 stops a job after its first piece, for ever), no file opened
 //! twice, nothing discarded on nodes that pass it on.
 
+mod backup;
 mod bitmap;
 mod graph;
+mod kept;
 mod nodes;
 mod oddities;
 mod throttle;
@@ -77,6 +80,8 @@ pub fn generate(seed: u64) -> Scenario {
         steps.push(step);
     }
     bitmap::weave(seed, &cast, &mut steps, opened);
+    kept::weave(seed, &mut cast, &mut steps, opened);
+    backup::weave(seed, &mut cast, &mut steps, opened);
     Scenario {
         seed: Some(seed),
         grain: GRAIN,
@@ -395,7 +400,10 @@ fn verb(rng: &mut Rng, cast: &Cast) -> Step {
     } else {
         rng.below(cast.jobs + 2)
     };
-    let id = format!("j{at}");
+    verb_on(rng, &format!("j{at}"))
+}
+
+fn verb_on(rng: &mut Rng, id: &str) -> Step {
     let device = json!({"device": id});
     let by_id = json!({"id": id});
     let (name, arguments) = match rng.below(16) {
@@ -568,7 +576,7 @@ mod tests {
             assert_eq!(validate(&scenario), Ok(()), "seed {seed}");
             assert_eq!(scenario, generate(seed));
             assert!(
-                (11..=60).contains(&scenario.steps.len()),
+                (11..=120).contains(&scenario.steps.len()),
                 "{}",
                 scenario.steps.len()
             );
