@@ -7,7 +7,7 @@ use std::fs::{self, OpenOptions};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
 use common::{BLKCHECK, blkcheck, has_daemon, root, stderr, stdout};
@@ -272,40 +272,28 @@ fn lives(pid: u32) -> bool {
         .is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
 }
 
-/// Whoever kills the command at whatever moment leaves no daemon behind.
+/// Whoever kills the command leaves no daemon behind, be it that the daemon has only just begun: this one kills it.
 #[test]
 #[expect(clippy::disallowed_methods, reason = "processes take real time")]
 fn a_killed_command_leaves_no_daemon() {
     let dir = dir();
-    // Every daemon tells its number and lives for ever; each one is a hang that is tried again.
     let pids = dir.path().join("pids");
-    let daemon = daemon(
-        dir.path(),
-        &format!("echo $$ >> '{}'; exec sleep 1000", pids.display()),
-    );
+    let kills = format!("echo $$ >> '{}'; kill -9 $PPID; exec sleep 1000", pids.display());
+    let daemon = daemon(dir.path(), &kills);
     let scenario = scenario(dir.path(), None);
-    for wait in [0, 2, 4, 6, 8, 12, 20, 40] {
-        let mut child = Command::new(BLKCHECK)
+    for _ in 0..8 {
+        let status = Command::new(BLKCHECK)
             .current_dir(dir.path())
             .env("TMPDIR", dir.path())
             .args(["compare", "--qemu", daemon.to_str().expect("UTF-8"), &scenario])
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("it starts");
-        std::thread::sleep(Duration::from_millis(wait));
-        child.kill().expect("it runs");
-        child.wait().expect("it ends");
+            .status();
+        assert_eq!(status.expect("it starts").code(), None, "it is killed");
     }
+    let text = fs::read_to_string(&pids).expect("they told their numbers");
+    let daemons: Vec<u32> = text.lines().map(|l| l.parse().expect("a number")).collect();
+    assert_eq!(daemons.len(), 8);
+    let alive = || daemons.iter().filter(|pid| lives(**pid)).count();
     let began = Instant::now();
-    let alive = || {
-        let text = fs::read_to_string(&pids).unwrap_or_default();
-        text.lines()
-            .filter_map(|l| l.parse().ok())
-            .filter(|p| lives(*p))
-            .count()
-    };
-    std::thread::sleep(Duration::from_millis(500));
     while alive() > 0 && began.elapsed() < Duration::from_secs(20) {
         std::thread::sleep(Duration::from_millis(20));
     }
