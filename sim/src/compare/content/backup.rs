@@ -8,7 +8,7 @@
 use blkcheck_model::job::{Backup, Job, Sync};
 use blkcheck_model::layer::Cell;
 use blkcheck_model::perm::Driver;
-use blkcheck_model::{NodeId, Outcome, World};
+use blkcheck_model::{NodeId, World};
 
 use super::kept::{Can, Cluster};
 use super::{Books, UNKNOWN};
@@ -119,25 +119,29 @@ impl Books {
         }
     }
 
-    /// A backup is about to end in the world.
-    pub(super) fn backed_up(&mut self, world: &World, job: &Job, backup: &Backup, outcome: Outcome) {
-        let Some(filter) = backup.filter else { return };
-        let Some(keeping) = self.kept.get(world.graph.name(filter)).cloned() else {
+    /// The run phase of a job went well: a backup has copied everything, from what there is now.
+    pub(in crate::compare) fn ran(&mut self, world: &World, id: &str) {
+        let Some(backup) = world.job(id).and_then(Job::backup) else {
             return;
         };
-        // One that was given up when all was done has copied everything as well.
-        if backup.sync == Sync::None || (outcome != Outcome::Success && !job.waited) {
+        let name = backup.filter.map(|filter| world.graph.name(filter).to_owned());
+        let Some((name, keeping)) = name.and_then(|name| Some((name.clone(), self.kept.get(&name)?.clone())))
+        else {
+            return;
+        };
+        if backup.sync == Sync::None {
             return;
         }
-        for cluster in 0..keeping.count() {
-            if keeping.state(cluster) == Cluster::Waiting {
-                let size = keeping.grains_each();
-                self.copy(
-                    world,
-                    backup.source,
-                    backup.target,
-                    cluster * size..(cluster + 1) * size,
-                );
+        let size = keeping.grains_each();
+        for cluster in (0..keeping.count()).filter(|at| keeping.state(*at) == Cluster::Waiting) {
+            self.copy(
+                world,
+                backup.source,
+                backup.target,
+                cluster * size..(cluster + 1) * size,
+            );
+            if let Some(keeping) = self.kept.get_mut(&name) {
+                keeping.is_done(cluster);
             }
         }
     }

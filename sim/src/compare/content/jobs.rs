@@ -12,7 +12,8 @@ impl Books {
         let Some(job) = world.job(id) else { return };
         let stream = match &job.work {
             Work::Stream(stream) => stream,
-            Work::Backup(backup) => return self.backed_up(world, job, backup, outcome),
+            // What it copied was noted when it had.
+            Work::Backup(_) => return,
         };
         let device = world.graph.skip_filters(stream.device);
         let bottom = stream.base_overlay;

@@ -91,6 +91,11 @@ impl Keeping {
         self.clusters[cluster]
     }
 
+    /// The target has this one.
+    pub(super) fn is_done(&mut self, cluster: usize) {
+        self.clusters[cluster] = Cluster::Done;
+    }
+
     /// Of a filter that is new: these are what its clusters are.
     pub(super) fn become_states(&mut self, states: Vec<Cluster>) {
         if !self.clusters.contains(&Cluster::Unknown) {

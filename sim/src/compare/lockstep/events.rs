@@ -26,6 +26,9 @@ impl Run<'_> {
                 let (Some(id), Some(to)) = (text("id"), text("status").and_then(JobStatus::from_name)) else {
                     return Err(("an id and a status".to_owned(), said()));
                 };
+                if to == JobStatus::Waiting {
+                    self.books.ran(&self.world, id);
+                }
                 if to == JobStatus::Pending {
                     self.prepared.push(id.to_owned());
                 }
