@@ -6,7 +6,7 @@
 //! those is a violation, as a sentence. Commands and completions are totally ordered, so the model has no time.
 //! Not here: guest data (see [`crate::layer`], [`crate::register`]), progress and rate limits.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 use serde_json::Value;
@@ -87,6 +87,8 @@ pub struct World {
     to_start: Vec<Rc<str>>,
     /// The last number that a group of jobs was given.
     next_group: u32,
+    /// Groups of which a job ended otherwise than well; it may be gone already when the others end.
+    given_up: BTreeSet<u32>,
     /// How many node names have been made up; a refused command may have used some.
     pub auto_names: u32,
 }
@@ -282,7 +284,10 @@ impl World {
             (Outcome::Cancelled, false) => return Err(format!("nobody cancelled job '{id}'")),
             _ => {}
         }
-        let error = match &job.work {
+        if outcome != Outcome::Success && self.group(job).next().is_some() {
+            self.given_up.insert(job.group);
+        }
+        let error = match &self.jobs[at].work {
             Work::Stream(_) => command::stream::complete(self, at, outcome, writable),
             Work::Backup(_) => {
                 command::backup::complete(self, at, outcome);
@@ -300,7 +305,7 @@ impl World {
             let failed = other.outcome.is_some_and(|outcome| outcome != Outcome::Success);
             other.cancelled || failed || other.status == JobStatus::Aborting
         };
-        self.group(job).any(gives_up)
+        self.given_up.contains(&job.group) || self.group(job).any(gives_up)
     }
 
     /// The other jobs that end with this one.

@@ -105,6 +105,8 @@ impl Setup {
                 // What a snapshot leaves behind that storage failed is not told by the model.
                 snapshots: matches!(self.faults, Faults::None),
                 bitmaps: matches!(self.faults, Faults::None),
+                snapshot_access: matches!(self.faults, Faults::None),
+                backup: matches!(self.faults, Faults::None),
                 ..Reach::all()
             },
             On::File => Reach {
@@ -119,6 +121,8 @@ impl Setup {
                 resize: true,
                 throttle: true,
                 bitmaps: true,
+                snapshot_access: true,
+                backup: true,
             },
             On::Loop => Reach {
                 drain: true,
@@ -132,6 +136,8 @@ impl Setup {
                 resize: false,
                 throttle: true,
                 bitmaps: false,
+                snapshot_access: false,
+                backup: false,
             },
             On::Qemu if self.is_stress() => Reach {
                 drain: false,
@@ -146,6 +152,8 @@ impl Setup {
                 // The daemon throttles by the real clock.
                 throttle: false,
                 bitmaps: false,
+                snapshot_access: false,
+                backup: false,
             },
             On::Qemu => Reach {
                 drain: false,
@@ -161,6 +169,8 @@ impl Setup {
                 // The daemon throttles by the real clock.
                 throttle: false,
                 bitmaps: false,
+                snapshot_access: false,
+                backup: false,
             },
         }
     }

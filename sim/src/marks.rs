@@ -6,6 +6,7 @@
 //! Detection goes by events, so a target that tells none has no marks.
 //! Not here: judging. A mark never fails a run.
 
+mod backup;
 mod changes;
 mod counts;
 mod throttle;
@@ -39,6 +40,7 @@ struct Request {
 struct Job {
     id: JobId,
     status: JobStatus,
+    streams: bool,
     copied: bool,
     user_paused: bool,
     /// An error stopped it, and nobody resumed it since.
@@ -67,10 +69,13 @@ pub struct Detector {
     sections: u32,
     main: u32,
     created: Vec<String>,
+    /// Ids that streams were asked for with.
+    streams: Vec<String>,
     discarded: Vec<(u64, u64)>,
     longest: u64,
     change: changes::Change,
     throttled: throttle::Throttled,
+    backups: backup::Backups,
     run: Run,
 }
 
@@ -99,10 +104,12 @@ impl Detector {
         self.jobs.clear();
         self.asked.clear();
         self.created.clear();
+        self.streams.clear();
         self.discarded.clear();
         (self.sections, self.main) = (0, 0);
         self.change = changes::Change::default();
         self.throttled = throttle::Throttled::default();
+        self.backups = backup::Backups::default();
         self.longest = scenario.images.iter().map(|i| i.size).max().unwrap_or(0);
         let longest = self.longest;
         self.run.short_ends.clear();
@@ -216,6 +223,12 @@ impl Detector {
     }
 
     fn command(&mut self, execute: &str, arguments: &Map<String, Value>) {
+        if execute == "block-stream" {
+            let named = ["job-id", "device"]
+                .into_iter()
+                .find_map(|key| arguments.get(key)?.as_str());
+            self.streams.extend(named.map(str::to_owned));
+        }
         let id = arguments
             .get("id")
             .or_else(|| arguments.get("device"))
@@ -288,6 +301,7 @@ impl Detector {
     }
 
     fn accepted(&mut self, execute: &str, arguments: &Map<String, Value>) {
+        self.accepted_beside_backup(execute, arguments);
         if execute == "blockdev-reopen" {
             self.regrouped(arguments);
         }
@@ -342,6 +356,7 @@ impl Detector {
     fn event(&mut self, event: &Event) {
         self.change(event);
         self.throttle(event);
+        self.backup(event);
         match event {
             Event::MainBegin { .. } => self.main += 1,
             Event::MainEnd { .. } => self.main = self.main.saturating_sub(1),
@@ -369,6 +384,7 @@ impl Detector {
                     bytes: *bytes,
                     by_job,
                 };
+                self.looks_at_copy(&r, parent);
                 self.request(r, parent);
             }
             Event::RequestWaits { request, on } => self.waits(*request, *on),
@@ -481,6 +497,7 @@ impl Detector {
             self.jobs.push(Job {
                 id: job,
                 status: to,
+                streams: self.streams.iter().any(|stream| stream == id),
                 copied: false,
                 user_paused: false,
                 stopped: false,
@@ -502,7 +519,7 @@ impl Detector {
                 if self
                     .jobs
                     .iter()
-                    .filter(|j| j.status == JobStatus::Running)
+                    .filter(|j| j.status == JobStatus::Running && j.streams)
                     .count()
                     > 1 =>
             {
@@ -518,7 +535,7 @@ impl Detector {
             (JobStatus::Paused, JobStatus::Running) if j.user_paused => self.hit(Mark::PauseResume),
             (_, JobStatus::Aborting) if j.copied => self.hit(Mark::StreamAborts),
             (_, JobStatus::Pending) if self.sections > 0 => self.hit(Mark::CompletionDuringDrain),
-            (JobStatus::Pending, JobStatus::Concluded) => self.hit(Mark::StreamSucceeds),
+            (JobStatus::Pending, JobStatus::Concluded) if j.streams => self.hit(Mark::StreamSucceeds),
             (JobStatus::Concluded, JobStatus::Null) => {
                 self.jobs.remove(i);
                 self.created.remove(i);
@@ -550,8 +567,16 @@ impl Detector {
                     }
                 }
             }
+            "BLOCK_JOB_CANCELLED" if is_backup(data) => self.hit(Mark::BackupAborts),
             "BLOCK_JOB_COMPLETED" => {
                 let error = data.get("error").and_then(Value::as_str);
+                if is_backup(data) {
+                    self.hit(if error.is_none() {
+                        Mark::BackupSucceeds
+                    } else {
+                        Mark::BackupAborts
+                    });
+                }
                 let by_storage = error == Some(Errno::EIO.text()) || error == Some(Errno::ENOSPC.text());
                 if by_storage && self.told(data).is_some_and(|job| job.prepared) {
                     self.hit(Mark::CompletionFails);
@@ -560,6 +585,10 @@ impl Detector {
             _ => {}
         }
     }
+}
+
+fn is_backup(data: &Value) -> bool {
+    data.get("type").and_then(Value::as_str) == Some("backup")
 }
 
 /// `pause`, `cancel`, … of either family.

@@ -6,9 +6,9 @@
 use serde_json::{Value, json};
 
 use super::monitor::MONITOR;
-use super::{SETUP, command};
+use super::{SETUP, command, names};
 use crate::rng::{Rng, Stream};
-use crate::scenario::{Action, Scenario, Step};
+use crate::scenario::{Scenario, Step};
 
 /// Puts commands on bitmaps between the steps behind the setup.
 pub(super) fn weave(seed: u64, scenario: &mut Scenario) {
@@ -30,27 +30,6 @@ pub(super) fn weave(seed: u64, scenario: &mut Scenario) {
     scenario
         .steps
         .insert(first, command(MONITOR, "block-dirty-bitmap-add", add(rng, top)));
-}
-
-/// Nodes that are opened with a name.
-fn names(steps: &[Step]) -> Vec<String> {
-    fn note(options: &serde_json::Map<String, Value>, names: &mut Vec<String>) {
-        let inner = options.values().filter_map(Value::as_object);
-        inner.for_each(|inner| note(inner, names));
-        if let Some(name) = options.get("node-name").and_then(Value::as_str) {
-            names.push(name.to_owned());
-        }
-    }
-    let mut found = Vec::new();
-    for step in steps.iter().filter(|step| step.actor == SETUP) {
-        match &step.action {
-            Action::Command { execute, arguments } if execute == "blockdev-add" => {
-                note(arguments, &mut found);
-            }
-            _ => {}
-        }
-    }
-    found
 }
 
 fn bitmap(rng: &mut Rng, node: &str) -> Value {

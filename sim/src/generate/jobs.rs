@@ -91,9 +91,14 @@ fn count(nodes: &[&str]) -> u32 {
     u32::try_from(nodes.len()).expect("few nodes")
 }
 
-/// A verb for some job; both families of commands.
+/// A verb for some job.
 pub(super) fn job_verb(rng: &mut Rng, jobs: &Jobs, actor: &str) -> Step {
     let id = jobs.any(rng);
+    verb(rng, &id, actor)
+}
+
+/// A verb for this job; both families of commands.
+pub(super) fn verb(rng: &mut Rng, id: &str, actor: &str) -> Step {
     let device = json!({"device": id});
     let by_id = json!({"id": id});
     let (name, arguments) = match rng.below(12) {

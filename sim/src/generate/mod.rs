@@ -7,6 +7,7 @@
 //! What may fail is drawn apart, by [`add_faults`]; whether it does is a choice. Not covered: power loss; snapshots on failing
 //! storage, for which the model has no list of what may be left.
 
+mod backup;
 mod bitmaps;
 mod chain;
 mod faults;
@@ -48,6 +49,10 @@ pub struct Reach {
     pub throttle: bool,
     /// `block-dirty-bitmap-*`, and room for what is stored of bitmaps.
     pub bitmaps: bool,
+    /// `copy-before-write` and `snapshot-access`.
+    pub snapshot_access: bool,
+    /// `blockdev-backup`.
+    pub backup: bool,
 }
 
 impl Reach {
@@ -66,6 +71,8 @@ impl Reach {
             resize: true,
             throttle: true,
             bitmaps: true,
+            snapshot_access: true,
+            backup: true,
         }
     }
 }
@@ -78,8 +85,11 @@ pub fn generate(seed: u64, profile: Profile, reach: Reach) -> Scenario {
         seed: Some(seed),
         ..scenario
     };
-    if reach.bitmaps && matches!(profile, Profile::Mixed | Profile::Graph) {
+    if reach.bitmaps && matches!(profile, Profile::Mixed | Profile::Graph | Profile::Backup) {
         bitmaps::weave(seed, &mut scenario);
+    }
+    if reach.snapshot_access && matches!(profile, Profile::Mixed | Profile::Backup) {
+        backup::weave(seed, profile, reach, &mut scenario);
     }
     scenario
 }
@@ -129,8 +139,10 @@ pub fn without_rates(steps: &mut [Step]) {
         let Action::Command { execute, arguments } = &mut step.action else {
             continue;
         };
-        if matches!(&**execute, "block-stream" | "block-job-set-speed")
-            && let Some(speed) = arguments.get_mut("speed")
+        if matches!(
+            &**execute,
+            "block-stream" | "blockdev-backup" | "block-job-set-speed"
+        ) && let Some(speed) = arguments.get_mut("speed")
             && speed.as_i64().is_none_or(|s| s > 0)
         {
             *speed = serde_json::Value::from(0);
@@ -205,6 +217,27 @@ fn raw_nodes(options: &serde_json::Map<String, serde_json::Value>, names: &mut V
 
 /// The name of the actor whose steps are barriers: they run alone, in file order.
 pub const SETUP: &str = "setup";
+
+/// Nodes that are opened with a name.
+fn names(steps: &[Step]) -> Vec<String> {
+    fn note(options: &serde_json::Map<String, serde_json::Value>, names: &mut Vec<String>) {
+        let inner = options.values().filter_map(serde_json::Value::as_object);
+        inner.for_each(|inner| note(inner, names));
+        if let Some(name) = options.get("node-name").and_then(serde_json::Value::as_str) {
+            names.push(name.to_owned());
+        }
+    }
+    let mut found = Vec::new();
+    for step in steps.iter().filter(|step| step.actor == SETUP) {
+        match &step.action {
+            Action::Command { execute, arguments } if execute == "blockdev-add" => {
+                note(arguments, &mut found);
+            }
+            _ => {}
+        }
+    }
+    found
+}
 
 fn command(actor: &str, execute: &str, arguments: serde_json::Value) -> Step {
     let serde_json::Value::Object(arguments) = arguments else {

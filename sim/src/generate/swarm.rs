@@ -19,19 +19,22 @@ pub enum Profile {
     Drain,
     /// Many graph commands, few guest requests.
     Graph,
+    /// Backups of images of a few clusters of 64 KiB, with guests that write to them.
+    Backup,
     /// The fixed shape of the speed target: 50 guest requests, one stream, three qcow2 layers, 512-byte clusters.
     Bench,
 }
 
 impl Profile {
     /// All of them, for help texts.
-    pub const ALL: [Profile; 7] = [
+    pub const ALL: [Profile; 8] = [
         Profile::Mixed,
         Profile::Guests,
         Profile::Stream,
         Profile::CopyOnRead,
         Profile::Drain,
         Profile::Graph,
+        Profile::Backup,
         Profile::Bench,
     ];
 
@@ -45,6 +48,7 @@ impl Profile {
             Profile::CopyOnRead => "copy-on-read",
             Profile::Drain => "drain",
             Profile::Graph => "graph",
+            Profile::Backup => "backup",
             Profile::Bench => "bench",
         }
     }
@@ -242,6 +246,18 @@ impl Swarm {
                 self.monitor_ops = 6 + rng.below(20);
                 self.monitor_weights = [4, 2, 1, 6, 3, 2, 1, 8, 4, 2, 4];
                 self.throttle_groups = rng.below(3);
+            }
+            Profile::Backup => {
+                // A backup copies 64 KiB at least; what guests and jobs do to each other needs a few of these.
+                self.cluster = *rng.pick(&[4096, 16384, 65536]);
+                self.clusters = (2 + rng.below(5)) * 65536 / self.cluster;
+                self.grain = 4096;
+                self.odd_formats = false;
+                self.layers = *rng.pick(&[1, 1, 2, 3]);
+                self.guest_ops = 6 + rng.below(30);
+                self.monitor_ops = rng.below(4);
+                self.reach_clusters = 1 + rng.below(131_072 / self.cluster);
+                self.read_only_top &= rng.chance(1, 4);
             }
         }
     }

@@ -36,6 +36,24 @@ marks! {
     CancelPaused = "cancel while paused",
     /// A job is cancelled while waiting for finalize.
     CancelPending = "cancel while pending",
+    /// A guest's write waits for clusters that a backup has in hand.
+    WriteMeetsBackup = "guest write meets a cluster being copied",
+    /// A guest's write has its clusters copied first.
+    WriteCopiesFirst = "guest write copies before it writes",
+    /// A copy of a backup fails, and its clusters are to be copied again.
+    CopyFails = "failure between copy and re-dirty",
+    /// A node is to be drained while a cluster is being copied.
+    DrainDuringCopy = "drain during copy",
+    /// A bitmap is merged, cleared or switched while a backup runs.
+    BitmapDuringBackup = "bitmap command during backup",
+    /// A read of a target or snapshot is under way beside a guest's write to the source.
+    FleecingRace = "fleecing read races a guest write",
+    /// A backup ends well.
+    BackupSucceeds = "backup succeeds",
+    /// A backup is cancelled or fails.
+    BackupAborts = "backup ends early",
+    /// Backups of one transaction stand or fall together.
+    GroupedBackups = "grouped backups",
     /// A job is paused by the user and goes on.
     PauseResume = "pause and resume by the user",
     /// A drained section begins while a request is in flight.
@@ -185,7 +203,7 @@ pub(super) const STATES: [(State, &str); 7] = [
     (State::Changing, "changing"),
 ];
 
-pub(super) const OPERATIONS: [&str; 32] = [
+pub(super) const OPERATIONS: [&str; 33] = [
     "read",
     "write",
     "write-fua",
@@ -201,6 +219,7 @@ pub(super) const OPERATIONS: [&str; 32] = [
     "block-export-add",
     "block-export-del",
     "block-stream",
+    "blockdev-backup",
     "change-backing-file",
     "blockdev-reopen",
     "blockdev-snapshot",
@@ -296,6 +315,7 @@ impl Mark {
                 | Mark::LateFaultyWrite
                 | Mark::FaultyFlush
                 | Mark::NoSpace
+                | Mark::CopyFails
         )
     }
 }
@@ -306,7 +326,19 @@ impl Mark {
     pub fn needs_sound_storage(self) -> bool {
         matches!(
             self,
-            Mark::SnapshotMeetsWrite | Mark::TransactionRolledBack | Mark::BitmapMeetsWrite
+            Mark::SnapshotMeetsWrite
+                | Mark::TransactionRolledBack
+                | Mark::BitmapMeetsWrite
+                | Mark::WriteMeetsBackup
+                | Mark::WriteCopiesFirst
+                | Mark::DrainDuringCopy
+                | Mark::BitmapDuringBackup
+                | Mark::FleecingRace
+                | Mark::BackupSucceeds
+                | Mark::BackupAborts
+                | Mark::GroupedBackups
+                // Not owed by anybody as long as backups are not generated with failing storage.
+                | Mark::CopyFails
         )
     }
 }

@@ -84,7 +84,8 @@ impl Bitmaps {
                 }
             }
             Event::MainBegin { what } => {
-                self.command = *what == "transaction" || what.starts_with("block-dirty-bitmap-");
+                self.command = matches!(*what, "transaction" | "blockdev-backup")
+                    || what.starts_with("block-dirty-bitmap-");
             }
             Event::MainEnd { .. } => self.command = false,
             _ => {}
@@ -120,8 +121,9 @@ impl Bitmaps {
             }
             if let Some(more) = theirs
                 .iter()
-                .find(|b| node.bitmaps.iter().all(|a| a.name != b.name))
+                .find(|b| !b.name.is_empty() && node.bitmaps.iter().all(|a| a.name != b.name))
             {
+                // Those without a name belong to filters and jobs.
                 return wrong(&more.name, "ought not to be there".to_owned());
             }
         }

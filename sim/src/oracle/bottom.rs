@@ -165,6 +165,21 @@ impl Bottom {
         (surely, copied || Layer::holds(&layer.may, clusters))
     }
 
+    /// Whether a layer surely holds some of [start, end) itself.
+    pub(crate) fn holds_any(&self, disk: usize, start: u64, end: u64) -> bool {
+        let layer = &self.layers[disk];
+        let held = |c: usize| layer.must[c] && !layer.wild[c];
+        layer.format == Some(Format::Raw) || layer.clusters(start, end).any(held)
+    }
+
+    /// Something is copied into an image, as data, as zeroes, or it fails on the way.
+    pub(crate) fn filled(&mut self, disk: usize, offset: u64, bytes: u64) {
+        let layer = &mut self.layers[disk];
+        let clusters = layer.clusters(offset, offset.saturating_add(bytes));
+        layer.may[clusters.clone()].fill(true);
+        layer.wild[clusters].fill(true);
+    }
+
     /// A write under way may have reached this image as well, or instead.
     pub(crate) fn crossed(&mut self, step: StepId, disk: usize, range: crate::scenario::Range) {
         self.writes.retain(|w| w.0 != step);

@@ -16,20 +16,21 @@
 //! Unchecked: windows (`raw` with offset or size), `null-co`, the plain bytes of a qcow2 file, disks whose image is open
 //! twice or was written below its format (contents then have no meaning), durability.
 
-use blkcheck_model::layer::Format as LayerFormat;
 use blkcheck_model::register::{self, Effect, OpId, Registers, Value};
 use blkcheck_model::{Driver, NodeId, World};
 
 use super::bottom::Bottom;
 use super::{FinalContent, OracleName, View, Violation, status, violation};
 use crate::follow::Follower;
-use crate::history::{Fault, FaultKind, Outcome, StepId};
+use crate::history::{Fault, FaultKind, StepId};
 use crate::image::build;
 use crate::scenario::{Action, Format, GuestOp, Image, Range, Scenario};
-use crate::stamp::{self, Content, Source};
+use crate::stamp::{Content, Source};
 
+pub(crate) use backup::Copied;
+use backup::Copies;
 use change::{Other, Window};
-use grains::{collect, content_text, explain, history, seen, texts, torn_between_writes};
+use grains::seen;
 
 const SECTOR: u64 = 512;
 
@@ -74,6 +75,10 @@ struct Disk {
     flushed: u64,
     /// Nothing can be said.
     unknown: bool,
+    /// Per grain: a backup keeps it as it was, whatever is written below.
+    kept: Vec<bool>,
+    /// A backup filled it.
+    target: bool,
 }
 
 /// A guest request under way.
@@ -124,6 +129,8 @@ pub(crate) struct Data {
     crossed: Vec<(StepId, usize)>,
     /// Requests under way that lie past the end of what their export shows.
     outside: Vec<StepId>,
+    /// Backups and snapshots.
+    copies: Copies,
 }
 
 /// A grain that nothing explains: what the register says, or content that is none.
@@ -175,6 +182,7 @@ impl Data {
         self.window = None;
         self.crossed.clear();
         self.outside.clear();
+        self.copies = Copies::default();
     }
 
     /// Storage failed a request.
@@ -248,8 +256,9 @@ impl Data {
                         below
                     }
                 },
-                Driver::SnapshotAccess => return None,
-                Driver::File | Driver::HostDevice | Driver::NullCo => return Some(chain),
+                Driver::File | Driver::HostDevice | Driver::NullCo | Driver::SnapshotAccess => {
+                    return Some(chain);
+                }
             };
         }
     }
@@ -388,6 +397,8 @@ impl Data {
             former: Vec::new(),
             flushed: 0,
             unknown,
+            kept: vec![false; grains],
+            target: false,
         }
     }
 
@@ -401,6 +412,9 @@ impl Data {
         request: &GuestOp,
     ) {
         let node = follower.export_node(export);
+        if node.is_some_and(|node| self.looks(&follower.world, node, step, request)) {
+            return;
+        }
         let disk = match node {
             Some(node) => {
                 let disk = Self::disk_of(view.scenario, &follower.world, node);
@@ -431,6 +445,9 @@ impl Data {
                 return;
             }
         };
+        if let Some(node) = node.filter(|_| effect != Effect::Read) {
+            self.written_beside(&follower.world, node, disk);
+        }
         // What an export does not let through has no effect.
         if effect != Effect::Read && node.is_some() && !follower.export_writable(export) {
             return;
@@ -519,380 +536,10 @@ impl Data {
             .filter(|d| d.chain.contains(&disk))
         {
             for g in first..last.min(d.own.len()) {
-                d.loose[g] |= !d.own[g];
+                d.loose[g] |= !d.own[g] && !d.kept[g];
             }
         }
     }
-
-    /// A guest request is over.
-    pub(crate) fn ended(
-        &mut self,
-        view: &View<'_>,
-        step: StepId,
-        outcome: &Outcome,
-    ) -> Result<(), Violation> {
-        if let Some(at) = self.flushes.iter().position(|f| f.0 == step) {
-            let (_, disk, begun) = self.flushes.swap_remove(at);
-            if let (Some(d), Outcome::Done(Ok(()))) = (&mut self.disks[disk], outcome) {
-                d.flushed = d.flushed.max(begun);
-            }
-            return Ok(());
-        }
-        self.outside.retain(|s| *s != step);
-        let Some(open) = self.open.get_mut(step.0 as usize).and_then(Option::take) else {
-            return Ok(());
-        };
-        let ok = matches!(outcome, Outcome::Done(Ok(())));
-        if let Some(logged) = open.logged {
-            // Of two disks that it may have reached, the older one need not hold it.
-            self.end_write(open.disk, open.op, logged, ok && open.other.is_none(), view.now);
-            if let Some((other, logged)) = open.other.and_then(|o| Some((o, o.logged?))) {
-                self.end_write(other.disk, other.op, logged, ok && other.shows, view.now);
-            }
-            return Ok(());
-        }
-        let unexplained = match open.other {
-            None => self.end_read(view, step, open, outcome)?,
-            Some(_) => self.end_read_of_two(view, step, open, outcome)?,
-        };
-        let Some((g, saw)) = unexplained.into_iter().next() else {
-            return Ok(());
-        };
-        let is_status = matches!(outcome, Outcome::Status(_));
-        let grain = self.grain;
-        let disk = self.disks[open.disk].as_ref().expect("judged");
-        let who = super::liveness::act_text(view.scenario, step).unwrap_or_default();
-        let at = g as u64 * grain;
-        let (oracle, message) = match saw {
-            Err(content) => (
-                OracleName::Data,
-                format!(
-                    "{who}: grain {at:#x} holds {}",
-                    content_text(view.scenario, content)
-                ),
-            ),
-            Ok(v) if is_status => (
-                OracleName::Status,
-                format!(
-                    "{who}: block status says ZERO at {at:#x}, which holds {}",
-                    texts(view.scenario, &v.allowed)
-                ),
-            ),
-            Ok(v) => (
-                OracleName::Data,
-                format!(
-                    "{who}: grain {at:#x} {}",
-                    explain(view.scenario, disk, &v, open.start)
-                ),
-            ),
-        };
-        Err(violation(
-            oracle,
-            Some(step),
-            message,
-            history(view.scenario, disk, g),
-        ))
-    }
-
-    fn end_write(&mut self, disk: usize, op: OpId, logged: usize, ok: bool, now: u64) {
-        if let Some(disk) = &mut self.disks[disk] {
-            disk.registers.end(op, ok);
-            if ok {
-                disk.log[logged].end = now;
-            }
-        }
-    }
-
-    /// A read or a status query is over: the grains whose answer nothing explains on this disk.
-    fn end_read(
-        &mut self,
-        view: &View<'_>,
-        step: StepId,
-        open: Open,
-        outcome: &Outcome,
-    ) -> Result<Vec<Unexplained>, Violation> {
-        let grain = self.grain;
-        let Some(disk) = &self.disks[open.disk] else {
-            return Ok(Vec::new());
-        };
-        self.values.clear();
-        let (mut wrong, offset) = (None, open.first as u64 * grain);
-        match outcome {
-            _ if open.blind || disk.unknown => {}
-            Outcome::Read(Ok(bytes)) => {
-                wrong = collect(bytes, offset, disk, grain, &mut self.values, &open, view);
-            }
-            Outcome::Status(Ok(runs)) => {
-                let (length, trusted) = open.status.expect("a status query");
-                status::shape(view.scenario, step, length, runs)?;
-                self.values.resize(open.last - open.first, None);
-                status::zeroes(runs, (offset, grain), trusted, &disk.cuts, &mut self.values);
-            }
-            _ => {}
-        }
-        // A failed read says nothing; nor does a grain that was not returned.
-        self.values.resize(open.last - open.first, None);
-        let mut unexplained: Vec<_> = wrong.into_iter().map(|(g, c)| (g, Err(c))).collect();
-        self.judge_all(open, view.now, |v| unexplained.push((v.grain, Ok(v))));
-        Ok(unexplained)
-    }
-
-    fn judge(&mut self, open: Open, now: u64) -> Result<(), register::Violation> {
-        let mut first = None;
-        self.judge_all(open, now, |v| {
-            first.get_or_insert(v);
-        });
-        first.map_or(Ok(()), Err)
-    }
-
-    /// Puts the collected values to the registers. On a loose grain a value of a lower layer passes as well, as long as
-    /// the initial content would; while such a layer is being written to, it says nothing about later.
-    fn judge_all(&mut self, open: Open, now: u64, mut unexplained: impl FnMut(register::Violation)) {
-        let Data { disks, values, .. } = self;
-        let (before, rest) = disks.split_at_mut(open.disk);
-        let (disk, after) = rest.split_first_mut().expect("in range");
-        let Disk {
-            registers,
-            initial,
-            loose,
-            chain,
-            ..
-        } = disk.as_mut().expect("open requests have a disk");
-        let other = |c: usize| {
-            let d = if c < open.disk {
-                &before[c]
-            } else {
-                &after[c - open.disk - 1]
-            };
-            d.as_ref()
-        };
-        let changes_below = |g: usize| {
-            let changes = |d: &Disk| d.log.iter().any(|l| l.covers(g) && l.end == u64::MAX);
-            chain.iter().any(|c| other(*c).is_some_and(changes))
-        };
-        for (g, value) in (open.first..).zip(values.iter_mut()) {
-            if value.is_some() && loose[g] && changes_below(g) {
-                *value = None;
-            }
-        }
-        let lower = |g: usize, value: Value| {
-            let holds = |c: &usize| {
-                other(*c).is_some_and(|d| {
-                    d.initial.get(g) == Some(&value)
-                        || d.former.contains(&(g, value))
-                        || d.log
-                            .iter()
-                            .any(|l| l.covers(g) && l.value == value && l.start <= now)
-                })
-            };
-            is_streamed_away(value) || chain.iter().any(holds)
-        };
-        registers.observe(open.op, values.iter().copied(), |v| {
-            if !(loose[v.grain] && v.allowed.contains(&initial[v.grain]) && lower(v.grain, v.saw)) {
-                unexplained(v);
-            }
-        });
-    }
-
-    /// All of a node or a closed image was read, with nothing under way.
-    fn whole(&mut self, view: &View<'_>, disk: usize, content: &FinalContent<'_>) -> Result<(), Violation> {
-        let grain = self.grain;
-        let Some(d) = self.disks[disk].as_mut().filter(|d| !d.unknown) else {
-            return Ok(());
-        };
-        let (first, last) = (0, d.initial.len());
-        // A raw image's file may not be a whole number of sectors long.
-        let image = view.scenario.images[disk].size;
-        let shortest = if image.next_multiple_of(SECTOR) == d.length {
-            image
-        } else {
-            d.length
-        };
-        let length = content.bytes.len() as u64;
-        if length < shortest || length > d.length {
-            let message = format!("{} is {length} bytes long, expected {}", content.name, d.length);
-            return Err(violation(OracleName::Transparency, None, message, Vec::new()));
-        }
-        let op = d.registers.begin(Effect::Read, first..last);
-        let open = Open {
-            disk,
-            op,
-            logged: None,
-            first,
-            last,
-            start: view.now,
-            effect: Effect::Read,
-            other: None,
-            blind: false,
-            status: None,
-        };
-        self.values.clear();
-        let wrong = collect(content.bytes, 0, d, grain, &mut self.values, &open, view);
-        self.values.resize(last, None);
-        let verdict = self.judge(open, view.now);
-        let d = self.disks[disk].as_ref().expect("judged");
-        let (g, what) = match (wrong, verdict) {
-            (Some((g, content)), _) => (g, format!("holds {}", content_text(view.scenario, content))),
-            (None, Err(v)) => (v.grain, explain(view.scenario, d, &v, view.now)),
-            (None, Ok(())) => return Ok(()),
-        };
-        let message = format!("at the end, {} at {:#x} {what}", content.name, g as u64 * grain);
-        Err(violation(
-            OracleName::Transparency,
-            None,
-            message,
-            history(view.scenario, d, g),
-        ))
-    }
-
-    /// A closed image, of which (or of a layer below) a flush failed.
-    fn at_least_flushed(
-        &self,
-        view: &View<'_>,
-        disk: usize,
-        content: &FinalContent<'_>,
-    ) -> Result<(), Violation> {
-        let Some(d) = self.disks[disk].as_ref().filter(|d| !d.unknown) else {
-            return Ok(());
-        };
-        let lost_below: Vec<&Disk> = d
-            .chain
-            .iter()
-            .filter(|below| self.lost.contains(below))
-            .filter_map(|below| self.disks[*below].as_ref())
-            .collect();
-        for (g, bytes) in content.bytes.chunks(index(self.grain)).enumerate() {
-            let at = g as u64 * self.grain;
-            let saw = match seen(bytes, at, &d.cuts, self.grain) {
-                Seen::Value(value) => value,
-                Seen::Skip => continue,
-                Seen::Wrong(Content::Torn) if torn_between_writes(d, bytes, at, g, view.now) => continue,
-                Seen::Wrong(content) => return Err(lost_text(view.scenario, d, g, disk, content)),
-            };
-            let below = lost_below.iter().any(|l| {
-                l.initial.get(g) == Some(&saw) || l.log.iter().any(|l| l.covers(g) && l.value == saw)
-            });
-            if !(below || d.loose.get(g) == Some(&true) || d.may_be_left(g, saw)) {
-                return Err(lost_text(view.scenario, d, g, disk, stamp::read(bytes, at)));
-            }
-        }
-        Ok(())
-    }
-
-    pub(crate) fn quiescent(
-        &mut self,
-        view: &View<'_>,
-        follower: &Follower,
-        contents: &[FinalContent<'_>],
-    ) -> Result<(), Violation> {
-        for content in contents {
-            status::layer(content)?;
-            let Some(node) = follower.world.graph.find(content.name) else {
-                continue;
-            };
-            if let Some(disk) = Self::disk_of(view.scenario, &follower.world, node) {
-                self.whole(view, disk, content)?;
-            }
-        }
-        Ok(())
-    }
-
-    pub(crate) fn closed(
-        &mut self,
-        view: &View<'_>,
-        follower: &Follower,
-        contents: &[FinalContent<'_>],
-    ) -> Result<(), Violation> {
-        for content in contents {
-            let Some(disk) = view.scenario.images.iter().position(|i| i.file == content.name) else {
-                continue;
-            };
-            // The independent reader goes by the headers; a chain that was put together otherwise reads otherwise.
-            let recorded = recorded_chain(view.scenario, &follower.world, disk);
-            let Some(d) = self.disks[disk].as_ref() else {
-                continue;
-            };
-            if Some(&d.chain) != recorded.as_ref() {
-                continue;
-            }
-            if self.lost.contains(&disk) || d.chain.iter().any(|below| self.lost.contains(below)) {
-                self.at_least_flushed(view, disk, content)?;
-            } else {
-                self.whole(view, disk, content)?;
-            }
-        }
-        Ok(())
-    }
-}
-
-impl Disk {
-    /// Whether a grain may hold this after everything since the last good flush was lost in part.
-    fn may_be_left(&self, grain: usize, value: Value) -> bool {
-        // A write that ended before that flush began hides everything that ended before the write began.
-        let hidden = |end: u64| {
-            self.log
-                .iter()
-                .any(|l| l.covers(grain) && l.what != "discard" && l.start > end && l.end < self.flushed)
-        };
-        let initially = self.initial.get(grain) == Some(&value)
-            && !self
-                .log
-                .iter()
-                .any(|l| l.covers(grain) && l.what != "discard" && l.end < self.flushed);
-        initially
-            || self
-                .log
-                .iter()
-                .any(|l| l.covers(grain) && l.value == value && (l.end == u64::MAX || !hidden(l.end)))
-    }
-}
-
-fn lost_text(scenario: &Scenario, d: &Disk, grain: usize, disk: usize, content: Content) -> Violation {
-    let message = format!(
-        "after a failed flush, {} at {:#x} holds {}, which a flush before had made impossible",
-        scenario.images[disk].file,
-        grain as u64 * u64::from(scenario.grain),
-        content_text(scenario, content)
-    );
-    violation(
-        OracleName::Transparency,
-        None,
-        message,
-        history(scenario, d, grain),
-    )
-}
-
-/// A stamp of an image or step that a chain may have lost by a stream: its disk is not below any more, but its content
-/// may have been copied. Which of its values cannot be told, so every guest stamp passes on a loose grain.
-fn is_streamed_away(value: Value) -> bool {
-    value >> 40 == 2
-}
-
-/// Images below by their headers; `None` when a name leads out of the scenario or the chain is a circle.
-fn recorded_chain(scenario: &Scenario, world: &World, disk: usize) -> Option<Vec<usize>> {
-    let mut chain = Vec::new();
-    let mut at = disk;
-    while scenario.images[at].format == Format::Qcow2 {
-        let facts = world
-            .files
-            .get(scenario.images[at].file.as_str())?
-            .qcow2
-            .as_ref()?;
-        let Some(backing) = &facts.backing else { break };
-        let below = scenario.images.iter().position(|i| *i.file == *backing.file)?;
-        let format = if scenario.images[below].format == Format::Raw {
-            LayerFormat::Raw
-        } else {
-            LayerFormat::Qcow2(3)
-        };
-        let recorded_raw = !matches!(backing.format.as_deref(), Some("qcow2"));
-        if recorded_raw != (format == LayerFormat::Raw) || chain.len() > scenario.images.len() {
-            return None;
-        }
-        chain.push(below);
-        at = below;
-    }
-    Some(chain)
 }
 
 /// Which grains an image decides from the start.
@@ -932,10 +579,16 @@ pub(crate) fn guest(scenario: &Scenario, step: StepId) -> Option<(&str, &GuestOp
     }
 }
 
+#[path = "data_backup.rs"]
+mod backup;
 #[path = "data_change.rs"]
 mod change;
+#[path = "data_end.rs"]
+mod end;
 #[path = "data_grains.rs"]
 mod grains;
+#[path = "data_final.rs"]
+mod last;
 #[cfg(test)]
 #[path = "data_tests.rs"]
 mod tests;

@@ -85,6 +85,7 @@ impl Data {
             }
         }
         let disks = self.sync(scenario, &follower.world, true);
+        self.filters_moved(scenario, &follower.world);
         let moved = before.iter().any(|(name, disk)| {
             self.shown_by(scenario, follower, name)
                 .is_some_and(|d| d != *disk)
@@ -94,6 +95,7 @@ impl Data {
         }
         for disk in &disks {
             self.shift(*disk, bottom, false);
+            self.instant_is_gone(*disk);
         }
         if moved {
             self.move_requests(scenario, follower, bottom, now);
@@ -398,6 +400,7 @@ impl Data {
             }
         }
         for (below, _) in &resized {
+            self.instant_is_gone(*below);
             self.shift_above(*below, bottom);
         }
         resized
@@ -439,7 +442,7 @@ impl Data {
         d.registers.resize(grains);
         d.initial.resize(kept, 0);
         d.initial.resize(grains, 0);
-        for (flags, new) in [(&mut d.loose, false), (&mut d.own, true)] {
+        for (flags, new) in [(&mut d.loose, false), (&mut d.own, true), (&mut d.kept, false)] {
             flags.resize(kept, new);
             flags.resize(grains, new);
         }

@@ -71,6 +71,7 @@ pub(super) fn torn_between_writes(disk: &Disk, piece: &[u8], at: u64, grain: usi
         .all(|sector| match stamp::read(sector, at) {
             Content::Zero => {
                 disk.initial[grain] == 0
+                    || disk.former.contains(&(grain, 0))
                     || disk.log.iter().any(|l| l.covers(grain) && l.value == 0)
                     || disk.loose[grain]
             }
@@ -78,6 +79,7 @@ pub(super) fn torn_between_writes(disk: &Disk, piece: &[u8], at: u64, grain: usi
                 let value = value_of(source);
                 value == disk.initial[grain]
                     || disk.loose[grain]
+                    || disk.former.contains(&(grain, value))
                     || disk
                         .log
                         .iter()
@@ -85,7 +87,7 @@ pub(super) fn torn_between_writes(disk: &Disk, piece: &[u8], at: u64, grain: usi
             }
             Content::Misplaced(..) | Content::Torn => false,
         })
-        && disk.log.iter().any(|l| l.covers(grain))
+        && (disk.log.iter().any(|l| l.covers(grain)) || disk.target)
 }
 
 pub(super) fn content_text(scenario: &Scenario, content: Content) -> String {

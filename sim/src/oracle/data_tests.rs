@@ -4,7 +4,7 @@ use blkcheck_impl::event::Event;
 use serde_json::json;
 
 use super::*;
-use crate::history::{Record, StatusRun};
+use crate::history::{Outcome, Record, StatusRun};
 use crate::oracle::modelled::Modelled;
 use crate::oracle::tests::scenario_of;
 use crate::oracle::{FinalContent, Oracle, OracleName, View, Violation};

@@ -7,10 +7,10 @@
 //! one edge at a time, a job parks only while it is above zero, and a parked job handles no chunk.
 //! Errors: the action that `BLOCK_JOB_ERROR` tells is one that the job's `on-error` takes (`stop` on lack of space only
 //! after storage ran out of it); after `report` or `ignore` a job that is not cancelled fails, and none fails in its run
-//! phase without having told such an error; after `stop` it handles no chunk until it is resumed. A job does
+//! phase without having told such an error; after `stop` it handles no chunk until it is resumed. A stream does
 //! not ignore more errors than its device can have sectors.
-//! Unchecked: which verbs are admitted when (`refusals`, by the model), the wall-clock rate, `waiting` without
-//! `pending` (needs grouped jobs, which no job here can be in).
+//! Jobs of a grouped transaction all end well, or none does.
+//! Unchecked: which verbs are admitted when (`refusals`, by the model), the wall-clock rate.
 
 use std::rc::Rc;
 
@@ -24,8 +24,10 @@ use blkcheck_impl::types::JobId;
 use serde_json::Value;
 
 use super::{FinalContent, Oracle, OracleName, View, Violation, violation};
-use crate::history::Record;
+use crate::history::{Outcome, Record};
 use crate::scenario::{Action, Scenario};
+
+use policy::{Policy, group_of, policies_of};
 
 /// QAPI name of a status.
 pub(crate) fn status_name(status: JobStatus) -> &'static str {
@@ -88,8 +90,10 @@ struct Job {
 #[derive(Debug, Default)]
 pub struct Jobs {
     jobs: Vec<Job>,
-    /// `on-error` of every block-stream so far, by job id; one that was refused cannot be told apart here.
-    policies: Vec<(String, String)>,
+    /// What to do about errors, of every job asked for so far; one that was refused cannot be told apart here.
+    policies: Vec<Policy>,
+    /// Jobs that stand or fall together, with how those that are over ended: well or not.
+    groups: Vec<Vec<(String, Option<bool>)>>,
     /// Storage ran out of space.
     no_space: bool,
     /// In the longest that any node may be.
@@ -216,39 +220,64 @@ impl Jobs {
         )))
     }
 
-    /// The policies that a job of this id may have.
-    fn policies<'a>(&'a self, id: &'a str) -> impl Iterator<Item = &'a str> {
-        let of_it = self.policies.iter().filter(move |(job, _)| job == id);
-        of_it.map(|(_, policy)| policy.as_str())
+    /// The policies that a job of this id may have for an operation.
+    fn policies<'a>(&'a self, id: &'a str, operation: &'a str) -> impl Iterator<Item = &'a Policy> {
+        let fits = move |p: &&Policy| p.id == id && p.operation.is_none_or(|o| o == operation);
+        self.policies.iter().filter(fits)
     }
 
     /// `BLOCK_JOB_ERROR`.
-    fn error(&mut self, at: usize, action: &str) -> Result<(), Violation> {
+    fn error(&mut self, at: usize, operation: &str, action: &str) -> Result<(), Violation> {
         let id = Rc::clone(&self.jobs[at].id);
-        let stops = |policy: &str| match policy {
+        let fits = |policy: &&Policy| match policy.what.as_str() {
             "stop" => action == "stop",
             "ignore" => action == "ignore",
             "report" => action == "report",
             // Lack of space stops, everything else is reported.
             _ => action == "report" || action == "stop" && self.no_space,
         };
-        if self.policies(&id).next().is_some() && !self.policies(&id).any(stops) {
-            let policies: Vec<&str> = self.policies(&id).collect();
+        let mut matching = self.policies(&id, operation).filter(fits).peekable();
+        if matching.peek().is_none() && self.policies(&id, operation).next().is_some() {
+            let policies: Vec<&str> = self.policies(&id, operation).map(|p| p.what.as_str()).collect();
             let message = format!(
                 "job '{id}' with on-error {} has the error action {action}",
                 policies.join(" or ")
             );
             return Err(wrong(message));
         }
+        let retries = matching.any(|p| p.retries);
+        drop(matching);
         let most = self.sectors;
         let j = &mut self.jobs[at];
         j.stopped |= action == "stop";
-        j.doomed |= action != "stop";
-        j.ignored += u64::from(action == "ignore");
+        j.doomed |= !(action == "stop" || action == "ignore" && retries);
+        // A job that tries again may meet the same error as often as storage fails.
+        j.ignored += u64::from(action == "ignore" && !retries);
         if j.ignored > most {
             return Err(wrong(format!(
                 "job '{id}' ignores more errors than there are sectors ({most}): it asks for the same again and again"
             )));
+        }
+        Ok(())
+    }
+
+    /// A job is over: those of its group that are, too, ended as it did.
+    fn together(&mut self, at: usize, well: bool) -> Result<(), Violation> {
+        let id = Rc::clone(&self.jobs[at].id);
+        for group in &mut self.groups {
+            let Some(own) = group
+                .iter_mut()
+                .rfind(|(member, fate)| **member == *id && fate.is_none())
+            else {
+                continue;
+            };
+            own.1 = Some(well);
+            if let Some((other, _)) = group.iter().find(|(_, fate)| *fate == Some(!well)) {
+                let (one, two) = if well { (&*id, &**other) } else { (&**other, &*id) };
+                return Err(wrong(format!(
+                    "job '{one}' ends well although '{two}' of the same transaction does not"
+                )));
+            }
         }
         Ok(())
     }
@@ -319,6 +348,12 @@ impl Jobs {
             }
             _ => {}
         }
+        if matches!(name, "BLOCK_JOB_COMPLETED" | "BLOCK_JOB_CANCELLED") {
+            let well = name == "BLOCK_JOB_COMPLETED" && data.get("error").is_none();
+            self.together(at, well)?;
+        }
+        let j = &mut self.jobs[at];
+        let said = |what: &str| Err(wrong(format!("{name} of job '{}' {what}", j.id)));
         if let (Some(offset), Some(len)) = (
             data.get("offset").and_then(Value::as_u64),
             data.get("len").and_then(Value::as_u64),
@@ -332,7 +367,7 @@ impl Jobs {
             j.offset = offset;
         }
         if name == "BLOCK_JOB_ERROR" {
-            return self.error(at, text("action").unwrap_or(""));
+            return self.error(at, text("operation").unwrap_or(""), text("action").unwrap_or(""));
         }
         Ok(())
     }
@@ -363,6 +398,7 @@ impl Oracle for Jobs {
         self.sectors = sectors(scenario);
         self.jobs.clear();
         self.policies.clear();
+        self.groups.clear();
         self.no_space = false;
     }
 
@@ -372,15 +408,19 @@ impl Oracle for Jobs {
             Record::Issued(step) => {
                 if let Some(Action::Command { execute, arguments }) =
                     view.scenario.steps.get(step.0 as usize).map(|s| &s.action)
-                    && execute == "block-stream"
                 {
-                    let text = |key: &str| arguments.get(key).and_then(Value::as_str);
-                    let policy = text("on-error").unwrap_or("report").to_owned();
-                    self.policies
-                        .push((text("job-id").unwrap_or_default().to_owned(), policy));
+                    policies_of(execute, arguments, &mut self.policies);
                 }
             }
             Record::Fault(fault) => self.no_space |= fault.errno == Errno::ENOSPC.0,
+            Record::Ended(step, Outcome::Command(Ok(_))) => {
+                if let Some(Action::Command { execute, arguments }) =
+                    view.scenario.steps.get(step.0 as usize).map(|s| &s.action)
+                    && let Some(group) = group_of(execute, arguments)
+                {
+                    self.groups.push(group.into_iter().map(|id| (id, None)).collect());
+                }
+            }
             Record::Ended(..) => {}
         }
         Ok(())
@@ -398,280 +438,8 @@ impl Oracle for Jobs {
     }
 }
 
+#[path = "jobs_policy.rs"]
+mod policy;
 #[cfg(test)]
-mod tests {
-    use serde_json::json;
-
-    use super::super::tests::{feed, feed_on, scenario, scenario_of};
-    use super::*;
-    use crate::history::StepId;
-
-    fn qmp(name: &'static str, data: Value) -> Event {
-        Event::Qmp {
-            name,
-            data: Rc::new(data),
-        }
-    }
-
-    /// A status walk with its events; `+name` sends that QMP event.
-    fn walk(script: &str) -> Result<(), Violation> {
-        let all = [
-            Undefined, Created, Running, Paused, Ready, Standby, Waiting, Pending, Aborting, Concluded, Null,
-        ];
-        let mut oracle = Jobs::default();
-        oracle.reset(&scenario());
-        let mut at = Undefined;
-        let mut records = Vec::new();
-        for word in script.split(' ') {
-            let data = json!({"device": "j", "id": "j", "type": "stream", "len": 100, "offset": 10});
-            match word {
-                "+error" => {
-                    let mut data = data;
-                    data["action"] = json!("report");
-                    records.push(qmp("BLOCK_JOB_ERROR", data));
-                }
-                "+completed" => records.push(qmp("BLOCK_JOB_COMPLETED", data)),
-                "+failed" => {
-                    let mut data = data;
-                    data["error"] = json!("Input/output error");
-                    records.push(qmp("BLOCK_JOB_COMPLETED", data));
-                }
-                "+cancelled" => records.push(qmp("BLOCK_JOB_CANCELLED", data)),
-                "+pending" => records.push(qmp("BLOCK_JOB_PENDING", data)),
-                "chunk" => records.push(Event::JobChunk {
-                    job: JobId(0),
-                    offset: 0,
-                    bytes: 64,
-                    copied: true,
-                }),
-                "pause" => records.push(Event::JobPauseCount {
-                    job: JobId(0),
-                    count: 1,
-                }),
-                "resume" => records.push(Event::JobPauseCount {
-                    job: JobId(0),
-                    count: 0,
-                }),
-                name => {
-                    let (name, told) = name.strip_suffix('!').map_or((name, true), |n| (n, false));
-                    let to = *all.iter().find(|s| status_name(**s) == name).expect("status");
-                    records.push(Event::JobStatus {
-                        job: JobId(0),
-                        id: "j".into(),
-                        from: at,
-                        to,
-                    });
-                    at = to;
-                    if told {
-                        records.push(qmp("JOB_STATUS_CHANGE", json!({"id": "j", "status": name})));
-                    }
-                }
-            }
-        }
-        feed(&mut oracle, records.into_iter().map(Record::Layer))
-    }
-
-    #[test]
-    fn the_scripts_of_the_specification_pass() {
-        for script in [
-            "created resume running chunk waiting pending +completed concluded null",
-            "created running paused running waiting pending +completed concluded null",
-            "created resume running pause paused resume running aborting +cancelled concluded null",
-            "created resume running waiting pending +pending +completed concluded null",
-            "created resume running waiting pending +pending aborting +cancelled concluded null",
-            "created resume running waiting pending aborting +failed concluded null",
-            "created resume running +error aborting +failed concluded null",
-            "created null",
-            "created aborting concluded null",
-        ] {
-            assert_eq!(walk(script), Ok(()), "{script}");
-        }
-    }
-
-    #[test]
-    fn each_deviation_is_reported() {
-        for (script, text) in [
-            ("created resume running pending", "not in the state machine"),
-            (
-                "created resume running pause paused aborting",
-                "not in the state machine",
-            ),
-            ("created resume running paused", "nobody asked it to pause"),
-            (
-                "created resume running pause paused chunk",
-                "handles 0x0+0x40 while it is paused",
-            ),
-            (
-                "created resume running waiting pending concluded",
-                "without BLOCK_JOB_COMPLETED",
-            ),
-            (
-                "created resume running waiting pending +completed +completed",
-                "already told",
-            ),
-            (
-                "created resume running waiting pending +cancelled",
-                "without aborting first",
-            ),
-            (
-                "created resume running aborting +completed",
-                "has no error while it is aborting",
-            ),
-            ("created resume running +completed", "comes while it is running"),
-            ("created aborting +cancelled", "never ran"),
-            (
-                "created resume running! waiting",
-                "before JOB_STATUS_CHANGE told running",
-            ),
-            ("created resume running +pending", "comes while it is running"),
-        ] {
-            let v = walk(script).expect_err(script);
-            assert!(v.message.contains(text), "{script}: {}", v.message);
-        }
-    }
-
-    #[test]
-    fn progress_never_goes_back() {
-        let mut oracle = Jobs::default();
-        oracle.reset(&scenario());
-        let status = |from, to| {
-            Record::Layer(Event::JobStatus {
-                job: JobId(0),
-                id: "j".into(),
-                from,
-                to,
-            })
-        };
-        let told = |s: &str| Record::Layer(qmp("JOB_STATUS_CHANGE", json!({"id": "j", "status": s})));
-        let ready = |offset| {
-            Record::Layer(qmp(
-                "BLOCK_JOB_ERROR",
-                json!({"device": "j", "offset": offset, "len": 50}),
-            ))
-        };
-        let run = [
-            status(Undefined, Created),
-            told("created"),
-            status(Created, Running),
-            told("running"),
-            ready(20),
-        ];
-        feed(&mut oracle, run).expect("fine");
-        assert!(
-            feed(&mut oracle, [ready(10)])
-                .expect_err("back")
-                .message
-                .contains("offset 10 after 20")
-        );
-        assert!(
-            feed(&mut oracle, [ready(60)])
-                .expect_err("beyond")
-                .message
-                .contains("beyond its length")
-        );
-    }
-
-    /// A job started with this policy; then the words of `script`: error actions, `full`, `chunk`, `resumed`, and the
-    /// ends `ok`, `fails`.
-    fn errors(policy: &str, script: &str) -> Result<(), Violation> {
-        let scenario = scenario_of(&format!(
-            r#"{{"version":1,"grain":64,"images":[],"steps":[{{"actor":"m","execute":"block-stream",
-            "arguments":{{"job-id":"j","device":"d","on-error":"{policy}"}}}}]}}"#
-        ));
-        let mut oracle = Jobs::default();
-        oracle.reset(&scenario);
-        let mut records = vec![Record::Issued(StepId(0))];
-        let status = |records: &mut Vec<Record>, from, to| {
-            records.push(Record::Layer(Event::JobStatus {
-                job: JobId(0),
-                id: "j".into(),
-                from,
-                to,
-            }));
-            let told = json!({"id": "j", "status": status_name(to)});
-            records.push(Record::Layer(qmp("JOB_STATUS_CHANGE", told)));
-        };
-        let count = |count| Record::Layer(Event::JobPauseCount { job: JobId(0), count });
-        status(&mut records, Undefined, Created);
-        status(&mut records, Created, Running);
-        records.push(count(0));
-        for word in script.split(' ') {
-            match word {
-                "full" => records.push(Record::Fault(crate::history::Fault {
-                    image: 0,
-                    kind: crate::history::FaultKind::Write,
-                    offset: 0,
-                    bytes: 512,
-                    done: 0,
-                    errno: Errno::ENOSPC.0,
-                })),
-                "chunk" => records.push(Record::Layer(Event::JobChunk {
-                    job: JobId(0),
-                    offset: 0,
-                    bytes: 64,
-                    copied: true,
-                })),
-                "parked" => {
-                    records.push(count(1));
-                    status(&mut records, Running, Paused);
-                }
-                "resumed" => {
-                    records.push(count(0));
-                    status(&mut records, Paused, Running);
-                }
-                "ok" => {
-                    status(&mut records, Running, Waiting);
-                    status(&mut records, Waiting, Pending);
-                    records.push(Record::Layer(qmp("BLOCK_JOB_COMPLETED", json!({"device": "j"}))));
-                }
-                "fails" => {
-                    status(&mut records, Running, Aborting);
-                    let data = json!({"device": "j", "error": "Input/output error"});
-                    records.push(Record::Layer(qmp("BLOCK_JOB_COMPLETED", data)));
-                }
-                action => {
-                    let data = json!({"device": "j", "operation": "read", "action": action});
-                    records.push(Record::Layer(qmp("BLOCK_JOB_ERROR", data)));
-                }
-            }
-        }
-        feed_on(&mut oracle, &scenario, records)
-    }
-
-    #[test]
-    fn errors_are_handled_as_the_policy_says() {
-        for (policy, script) in [
-            ("report", "chunk report fails"),
-            ("ignore", "ignore chunk ignore fails"),
-            ("stop", "stop parked resumed chunk stop parked resumed ok"),
-            ("enospc", "full stop parked resumed ok"),
-            ("auto", "report fails"),
-        ] {
-            assert_eq!(errors(policy, script), Ok(()), "{policy}: {script}");
-        }
-        for (policy, script, text) in [
-            (
-                "report",
-                "ignore fails",
-                "on-error report has the error action ignore",
-            ),
-            (
-                "stop",
-                "report fails",
-                "on-error stop has the error action report",
-            ),
-            (
-                "enospc",
-                "stop parked",
-                "on-error enospc has the error action stop",
-            ),
-            ("report", "report ok", "has no error, although it told one"),
-            ("ignore", "ignore ok", "has no error, although it told one"),
-            ("stop", "stop chunk", "handles 0x0+0x40 after an error stopped it"),
-            ("report", "chunk fails", "has an error that it never told"),
-        ] {
-            let v = errors(policy, script).expect_err(script);
-            assert!(v.message.contains(text), "{policy}, {script}: {}", v.message);
-        }
-    }
-}
+#[path = "jobs_tests.rs"]
+mod tests;

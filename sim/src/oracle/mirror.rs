@@ -130,7 +130,7 @@ impl Mirror {
     /// The one next edge of a chain: a filter's child, or a backing link.
     pub(crate) fn chain_edge(&self, node: NodeId) -> Option<EdgeId> {
         let n = self.node(node)?;
-        let filter = matches!(n.driver, "copy-on-read" | "throttle");
+        let filter = matches!(n.driver, "copy-on-read" | "throttle" | "copy-before-write");
         n.children.iter().copied().find(|&e| {
             self.edge(e)
                 .is_some_and(|e| e.role.contains(Role::COW) || filter && e.role.contains(Role::FILTERED))

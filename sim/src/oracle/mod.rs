@@ -16,6 +16,7 @@ mod liveness;
 mod mirror;
 mod modelled;
 mod permissions;
+mod point_in_time;
 mod refusals;
 mod status;
 mod throttled;
@@ -29,6 +30,7 @@ pub use liveness::Liveness;
 pub(crate) use mirror::Mirror;
 pub use modelled::Modelled;
 pub use permissions::Permissions;
+pub use point_in_time::PointInTime;
 pub use unordered::Unordered;
 
 use blkcheck_impl::Layer;
@@ -68,6 +70,8 @@ pub enum OracleName {
     Image,
     /// Dirty bitmaps hold what was written.
     Bitmap,
+    /// Backups and snapshots show the source as it was at their instant.
+    PointInTime,
     /// Nothing is left behind.
     Leaks,
     /// The subject panicked.
@@ -97,6 +101,7 @@ impl OracleName {
             OracleName::Liveness => "liveness",
             OracleName::Image => "image",
             OracleName::Bitmap => "bitmap",
+            OracleName::PointInTime => "point-in-time",
             OracleName::Leaks => "leaks",
             OracleName::Panic => "panic",
             OracleName::Daemon => "daemon",
@@ -206,6 +211,7 @@ pub fn all() -> Vec<Box<dyn Oracle>> {
         Box::new(Frozen::default()),
         Box::new(Permissions::default()),
         Box::new(Drain::default()),
+        Box::new(PointInTime::default()),
         Box::new(Jobs::default()),
         Box::new(Liveness::default()),
         Box::new(Modelled::layer()),

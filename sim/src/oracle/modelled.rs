@@ -1,15 +1,21 @@
 //! The oracles that compare with the model: one model follows the run, several judges look at it, each under its own
 //! name in verdicts: `refusals`, `graph`, `permissions` and `frozen` (settled comparison), `jobs` (what the model says a
-//! job cannot do), `data`, `status`, `transparency`, `bottom`, `bitmap`, `errors`.
+//! job cannot do), `data`, `status`, `transparency`, `point-in-time`, `bottom`, `bitmap`, `errors`.
+
+use std::collections::BTreeMap;
 
 use blkcheck_impl::Layer;
 use blkcheck_impl::event::Event;
 use blkcheck_impl::graph::inspect::GraphView;
 use blkcheck_impl::jobs::JobStatus;
+use blkcheck_impl::types::NodeId as LayerNode;
+use blkcheck_model::bitmap::Spans;
+use blkcheck_model::job::{Backup, Sync, Work};
+use blkcheck_model::{NodeId, Outcome as JobOutcome};
 
 use super::bitmap::Bitmaps;
 use super::bottom::Bottom;
-use super::data::{Data, guest};
+use super::data::{Copied, Data, guest};
 use super::errors::Errors;
 use super::graph::{self, Comparison};
 use super::mirror::Mirror;
@@ -29,6 +35,10 @@ pub struct Modelled {
     bottom: Bottom,
     bitmaps: Bitmaps,
     errors: Errors,
+    /// A guest's write ended while the command under way was: before the instant of its backup, maybe, or after.
+    disturbed: bool,
+    /// Images that copy-before-write filters fill.
+    targets: BTreeMap<LayerNode, usize>,
     /// Something may have changed since the layer's books were last looked at.
     changed: bool,
     /// The layer's books when everything was settled last. Records come in batches, after the fact, so that books can
@@ -93,6 +103,57 @@ impl Modelled {
         books.map_or(Ok(()), |books| self.comparison.books(&self.follower.world, books))
     }
 
+    /// A copy-before-write filter is there: from now on it keeps what its source holds.
+    fn begins_to_copy(&mut self, scenario: &Scenario, filter: LayerNode) {
+        let graph = &self.follower.world.graph;
+        let Some(id) = graph.find(self.mirror.name(filter)) else {
+            return;
+        };
+        let disk = |child: Option<NodeId>| Data::disk_of(scenario, &self.follower.world, child?);
+        let target = graph.children(id).find(|(_, edge)| edge.name == "target");
+        let target = disk(target.map(|(_, edge)| edge.child));
+        let source = disk(graph.filter_child(id));
+        self.targets.extend(target.map(|target| (filter, target)));
+        let job = self.follower.world.jobs.iter().find_map(|job| match &job.work {
+            Work::Backup(backup) if backup.filter == Some(id) => Some((&job.id, backup)),
+            _ => None,
+        });
+        let kept = graph.node(id).kept.as_ref();
+        let bottom = &self.bottom;
+        let copied = |start: u64, end: u64| match (job, kept) {
+            (Some((_, backup)), _) => {
+                let copied = copied_by(backup, source, bottom, start, end);
+                // A bitmap may have got more marks by then.
+                let more = copied == Copied::Not && self.disturbed && backup.sync == Sync::Bitmap;
+                if more { Copied::Perhaps } else { copied }
+            }
+            (None, Some(kept)) => copied_of(kept.initial.as_ref(), kept.cluster, start, Copied::WhenWritten),
+            (None, None) => Copied::Perhaps,
+        };
+        self.data
+            .snapshot_begins(id, (source, target), bottom, (job.map(|(id, _)| id), copied));
+    }
+
+    /// What a copy-before-write filter does to its target.
+    fn copies(&mut self, scenario: &Scenario, event: &Event) {
+        match *event {
+            Event::CopyBeforeWrite { filter, .. } => self.begins_to_copy(scenario, filter),
+            Event::MainBegin { .. } => self.disturbed = false,
+            Event::RequestEnd { .. } => self.disturbed = true,
+            Event::CopyBegin {
+                filter,
+                offset,
+                bytes,
+                ..
+            } => {
+                if let Some(target) = self.targets.get(&filter) {
+                    self.bottom.filled(*target, offset, bytes);
+                }
+            }
+            _ => {}
+        }
+    }
+
     /// A refused command left everything as it was.
     fn refused(&mut self, view: &View<'_>, step: crate::history::StepId) -> Result<(), Violation> {
         let (Some(before), Some(layer), false) = (&self.books, view.layer, self.changed) else {
@@ -126,6 +187,8 @@ impl Oracle for Modelled {
         self.bottom.reset(scenario);
         self.bitmaps.reset(scenario);
         self.errors.reset(scenario);
+        self.targets.clear();
+        self.disturbed = false;
         self.changed = false;
         self.books = None;
     }
@@ -190,11 +253,13 @@ impl Oracle for Modelled {
                 self.data.fault(fault);
             }
             Record::Layer(event) => {
+                self.copies(view.scenario, event);
                 if let (Some(outcome), Event::Qmp { data, .. }) = (followed.completed, event)
                     && let Some(id) = data.get("device").and_then(serde_json::Value::as_str)
                 {
                     self.changed = true;
                     self.bottom.completed(id, outcome);
+                    self.data.backup_ended(id, outcome == JobOutcome::Success);
                 }
                 self.bitmaps.event(&mut self.follower.world, &self.mirror, event);
                 self.bottom
@@ -251,5 +316,32 @@ impl Oracle for Modelled {
 
     fn closed(&mut self, view: &View<'_>, contents: &[FinalContent<'_>]) -> Result<(), Violation> {
         self.data.closed(view, &self.follower, contents)
+    }
+}
+
+/// Whether a grain is among these clusters.
+fn copied_of(clusters: Option<&Spans>, cluster: u64, at: u64, there: Copied) -> Copied {
+    match clusters {
+        None => Copied::Perhaps,
+        Some(spans) if spans.contains(at / cluster) => there,
+        Some(_) => Copied::Not,
+    }
+}
+
+/// Whether a backup of this image copies a grain.
+fn copied_by(backup: &Backup, source: Option<usize>, bottom: &Bottom, start: u64, end: u64) -> Copied {
+    let among = |there| copied_of(backup.initial.as_ref(), backup.cluster, start, there);
+    match backup.sync {
+        Sync::Full | Sync::Bitmap => among(Copied::Surely),
+        Sync::None => among(Copied::WhenWritten),
+        Sync::Top => {
+            // A cluster that the layer holds in part is held; what it does not hold now, guests may write to.
+            let held = source.is_some_and(|source| {
+                let from = start / backup.cluster * backup.cluster;
+                let to = (from + backup.cluster).min(backup.length).max(end);
+                bottom.holds_any(source, from, to)
+            });
+            among(if held { Copied::Surely } else { Copied::Perhaps })
+        }
     }
 }

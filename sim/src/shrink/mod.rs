@@ -18,6 +18,7 @@ use crate::guide::{Guided, Path};
 use crate::history::StepId;
 use crate::oracle::{OracleName, Violation};
 use crate::scenario::Scenario;
+use crate::scenario::validate::validate;
 
 /// What one execution of a candidate showed.
 #[derive(Debug)]
@@ -194,9 +195,14 @@ impl Search<'_> {
         })
     }
 
+    /// What could be loaded from its file cannot any more.
+    fn spoils(&self, candidate: &Scenario) -> bool {
+        validate(&self.best).is_ok() && validate(candidate).is_err()
+    }
+
     /// Tries a candidate that differs in more than its choices; true when it became the best.
     fn offer(&mut self, candidate: Scenario) -> bool {
-        if candidate == self.best || self.spent() {
+        if candidate == self.best || self.spent() || self.spoils(&candidate) {
             return false;
         }
         let recorded = candidate.choices.clone();
@@ -224,7 +230,7 @@ impl Search<'_> {
 
     /// Tries a candidate with exactly its own choices.
     fn offer_exact(&mut self, candidate: Scenario) -> bool {
-        if candidate == self.best || self.spent() {
+        if candidate == self.best || self.spent() || self.spoils(&candidate) {
             return false;
         }
         let recorded = candidate.choices.clone();

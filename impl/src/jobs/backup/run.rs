@@ -31,11 +31,11 @@ impl JobDriver for Backup {
     }
 
     fn commit(&self, job: &Rc<Job>) {
-        self.settle_bitmap(&job.layer(), true);
+        self.settle_bitmap(job, true);
     }
 
     fn abort(&self, job: &Rc<Job>) {
-        self.settle_bitmap(&job.layer(), false);
+        self.settle_bitmap(job, false);
     }
 
     fn clean<'a>(&'a self, job: &'a Rc<Job>) -> Fut<'a, ()> {
@@ -121,15 +121,16 @@ impl Backup {
         job.error_action_by(policy, operation, failure.errno)
     }
 
-    /// What becomes of the bitmap. What a guest is copying right now, and may fail at, counts as not copied.
-    fn settle_bitmap(&self, layer: &Layer, success: bool) {
+    /// What becomes of the bitmap. What a guest is copying right now, and may fail at, counts as not copied. A job that was
+    /// never started belongs to a command that is refused: the bitmap is as it was.
+    fn settle_bitmap(&self, job: &Job, success: bool) {
         let Some((bitmap, mode)) = &self.bitmap else {
             return;
         };
-        let node = layer.node(self.source);
+        let node = job.layer().node(self.source);
         let anew = match mode {
             BitmapMode::OnSuccess => success,
-            BitmapMode::Always => true,
+            BitmapMode::Always => job.started.get(),
             BitmapMode::Never => false,
         };
         if !anew {

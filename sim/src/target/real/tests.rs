@@ -53,6 +53,8 @@ fn runs(medium: Medium, seeds: u64) -> bool {
         resize: medium == Medium::File,
         throttle: true,
         bitmaps: medium == Medium::File,
+        snapshot_access: medium == Medium::File,
+        backup: false,
     };
     let generated = (0..seeds).map(|seed| generate(seed, Profile::Mixed, reach));
     let mut oracles = crate::oracle::all();

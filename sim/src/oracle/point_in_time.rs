@@ -1,0 +1,239 @@
+//! Copy before write: once a guest's write has reached the source through a copy-before-write filter, the filter copies nothing
+//! of that cluster any more, for it would be new data; and each cluster is in one hand at a time.
+//!
+//! Watches events: requests that change the source and come through the filter, and the copies that it begins. This tells the
+//! cause; what it leads to, content of the target that is not the source's of the instant, is the data oracle's to report, under
+//! the same name. Writes that change nothing visible (copy-on-read) do not count.
+//! Unchecked: a filter that copies nothing at all (its target's content tells), filters whose snapshot is broken.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use blkcheck_impl::event::{Event, Parent, ReqKind};
+use blkcheck_impl::types::{EdgeId, NodeId, ReqFlags};
+
+use super::mirror::Mirror;
+use super::{Oracle, OracleName, View, Violation, violation};
+use crate::history::Record;
+use crate::scenario::Scenario;
+
+/// One filter.
+#[derive(Debug)]
+struct Filter {
+    source: NodeId,
+    cluster: u64,
+    /// Clusters that guests wrote to, on the source.
+    overwritten: BTreeSet<u64>,
+    /// Copies under way: task, clusters.
+    copies: BTreeMap<u64, (u64, u64)>,
+    broken: bool,
+}
+
+/// See the module.
+#[derive(Debug, Default)]
+pub struct PointInTime {
+    mirror: Mirror,
+    filters: BTreeMap<NodeId, Filter>,
+}
+
+impl PointInTime {
+    fn event(&mut self, event: &Event) -> Result<(), Violation> {
+        match *event {
+            Event::CopyBeforeWrite {
+                filter,
+                source,
+                cluster,
+                ..
+            } => {
+                let new = Filter {
+                    source,
+                    cluster,
+                    overwritten: BTreeSet::new(),
+                    copies: BTreeMap::new(),
+                    broken: false,
+                };
+                self.filters.insert(filter, new);
+            }
+            Event::NodeRemoved { node } => {
+                self.filters.remove(&node);
+            }
+            Event::SnapshotBroken { filter, .. } => {
+                if let Some(filter) = self.filters.get_mut(&filter) {
+                    filter.broken = true;
+                }
+            }
+            Event::RequestBegin {
+                node,
+                edge,
+                kind: ReqKind::Write | ReqKind::WriteZeroes | ReqKind::Discard,
+                offset,
+                bytes,
+                flags,
+                ..
+            } if !flags.contains(ReqFlags::WRITE_UNCHANGED) => self.changed(node, edge, offset, bytes),
+            Event::CopyBegin {
+                filter,
+                task,
+                offset,
+                bytes,
+                ..
+            } => self.begins(filter, task, offset, bytes)?,
+            Event::CopyEnd { filter, task, .. } => {
+                if let Some(filter) = self.filters.get_mut(&filter) {
+                    filter.copies.remove(&task);
+                }
+            }
+            _ => {}
+        }
+        // A contradiction in the events is the graph oracle's to report.
+        let _ = self.mirror.apply(event);
+        Ok(())
+    }
+
+    /// The bytes of a source change, through its filter.
+    fn changed(&mut self, node: NodeId, edge: EdgeId, offset: u64, bytes: u64) {
+        let Some(Parent::Node(above)) = self.mirror.edge(edge).and_then(|e| e.parent) else {
+            return;
+        };
+        if let Some(filter) = self.filters.get_mut(&above).filter(|f| f.source == node) {
+            let clusters = offset / filter.cluster..(offset + bytes).div_ceil(filter.cluster);
+            filter.overwritten.extend(clusters);
+        }
+    }
+
+    fn begins(&mut self, id: NodeId, task: u64, offset: u64, bytes: u64) -> Result<(), Violation> {
+        let Some(filter) = self.filters.get_mut(&id) else {
+            return Ok(());
+        };
+        let (first, last) = (offset / filter.cluster, (offset + bytes).div_ceil(filter.cluster));
+        let wrong = |what: String| {
+            let name = self.mirror.name(id);
+            let message = format!("filter '{name}' copies the cluster at {what}");
+            Err(violation(OracleName::PointInTime, None, message, Vec::new()))
+        };
+        if let Some(cluster) = filter
+            .overwritten
+            .range(first..last)
+            .next()
+            .filter(|_| !filter.broken)
+        {
+            return wrong(format!(
+                "{:#x}, which a guest has overwritten since",
+                cluster * filter.cluster
+            ));
+        }
+        let twice = filter.copies.values().find(|(a, b)| *a < last && first < *b);
+        if let Some((other, _)) = twice {
+            return wrong(format!(
+                "{:#x}, which another copy has in hand",
+                other.max(&first) * filter.cluster
+            ));
+        }
+        filter.copies.insert(task, (first, last));
+        Ok(())
+    }
+}
+
+impl Oracle for PointInTime {
+    fn name(&self) -> OracleName {
+        OracleName::PointInTime
+    }
+
+    fn reset(&mut self, _scenario: &Scenario) {
+        self.mirror.reset();
+        self.filters.clear();
+    }
+
+    fn record(&mut self, _view: &View<'_>, record: &Record) -> Result<(), Violation> {
+        match record {
+            Record::Layer(event) => self.event(event),
+            Record::Issued(_) | Record::Ended(..) | Record::Fault(_) => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use blkcheck_impl::types::{RequestId, Role};
+
+    use super::*;
+    use crate::oracle::mirror::tests::{added, linked};
+    use crate::oracle::tests::feed;
+
+    fn filter() -> Vec<Event> {
+        vec![
+            added(1, "src", "qcow2"),
+            added(2, "cbw", "copy-before-write"),
+            added(3, "dst", "qcow2"),
+            linked(7, Parent::Node(NodeId(2)), Role::FILTERED, 1),
+            Event::CopyBeforeWrite {
+                filter: NodeId(2),
+                source: NodeId(1),
+                target: NodeId(3),
+                cluster: 65536,
+            },
+        ]
+    }
+
+    fn write(offset: u64, flags: ReqFlags) -> Event {
+        Event::RequestBegin {
+            request: RequestId(1),
+            node: NodeId(1),
+            edge: EdgeId(7),
+            kind: ReqKind::Write,
+            offset,
+            bytes: 512,
+            flags,
+        }
+    }
+
+    fn copy(task: u64, offset: u64) -> Event {
+        Event::CopyBegin {
+            filter: NodeId(2),
+            task,
+            offset,
+            bytes: 65536,
+            zero: false,
+            background: true,
+        }
+    }
+
+    fn verdict(more: Vec<Event>) -> Result<(), Violation> {
+        feed(
+            &mut PointInTime::default(),
+            filter().into_iter().chain(more).map(Record::Layer),
+        )
+    }
+
+    #[test]
+    fn what_was_overwritten_is_not_copied_any_more() {
+        verdict(vec![copy(0, 0), write(70_000, ReqFlags::empty())]).unwrap();
+        let late = verdict(vec![write(70_000, ReqFlags::empty()), copy(0, 65536)]).unwrap_err();
+        assert!(
+            late.message.contains("0x10000, which a guest has overwritten"),
+            "{late:?}"
+        );
+        verdict(vec![write(70_000, ReqFlags::WRITE_UNCHANGED), copy(0, 65536)]).unwrap();
+        verdict(vec![write(70_000, ReqFlags::empty()), copy(0, 0)]).unwrap();
+    }
+
+    #[test]
+    fn a_cluster_is_in_one_hand() {
+        let twice = verdict(vec![copy(0, 0), copy(1, 0)]).unwrap_err();
+        assert!(twice.message.contains("another copy"), "{twice:?}");
+        let end = Event::CopyEnd {
+            filter: NodeId(2),
+            task: 0,
+            result: Ok(()),
+        };
+        verdict(vec![copy(0, 0), end, copy(1, 0)]).unwrap();
+    }
+
+    #[test]
+    fn a_broken_snapshot_need_not_hold() {
+        let broken = Event::SnapshotBroken {
+            filter: NodeId(2),
+            errno: blkcheck_impl::error::Errno::EIO,
+        };
+        verdict(vec![broken, write(0, ReqFlags::empty()), copy(0, 0)]).unwrap();
+    }
+}
