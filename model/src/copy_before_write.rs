@@ -17,8 +17,8 @@ use crate::world::World;
 
 /// Clusters are at least this large, bytes.
 pub const SMALLEST_CLUSTER: u64 = 65536;
-/// Memory for copies, bytes.
-const LARGEST_CLUSTER: u64 = 128 << 20;
+/// And at most this large, which is the memory that copies have, bytes.
+pub const LARGEST_CLUSTER: u64 = 128 << 20;
 
 /// What happens to a guest's write when what it would destroy cannot be copied.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

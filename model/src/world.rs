@@ -162,6 +162,17 @@ impl World {
         self.clone().execute(command)
     }
 
+    /// Whether the command moves links that are there, or takes some away, as far as it gets. A block layer that works in place
+    /// puts them back when it refuses the command, and then they are newer than they were.
+    #[must_use]
+    pub fn moves_links(&self, command: &Command<'_>) -> bool {
+        let mut half = self.clone();
+        let _ = command::apply(&mut half, command);
+        let now: BTreeMap<EdgeId, NodeId> = half.graph.edges().map(|(id, edge)| (id, edge.child)).collect();
+        let mut links = self.graph.edges();
+        links.any(|(id, edge)| now.get(&id) != Some(&edge.child))
+    }
+
     /// A status change of a job was observed.
     ///
     /// # Errors

@@ -17,8 +17,7 @@ impl Books {
     /// Backups that are new: what they are going to copy.
     pub(in crate::compare) fn backups_started(&mut self, before: &World, now: &World) {
         let new = now.jobs.iter().filter(|job| before.job(&job.id).is_none());
-        for (job, backup) in new.filter_map(|job| Some((job, job.backup()?))) {
-            let _ = job;
+        for backup in new.filter_map(Job::backup) {
             self.backup_started(now, backup);
         }
     }
@@ -132,17 +131,31 @@ impl Books {
         if backup.sync == Sync::None {
             return;
         }
-        let size = keeping.grains_each();
-        for cluster in (0..keeping.count()).filter(|at| keeping.state(*at) == Cluster::Waiting) {
-            self.copy(
-                world,
-                backup.source,
-                backup.target,
-                cluster * size..(cluster + 1) * size,
-            );
-            if let Some(keeping) = self.kept.get_mut(&name) {
-                keeping.is_done(cluster);
-            }
+        let waiting = |at: &usize| keeping.state(*at) == Cluster::Waiting;
+        let due: Vec<usize> = (0..keeping.count()).filter(waiting).collect();
+        self.copy_clusters(world, &name, (backup.source, backup.target), &due);
+    }
+
+    /// Something that this backup is still to copy can perhaps not be read, or not be written to its target.
+    pub(in crate::compare) fn may_fail(&self, world: &World, backup: &Backup) -> bool {
+        let filter = backup.filter.map(|filter| world.graph.name(filter));
+        let Some(keeping) = filter.and_then(|name| self.kept.get(name)) else {
+            return true;
+        };
+        let mut below = std::iter::successors(Some(backup.target), |node| world.graph.primary_child(*node));
+        if below.any(|node| world.graph.node(node).driver == Driver::SnapshotAccess) {
+            return true;
         }
+        let end = usize::try_from(backup.length.div_ceil(self.grain)).unwrap_or(usize::MAX);
+        let size = keeping.grains_each();
+        let mut due = (0..keeping.count())
+            .filter(|at| matches!(keeping.state(*at), Cluster::Waiting | Cluster::Unknown));
+        due.any(|cluster| {
+            let grains = cluster * size..((cluster + 1) * size).min(end);
+            // What is written may need the rest of its cluster.
+            [backup.source, backup.target]
+                .iter()
+                .any(|node| self.can_read(world, *node, grains.clone()) != Can::Yes)
+        })
     }
 }

@@ -91,11 +91,6 @@ impl Keeping {
         self.clusters[cluster]
     }
 
-    /// The target has this one.
-    pub(super) fn is_done(&mut self, cluster: usize) {
-        self.clusters[cluster] = Cluster::Done;
-    }
-
     /// Of a filter that is new: these are what its clusters are.
     pub(super) fn become_states(&mut self, states: Vec<Cluster>) {
         if !self.clusters.contains(&Cluster::Unknown) {
@@ -213,14 +208,35 @@ impl Books {
                 Can::Maybe
             };
         }
+        self.copy_clusters(world, &name, (source, target), &due);
+        Can::Yes
+    }
+
+    /// These clusters are copied for the filter of this name.
+    pub(super) fn copy_clusters(
+        &mut self,
+        world: &World,
+        filter: &str,
+        (source, target): (NodeId, NodeId),
+        due: &[usize],
+    ) {
+        let Some(size) = self
+            .kept
+            .get(filter)
+            .map(Keeping::grains_each)
+            .filter(|_| !due.is_empty())
+        else {
+            return;
+        };
+        // No copy changes what another one reads.
+        let view = self.view(world, source);
         for cluster in due {
-            let all = cluster * keeping.cluster..(cluster + 1) * keeping.cluster;
-            self.copy(world, source, target, all);
-            if let Some(keeping) = self.kept.get_mut(&name) {
-                keeping.clusters[cluster] = Cluster::Done;
+            let grains = cluster * size..(cluster + 1) * size;
+            self.copy(world, source, target, grains, view.as_deref());
+            if let Some(keeping) = self.kept.get_mut(filter) {
+                keeping.clusters[*cluster] = Cluster::Done;
             }
         }
-        Can::Yes
     }
 
     fn forget(&mut self, world: &World, filter: &str, target: NodeId) {
@@ -230,11 +246,17 @@ impl Books {
         self.lose(world, target);
     }
 
-    /// These grains of one node are copied to another, as far as the first one reaches.
-    pub(super) fn copy(&mut self, world: &World, source: NodeId, target: NodeId, grains: Span<usize>) {
+    /// These grains of one node, which shows this, are copied to another, as far as the first one reaches.
+    fn copy(
+        &mut self,
+        world: &World,
+        source: NodeId,
+        target: NodeId,
+        grains: Span<usize>,
+        view: Option<&[u64]>,
+    ) {
         let length = usize::try_from(world.graph.node(source).length.div_ceil(self.grain)).expect("short");
         let grains = grains.start..grains.end.min(length);
-        let view = self.view(world, source);
         let holes: Vec<Hole> = grains.clone().map(|g| self.hole(world, source, g)).collect();
         if holes.contains(&Hole::No) {
             self.was_read(world, source, grains.clone());
@@ -245,7 +267,7 @@ impl Books {
         }
         // Somebody may keep what the target has.
         self.keep_first(world, target, grains.clone(), false);
-        let value = |g: usize| match &view {
+        let value = |g: usize| match view {
             None => UNKNOWN,
             Some(view) => view.get(g).copied().unwrap_or(0),
         };

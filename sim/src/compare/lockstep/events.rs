@@ -72,7 +72,8 @@ impl Run<'_> {
         }
     }
 
-    /// A backup from or to something that shows a snapshot fails where there is none, without any storage failing.
+    /// A backup from or to something that shows a snapshot fails where there is none, without any storage failing: where something
+    /// that it is still to copy cannot be read, or written, for all that the books know.
     fn may_fail(&self, id: &str) -> bool {
         let graph = &self.world.graph;
         let shows = |node| {
@@ -80,7 +81,9 @@ impl Run<'_> {
             all.any(|below| graph.node(below).driver == Driver::SnapshotAccess)
         };
         let backup = self.world.job(id).and_then(Job::backup);
-        backup.is_some_and(|backup| shows(backup.source) || shows(backup.target))
+        backup.is_some_and(|backup| {
+            (shows(backup.source) || shows(backup.target)) && self.books.may_fail(&self.world, backup)
+        })
     }
 
     /// Every job has come as far as it can come by itself.
