@@ -46,6 +46,9 @@ pub(super) fn compare(args: &CompareArgs) -> Result<Found, CliError> {
     bar.finish_and_clear();
     let summary = summary?;
     super::tell_unsaved(summary.unsaved.as_deref());
+    for note in &summary.notes {
+        eprintln!("{note}");
+    }
     print_out(&if args.json {
         as_json(&summary).to_string()
     } else {
@@ -97,6 +100,7 @@ fn as_json(summary: &Summary) -> Value {
         "scenarios": summary.scenarios,
         "steps": summary.steps,
         "steered_around": summary.steered,
+        "left_out": summary.left_out,
         "seconds": summary.seconds,
         "daemons": summary.daemons,
         "divergences": summary.divergences.iter().map(divergence).collect::<Vec<_>>(),
@@ -154,6 +158,11 @@ fn as_text(summary: &Summary) -> String {
         out,
         "steered      {:>12}   steps that would meet a known defect",
         summary.steered
+    );
+    let _ = writeln!(
+        out,
+        "left out     {:>12}   commands of which the model does not know what they do",
+        summary.left_out
     );
     let _ = writeln!(
         out,

@@ -95,6 +95,10 @@ pub struct Summary {
     pub steps: u64,
     /// Steps left out because of known defects.
     pub steered: u64,
+    /// Commands left out because the model does not know what they do.
+    pub left_out: u64,
+    /// Those of scenario files, in words: who wrote one should know.
+    pub notes: Vec<String>,
     /// Real time.
     pub seconds: f64,
     /// Daemons started.
@@ -161,7 +165,9 @@ pub fn run(
                     found.summary.interrupted = true;
                     break;
                 }
-                found.one(&mut lockstep, name, scenario);
+                let left_out = found.one(&mut lockstep, name, scenario);
+                let note = |step| note(name, scenario, step);
+                found.summary.notes.extend(left_out.into_iter().map(note));
             }
         }
         Work::Seeds(seeds, profile) => {
@@ -179,6 +185,7 @@ pub fn run(
                 .map_err(|e| CliError::Environment(e.to_string()))?;
             found.summary.scenarios = walked.carried_out;
             found.summary.steps = walked.steps;
+            found.summary.left_out = walked.left_out;
             found.summary.walked = Some(walked);
         }
     }
@@ -210,11 +217,13 @@ struct Found<'a> {
 }
 
 impl Found<'_> {
-    fn one(&mut self, lockstep: &mut Lockstep, name: &str, scenario: &Scenario) {
+    /// Compares one; the commands of it that were left out.
+    fn one(&mut self, lockstep: &mut Lockstep, name: &str, scenario: &Scenario) -> Vec<usize> {
         let shown = lockstep.run(scenario);
         self.summary.scenarios += 1;
         self.summary.steps += shown.steps;
         self.summary.steered += shown.steered;
+        self.summary.left_out += shown.left_out.len() as u64;
         self.summary.refusals.extend(shown.refusals);
         for (id, step) in shown.aside {
             self.met(id, name, &aside(step), None);
@@ -222,6 +231,7 @@ impl Found<'_> {
         if let Some(finding) = shown.finding {
             self.add(name, scenario, finding);
         }
+        shown.left_out
     }
 
     fn met(&mut self, id: &'static str, name: &str, finding: &Finding, file: Option<PathBuf>) {
@@ -253,7 +263,7 @@ impl Found<'_> {
         // One of each kind first: the tenth of a kind is seldom new.
         let mut seen: BTreeMap<(Option<What>, Option<Kind>, String), u32> = BTreeMap::new();
         for (number, (name, scenario, finding)) in fresh.into_iter().enumerate() {
-            let kind = (finding.what, finding.failed, last_command(&scenario, &finding));
+            let kind = (finding.what, finding.failed, command_at(&scenario, finding.step));
             let nth = seen.entry(kind).or_default();
             *nth += 1;
             let mut reported = Reported {
@@ -275,6 +285,11 @@ impl Found<'_> {
     }
 }
 
+fn note(name: &str, scenario: &Scenario, step: usize) -> String {
+    let command = command_at(scenario, step);
+    format!("{name}, step {step}: {command} is left out: the model does not know what it does here")
+}
+
 fn aside(step: usize) -> Finding {
     Finding {
         step,
@@ -286,8 +301,8 @@ fn aside(step: usize) -> Finding {
     }
 }
 
-fn last_command(scenario: &Scenario, finding: &Finding) -> String {
-    match scenario.steps.get(finding.step).map(|s| &s.action) {
+fn command_at(scenario: &Scenario, step: usize) -> String {
+    match scenario.steps.get(step).map(|s| &s.action) {
         Some(crate::scenario::Action::Command { execute, .. }) => execute.clone(),
         _ => String::new(),
     }

@@ -22,8 +22,10 @@ pub struct Walked {
     pub carried_out: u64,
     /// Sequences that equal a shorter one that was, since a command in them was refused and changed nothing.
     pub equal: u64,
-    /// Sequences that begin with one that differs, or that runs into a known defect.
+    /// Sequences that begin with one that differs, or that runs into a known defect, or whose last command was left out.
     pub cut_off: u64,
+    /// Commands left out because the model does not know what they do.
+    pub left_out: u64,
     /// Times the daemon was brought back to a prefix.
     pub rebuilt: u64,
     /// Steps in all.
@@ -451,6 +453,7 @@ impl Walker<'_> {
             self.scenario.steps.push(self.commands[at].clone());
             let step = self.scenario.steps.len() - 1;
             let (refusals, steered) = (run.shown.refusals.len(), run.shown.steered);
+            let left_out = run.shown.left_out.len();
             place = match run.step(&self.scenario, step) {
                 Err(stop) => {
                     self.walked.cut_off += 1 + below(n, depth - 1);
@@ -460,8 +463,9 @@ impl Walker<'_> {
                         peer: Some(peer),
                     }
                 }
-                Ok(()) if run.shown.steered > steered => {
+                Ok(()) if run.shown.steered > steered || run.shown.left_out.len() > left_out => {
                     self.walked.cut_off += 1 + below(n, depth - 1);
+                    self.walked.left_out += (run.shown.left_out.len() - left_out) as u64;
                     Place {
                         run: Some(run),
                         peer: None,

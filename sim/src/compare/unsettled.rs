@@ -1,4 +1,4 @@
-//! Commands of which the model does not know what they do, because of something that it does not follow. They are left out.
+//! Commands of which the model does not know what they do, because of something that it does not follow. They are left out, and counted.
 //!
 //! * Bitmaps of which the daemon has another length than the model (`filter-keeps-length`).
 //! * A qcow2 node over a qcow2 node that shows the bytes of an image through its backing file: whether that is an image, and of
@@ -23,11 +23,11 @@ fn is_about_another_length(world: &World, execute: &str, arguments: &Map<String,
         return false;
     }
     let followed = |node: &Node| node.bitmaps.iter().any(|bitmap| bitmap.followed);
-    let mut names = world
-        .graph
-        .nodes()
-        .filter(|(_, node)| followed(node))
-        .map(|(_, node)| &node.name);
+    let nodes = world.graph.nodes().filter(|(_, node)| followed(node));
+    let mut names = nodes.map(|(_, node)| &node.name).peekable();
+    if names.peek().is_none() {
+        return false;
+    }
     let text = Value::Object(arguments.clone()).to_string();
     names.any(|name| text.contains(&format!("\"{name}\"")))
 }
