@@ -80,6 +80,18 @@ pub enum FaultKind {
     Truncate,
 }
 
+impl FaultKind {
+    /// All of them.
+    pub const ALL: [FaultKind; 6] = [
+        FaultKind::Read,
+        FaultKind::Write,
+        FaultKind::WriteZeroes,
+        FaultKind::Discard,
+        FaultKind::Flush,
+        FaultKind::Truncate,
+    ];
+}
+
 /// A storage request that was made to fail.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Fault {

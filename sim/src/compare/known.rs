@@ -1,7 +1,8 @@
 //! Defects of `qemu-storage-daemon` 10.0 that were reviewed and are held to be its own.
 //!
 //! Here: what an entry and a case are, and the questions that others ask. `list` has the entries, `cases` says which
-//! cases are which entry's, `ahead` which commands would meet one; `causes`, `graph`, `kept`, `backup` and `bitmaps` look for what they need.
+//! cases are which entry's, `ahead` which commands would meet one; `causes`, `strayed`, `graph`, `kept`, `backup` and `bitmaps` look for
+//! what they need.
 //!
 //! Rules: an entry has a scenario under `docs/findings/` that reproduces it, a page beside it that explains it, and a
 //! matcher as narrow as the defect. What an entry explains is reported as known, never as agreement. Random and
@@ -16,12 +17,15 @@ mod causes;
 mod graph;
 mod kept;
 mod list;
+mod strayed;
 
 pub(super) use causes::{
-    bottoms_out, has_bottom_on_top, has_bottom_outside, has_negative_null_co, has_raw_on_overlay, is_uneven,
+    actions, bottoms_out, has_bottom_on_top, has_bottom_outside, has_negative_null_co, has_raw_on_overlay,
+    is_uneven, takes_back_a_snapshot,
 };
 pub(super) use graph::visits_twice;
 pub use list::DEFECTS;
+pub(super) use strayed::{Strayed, words};
 
 use blkcheck_model::{Command, World};
 use serde_json::{Map, Value};
@@ -62,12 +66,26 @@ pub(super) struct Case<'a> {
     pub(super) world: &'a World,
     /// What came before, and this step's command if it was answered.
     pub(super) past: &'a [Past],
+    /// Streams that succeeded although their last layer had got another backing node.
+    pub(super) strayed: &'a [Strayed],
     /// Filters of finished streams that the daemon still has.
     pub(super) leftovers: &'a [String],
     pub(super) what: Option<What>,
     pub(super) failed: Option<Kind>,
     pub(super) model: &'a str,
     pub(super) qemu: &'a str,
+}
+
+impl<'a> Case<'a> {
+    /// The node whose export the guest of this step asks.
+    fn asked(&self) -> Option<&'a str> {
+        let Action::Guest { export, .. } = &self.scenario.steps.get(self.step)?.action else {
+            return None;
+        };
+        let mut exports = self.world.exports.iter();
+        let export = exports.find(|e| *e.name == **export || *e.id == **export)?;
+        Some(self.world.graph.name(self.world.graph.edge(export.root).child))
+    }
 }
 
 /// A command that both carried out or refused.

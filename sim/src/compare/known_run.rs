@@ -9,13 +9,14 @@ mod failing;
 
 use std::rc::Rc;
 
-use blkcheck_model::{Command, Driver, World};
+use blkcheck_model::job::Job;
+use blkcheck_model::{Command, Driver, JobStatus, NodeId, Outcome as JobOutcome, World};
 use serde_json::{Map, Value};
 
 use self::causes::Causes;
-use super::known::{self, DEFECTS, Defect, Sure};
+use super::known::{self, DEFECTS, Defect, Strayed, Sure};
 use crate::follow::Follower;
-use crate::history::{Outcome, Record, StepId};
+use crate::history::{FaultKind, Outcome, Record, StepId};
 use crate::oracle::{OracleName, Violation};
 use crate::qemu::nbd::client::ESHUTDOWN;
 use crate::scenario::{Action, Format, GuestOp, Range, Scenario};
@@ -154,10 +155,15 @@ pub fn explain(scenario: &Scenario, violation: &Violation, records: &[Record]) -
     for record in records {
         causes.look(&follower.world);
         let before = follower.world.clone();
-        if let Some(step) = follower.record(scenario, record).executed
+        causes.told(scenario, &before, record);
+        let followed = follower.record(scenario, record);
+        if let Some(step) = followed.executed
             && let Action::Command { execute, arguments } = &scenario.steps[step.0 as usize].action
         {
             causes.executed(&before, &follower.world, execute, arguments);
+        }
+        if followed.completed == Some(JobOutcome::Success) {
+            causes.succeeded(&before, &follower.world);
         }
     }
     let found = Found {
@@ -180,16 +186,17 @@ impl<'a> Found<'a> {
         }
     }
 
-    /// Commands that were issued and not answered.
-    fn unanswered(&self) -> impl Iterator<Item = Given<'a>> {
-        let issued = self.records.iter().filter_map(|r| match r {
+    /// Steps that were issued, in order.
+    fn issued_steps(&self) -> impl Iterator<Item = StepId> {
+        self.records.iter().filter_map(|r| match r {
             Record::Issued(step) => Some(*step),
             _ => None,
-        });
-        let open = issued.filter(|step| {
-            let ends = |r: &Record| matches!(r, Record::Ended(s, _) if s == step);
-            !self.records.iter().any(ends)
-        });
+        })
+    }
+
+    /// Commands that were issued and not answered.
+    fn unanswered(&self) -> impl Iterator<Item = Given<'a>> {
+        let open = self.issued_steps().filter(|step| self.outcome(*step).is_none());
         open.filter_map(|step| self.command(step))
     }
 
@@ -202,6 +209,39 @@ impl<'a> Found<'a> {
             }
             _ => None,
         })
+    }
+
+    /// What this step gave, if it did.
+    fn outcome(&self, step: StepId) -> Option<&'a Outcome> {
+        self.records.iter().find_map(|r| match r {
+            Record::Ended(ended, outcome) if *ended == step => Some(outcome),
+            _ => None,
+        })
+    }
+
+    /// Where in the records a step begins, and where it ends.
+    fn span(&self, step: StepId) -> Option<(usize, usize)> {
+        let at =
+            |wanted: fn(&Record) -> Option<StepId>| self.records.iter().position(|r| wanted(r) == Some(step));
+        let issued = at(|r| match r {
+            Record::Issued(step) => Some(*step),
+            _ => None,
+        })?;
+        let ended = at(|r| match r {
+            Record::Ended(step, _) => Some(*step),
+            _ => None,
+        });
+        Some((issued, ended.unwrap_or(self.records.len())))
+    }
+
+    /// The node that the guest's request of this step is for.
+    fn asked(&self, step: StepId) -> Option<NodeId> {
+        let Action::Guest { export, .. } = &self.scenario.steps.get(step.0 as usize)?.action else {
+            return None;
+        };
+        let mut exports = self.world.exports.iter();
+        let export = exports.find(|e| &*e.name == export || &*e.id == export)?;
+        Some(self.world.graph.edge(export.root).child)
     }
 
     /// Some command of this name was given.
@@ -249,8 +289,26 @@ fn null_co_size(found: &Found<'_>) -> bool {
 
 fn bottom_outside_chain(found: &Found<'_>) -> bool {
     // A job that was about to end may have taken the bottom out of the chain just before.
+    let finalizes = |id: &str| {
+        let mut open = found.unanswered();
+        open.any(|(execute, arguments)| {
+            execute.ends_with("job-finalize") && text(arguments, "id") == Some(id)
+        })
+    };
+    let ends = |job: &&Job| match job.status {
+        _ if job.outcome.is_some() => false,
+        JobStatus::Waiting | JobStatus::Aborting => true,
+        JobStatus::Pending => job.auto_finalize || finalizes(&job.id),
+        _ => false,
+    };
     let mut later = found.world.clone();
-    let ids: Vec<_> = later.jobs.iter().map(|job| Rc::clone(&job.id)).collect();
+    let ids: Vec<_> = found
+        .world
+        .jobs
+        .iter()
+        .filter(ends)
+        .map(|job| Rc::clone(&job.id))
+        .collect();
     for id in ids {
         drop(later.job_completed(&id, blkcheck_model::Outcome::Success));
     }
@@ -307,7 +365,8 @@ fn keeps_root(found: &Found<'_>) -> bool {
         && found.last_answer().is_some_and(refused)
 }
 
-/// The name on record is right and the format is not.
+/// The name on record is right and the format is not; by a command that was accepted, or that storage failed, as it may have
+/// when the header was written already.
 fn backing_format(found: &Found<'_>) -> bool {
     let line = |with: &str| found.violation.evidence.iter().find_map(|l| l.strip_prefix(with));
     let name = |line: Option<&str>| line.and_then(|l| l.split('"').nth(1)).map(str::to_owned);
@@ -315,7 +374,22 @@ fn backing_format(found: &Found<'_>) -> bool {
     found.says(&[OracleName::Image], "names another backing file")
         && name(expected).is_some()
         && name(expected) == name(got)
-        && found.issued("change-backing-file")
+        && found.records.iter().any(|r| match r {
+            Record::Ended(step, Outcome::Command(answer)) => {
+                let changes = found
+                    .command(*step)
+                    .is_some_and(|(execute, _)| execute == "change-backing-file");
+                changes && (answer.is_ok() || failed_by_storage(found, *step))
+            }
+            _ => false,
+        })
+}
+
+/// Storage failed to write or to flush while this step was under way.
+fn failed_by_storage(found: &Found<'_>, step: StepId) -> bool {
+    let fails = |r: &Record| matches!(r, Record::Fault(fault) if matches!(fault.kind, FaultKind::Write | FaultKind::Flush));
+    let span = found.span(step);
+    span.is_some_and(|(from, to)| found.records[from..to].iter().any(fails))
 }
 
 fn uncovers_base(found: &Found<'_>) -> bool {
@@ -342,9 +416,7 @@ fn loses_writes(found: &Found<'_>) -> bool {
                     guests.push(*step);
                     beside.extend(&transactions);
                 }
-                Action::Command { execute, arguments }
-                    if execute == "transaction" && snapshots(arguments) =>
-                {
+                Action::Command { execute, arguments } if snapshots(execute, arguments) => {
                     transactions.push(*step);
                     if !guests.is_empty() {
                         beside.push(*step);
@@ -433,7 +505,8 @@ fn records_description(found: &Found<'_>) -> bool {
     no_room || other_base
 }
 
-/// Graph, header or content, after a stream whose last layer got another backing node.
+/// Graph, header or content of a stream's device, of what it stands on or of who reads it, after the stream succeeded although its last
+/// layer had got another backing node.
 fn undoes_reopen(found: &Found<'_>) -> bool {
     let oracles = [
         OracleName::Graph,
@@ -442,7 +515,12 @@ fn undoes_reopen(found: &Found<'_>) -> bool {
         OracleName::Data,
         OracleName::Transparency,
     ];
-    oracles.contains(&found.violation.oracle) && found.causes.strayed
+    let told = |strayed: &Strayed| {
+        let shown = found.violation.step.and_then(|step| found.asked(step));
+        strayed.is_told(&found.world, &found.violation.message)
+            || shown.is_some_and(|node| strayed.is_below(&found.world, node))
+    };
+    oracles.contains(&found.violation.oracle) && found.causes.strayed.iter().any(told)
 }
 
 /// One of the assertions that a request past the end of a node meets.
@@ -457,10 +535,9 @@ fn past_the_end(found: &Found<'_>) -> bool {
 }
 
 /// A list of actions that goes on after a snapshot, and so can be refused after it.
-fn snapshots(arguments: &Map<String, Value>) -> bool {
-    let actions = arguments.get("actions").and_then(Value::as_array);
-    let is_snapshot = |action: &Value| action.get("type").is_some_and(|t| t == "blockdev-snapshot");
-    actions.is_some_and(|actions| actions.iter().rev().skip(1).any(is_snapshot))
+fn snapshots(execute: &str, arguments: &Map<String, Value>) -> bool {
+    let mut but_last = known::actions(execute, arguments).rev().skip(1);
+    but_last.any(|(kind, _)| kind == "blockdev-snapshot")
 }
 
 /// A zero write or discard and another write of the same cluster were in flight together, and then data or tables are not
@@ -567,8 +644,7 @@ pub(crate) fn meets(world: &World, execute: &str, arguments: &Map<String, Value>
 /// Whether a command takes a snapshot back, as long as which no guest may have a request in flight: the defect
 /// `aborted-snapshot-loses-writes`.
 pub(crate) fn takes_back(world: &World, execute: &str, arguments: &Map<String, Value>) -> bool {
-    let given = Value::Object(arguments.clone());
-    execute == "transaction" && snapshots(arguments) && world.check(&Command::new(execute, &given)).is_err()
+    known::takes_back_a_snapshot((world, execute, arguments), |_| true)
 }
 
 #[cfg(test)]

@@ -17,7 +17,7 @@ use serde_json::{Map, Value, json};
 
 use super::bitmaps;
 use super::content::Books;
-use super::known::{self, Case, Defect, Past};
+use super::known::{self, Case, Defect, Past, Strayed};
 use super::peer::Peer;
 use super::state::State;
 use super::{Kind, What};
@@ -34,7 +34,7 @@ const CHANGES_FLAGS: [&str; 5] = [
     "blockdev-snapshot",
     "transaction",
 ];
-/// Commands that move links and, when they are refused, move them back.
+/// Commands that move links and, when they are refused after that, move them back.
 const REORDERS: [&str; 3] = ["blockdev-reopen", "blockdev-backup", "transaction"];
 const GRAPH: &str = "x-debug-query-block-graph";
 
@@ -124,6 +124,8 @@ pub(super) struct Run<'a> {
     last: Option<World>,
     /// The world before each command.
     past: Vec<Past>,
+    /// Streams that succeeded although their last layer had got another backing node.
+    strayed: Vec<Strayed>,
 }
 
 /// A header ends here: its own fields, a few extensions, and a name of up to 1023 bytes.
@@ -187,6 +189,7 @@ impl<'a> Run<'a> {
             reordered: false,
             last: None,
             past: Vec::new(),
+            strayed: Vec::new(),
         };
         // What is behind an image belongs to it as well: whoever opens the file sees it.
         for (name, length) in run.peer.lengths() {
@@ -248,6 +251,7 @@ impl<'a> Run<'a> {
             arguments,
             world: self.last.as_ref().unwrap_or(&self.world),
             past: &self.past,
+            strayed: &self.strayed,
             leftovers: &self.seen.leftovers,
             what,
             failed,
@@ -354,7 +358,9 @@ impl<'a> Run<'a> {
         }
         let before_world = std::mem::replace(&mut self.world, world);
         self.books.looked_into(&before_world, execute, arguments);
-        self.reordered |= REORDERS.contains(&execute) && predicted.is_err();
+        self.reordered |= REORDERS.contains(&execute)
+            && predicted.is_err()
+            && before_world.moves_links(&Command::new(execute, &value));
         if predicted.is_ok() {
             self.books.opened(execute, arguments);
             self.books.resized(&before_world, &self.world);
@@ -630,16 +636,8 @@ pub(super) fn makes_up_names(scenario: &Scenario) -> bool {
                 unnamed(arguments) || follows_header
             }
             "block-stream" | "blockdev-backup" => !arguments.contains_key("filter-node-name"),
-            "transaction" => arguments
-                .get("actions")
-                .and_then(Value::as_array)
-                .is_some_and(|actions| {
-                    let mut data = actions
-                        .iter()
-                        .filter(|a| a["type"] == "blockdev-backup")
-                        .map(|a| &a["data"]);
-                    data.any(|data| data.get("filter-node-name").is_none())
-                }),
+            "transaction" => known::actions(execute, arguments)
+                .any(|(kind, data)| kind == "blockdev-backup" && !data.contains_key("filter-node-name")),
             _ => false,
         },
         _ => false,

@@ -133,6 +133,8 @@ impl Watch<'_> {
             arguments,
             world: &blkcheck_model::World::default(),
             past: &past,
+            // Nobody follows what becomes of jobs here.
+            strayed: &[],
             leftovers: &self.state.leftovers,
             what,
             failed,

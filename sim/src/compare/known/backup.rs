@@ -1,39 +1,55 @@
 //! What the entries about backups look for.
 
-use blkcheck_model::{Command, World};
+use blkcheck_model::{Command, NodeId, Refusal, World};
 use serde_json::{Map, Value};
 
+use super::causes::{Given, actions, has_bottom, is_refused, past};
+use super::strayed::words;
 use super::{Around, Case, Kind, What};
 
 /// The backups that a transaction is to make: their arguments.
-fn backups<'a>(execute: &str, arguments: &'a Map<String, Value>) -> Vec<&'a Value> {
-    if execute != "transaction" {
-        return Vec::new();
-    }
-    let actions = arguments.get("actions").and_then(Value::as_array);
-    let actions = actions.into_iter().flatten();
-    let backups = actions.filter(|action| action["type"] == "blockdev-backup");
-    backups.map(|action| &action["data"]).collect()
+fn backups<'a>(
+    execute: &str,
+    arguments: &'a Map<String, Value>,
+) -> impl Iterator<Item = &'a Map<String, Value>> + use<'a> {
+    let backups = actions(execute, arguments).filter(|(kind, _)| *kind == "blockdev-backup");
+    backups.map(|(_, data)| data)
 }
 
-/// A transaction that is refused, of a backup and another one of the filter of the first.
-fn drains_what_goes(world: &World, execute: &str, arguments: &Map<String, Value>) -> bool {
-    let all = backups(execute, arguments);
+/// A transaction that is refused, of a backup and another one of the filter of the first: the refusal, and that filter.
+fn drains_what_goes(
+    world: &World,
+    execute: &str,
+    arguments: &Map<String, Value>,
+) -> Option<(Refusal, String)> {
+    let all: Vec<_> = backups(execute, arguments).collect();
     let names = |at: usize, key: &str| all[at].get(key).and_then(Value::as_str);
-    let meets = (1..all.len()).any(|later| {
-        let device = names(later, "device");
-        device.is_some() && (0..later).any(|first| names(first, "filter-node-name") == device)
-    });
+    let filter = (1..all.len()).find_map(|later| {
+        let device = names(later, "device")?;
+        let mut earlier = 0..later;
+        earlier
+            .any(|first| names(first, "filter-node-name") == Some(device))
+            .then_some(device)
+    })?;
     let command = Value::Object(arguments.clone());
-    meets && world.check(&Command::new(execute, &command)).is_err()
+    let refusal = world.check(&Command::new(execute, &command)).err()?;
+    Some((refusal, filter.to_owned()))
 }
 
+/// The end of a drain finds none, after the backup of a filter was refused since the job of that filter keeps others from it.
 pub(super) fn refused_backup_of_filter(case: &Case<'_>) -> bool {
-    case.failed.is_some() && drains_what_goes(case.world, case.execute, case.arguments)
+    let met = || drains_what_goes(case.world, case.execute, case.arguments);
+    case.failed == Some(Kind::Assert)
+        && case
+            .qemu
+            .contains("bdrv_do_drained_end: Assertion `bs->quiesce_counter > 0'")
+        && met()
+            .is_some_and(|(refusal, filter)| refusal.desc.starts_with(&format!("Node '{filter}' is busy")))
 }
 
+/// Whatever the refusal: the filter may have been drained before.
 pub(super) fn refuses_backup_of_filter(around: &Around<'_>) -> bool {
-    drains_what_goes(around.world, around.execute, around.arguments)
+    drains_what_goes(around.world, around.execute, around.arguments).is_some()
 }
 
 /// A filter of a backup is part of a frozen chain.
@@ -46,15 +62,19 @@ fn has_frozen_filter(world: &World) -> bool {
     links.any(|holder| holder.is_some())
 }
 
+/// A job ended that had such a filter, now or before the last command.
 pub(super) fn backup_ends_in_frozen_chain(case: &Case<'_>) -> bool {
+    let last = case.past.last().map(|past| &past.world);
     case.failed == Some(Kind::Assert)
         && case.qemu.contains("bdrv_replace_node_noperm")
         && case.qemu.contains("Cannot change")
+        && (has_frozen_filter(case.world) || last.is_some_and(has_frozen_filter))
 }
 
 /// A copy-on-read filter is to freeze a chain with a backup's filter in it.
 pub(super) fn freezes_backup_filter(around: &Around<'_>) -> bool {
-    if around.execute != "blockdev-add" || around.world.jobs.iter().all(|job| job.backup().is_none()) {
+    let backs_up = || around.world.jobs.iter().any(|job| job.backup().is_some());
+    if around.execute != "blockdev-add" || !has_bottom(around.arguments) || !backs_up() {
         return false;
     }
     let command = Value::Object(around.arguments.clone());
@@ -67,7 +87,7 @@ fn gives_up_group(world: &World, execute: &str, arguments: &Map<String, Value>) 
     let grouped = arguments
         .get("properties")
         .and_then(|all| all.get("completion-mode"));
-    if grouped.is_none_or(|mode| mode != "grouped") || backups(execute, arguments).len() < 2 {
+    if grouped.is_none_or(|mode| mode != "grouped") || backups(execute, arguments).count() < 2 {
         return false;
     }
     let command = Value::Object(arguments.clone());
@@ -100,26 +120,132 @@ pub(super) fn takes_source(around: &Around<'_>) -> bool {
     deletes_source(around.world, around.execute, around.arguments)
 }
 
-/// One transaction makes a backup of the upper layer alone and puts an overlay above its source.
+/// One transaction makes a backup of the upper layer alone and then puts an overlay above that layer. The target lacks what the
+/// layer held: it holds nothing there, or what it held before.
 pub(super) fn backup_of_overlay(case: &Case<'_>) -> bool {
-    let steps = case.scenario.steps.get(..=case.step).unwrap_or_default();
-    let mixed = |step: &crate::scenario::Step| match &step.action {
-        crate::scenario::Action::Command { execute, arguments } if execute == "transaction" => {
-            let actions = arguments.get("actions").and_then(Value::as_array);
-            let snapshots = |action: &&Value| action["type"] == "blockdev-snapshot";
-            let top = backups(execute, arguments)
-                .iter()
-                .any(|backup| backup["sync"] == "top");
-            top && actions.is_some_and(|actions| actions.iter().any(|action| snapshots(&action)))
-        }
-        _ => false,
-    };
-    matches!(case.what, Some(What::Content | What::Allocation)) && steps.iter().any(mixed)
+    let mut past = past(case).zip(steps(case));
+    matches!(case.what, Some(What::Content | What::Allocation))
+        && past.any(|(given, step)| {
+            let mut targets = emptied_targets(given).into_iter();
+            targets.any(|target| lacks(case, given.0, target, step))
+        })
 }
 
-/// A transaction that is taken back has a backup that always brings its bitmap up to date.
+/// The steps of what `past` gives.
+fn steps(case: &Case<'_>) -> impl Iterator<Item = usize> {
+    case.past.iter().map(|past| past.step).chain([case.step])
+}
+
+/// The targets of a transaction's backups that ask an overlay what the layer below holds.
+fn emptied_targets((world, execute, arguments): Given<'_>) -> Vec<NodeId> {
+    let graph = &world.graph;
+    let node = |data: &Map<String, Value>, key: &str| graph.find(data.get(key)?.as_str()?);
+    let all: Vec<_> = actions(execute, arguments).collect();
+    let targets = (0..all.len()).filter_map(|at| {
+        let (kind, backup) = all[at];
+        let device = node(backup, "device").filter(|_| kind == "blockdev-backup")?;
+        let top = backup.get("sync").is_some_and(|sync| sync == "top");
+        let layer = graph.skip_filters(device);
+        let covers = |(kind, data): &(&str, &Map<String, Value>)| {
+            let covered = node(data, "node").filter(|_| *kind == "blockdev-snapshot");
+            covered.is_some_and(|covered| covered == device || covered == layer)
+        };
+        (top && all[at + 1..].iter().any(covers)).then(|| node(backup, "target"))?
+    });
+    let targets: Vec<NodeId> = targets.collect();
+    if targets.is_empty() || is_refused(world, execute, arguments) {
+        return Vec::new();
+    }
+    targets
+}
+
+/// The difference is about this target or its image, and about what was there when that step was carried out; and the daemon has
+/// nothing there, or what was there before that step.
+fn lacks(case: &Case<'_>, before: &World, target: NodeId, step: usize) -> bool {
+    let name = before.graph.name(target);
+    let file = before.image_file(before.graph.skip_filters(target));
+    let now = &case.world.graph;
+    let shows = |word: &str| {
+        let node = now.find(word);
+        node.is_some_and(|node| {
+            now.topological([node])
+                .iter()
+                .any(|below| now.name(*below) == name)
+        })
+    };
+    let about = match case.what {
+        Some(What::Allocation) => words(case.model).any(|word| file.as_deref() == Some(word)),
+        _ => words(case.model).any(shows) || case.asked().is_some_and(shows),
+    };
+    about
+        && !is_newer(case.model, step)
+        && (NOTHING.contains(&case.qemu) || was_there(case, before, target, step))
+}
+
+/// What the model has there was written by a later step.
+fn is_newer(model: &str, step: usize) -> bool {
+    let writer = model.split("the write of step ").nth(1);
+    let digits = writer.map(|text| {
+        text.split(|c: char| !c.is_ascii_digit())
+            .next()
+            .unwrap_or_default()
+    });
+    digits.is_some_and(|digits| digits.parse().is_ok_and(|writer: usize| writer >= step))
+}
+
+/// How the daemon shows a cluster that holds no data.
+const NOTHING: [&str; 3] = ["not allocated", "Zero", "block status says zeroes"];
+
+/// A guest wrote it before the step, or it was in the image, or in one below, from the beginning.
+fn was_there(case: &Case<'_>, before: &World, target: NodeId, step: usize) -> bool {
+    let number = |before: &str, behind: &str| -> Option<usize> {
+        let rest = case.qemu.strip_prefix(before)?;
+        rest[..rest.find(behind)?].parse().ok()
+    };
+    if let Some(writer) = number("Stamp(Step(StepId(", ")") {
+        return writer < step;
+    }
+    let file = number("Stamp(Fill { image: ", ",").and_then(|image| case.scenario.images.get(image));
+    let chain = before.graph.topological([target]);
+    let mut names = chain.iter().filter_map(|node| before.image_file(*node));
+    file.is_some_and(|image| names.any(|name| *name == *image.file))
+}
+
+/// A transaction is taken back after it has made a backup that always brings its bitmap up to date, and the daemon has all of
+/// that very bitmap set.
 pub(super) fn fills_bitmap(case: &Case<'_>) -> bool {
-    let always = |backup: &&Value| backup["bitmap-mode"] == "always";
-    matches!(case.what, Some(What::Bitmaps | What::Refusal))
-        && backups(case.execute, case.arguments).iter().any(always)
+    if case.what != Some(What::Bitmaps) {
+        return false;
+    }
+    let command = Value::Object(case.arguments.clone());
+    let refusal = case.world.check(&Command::new(case.execute, &command)).err();
+    let made = refusal.map_or(0, |refusal| refusal.taken_back.len());
+    let mut made = backups(case.execute, case.arguments).take(made);
+    made.any(|backup| {
+        backup.get("bitmap-mode").is_some_and(|mode| mode == "always") && is_all_set(case, backup)
+    })
+}
+
+/// Both tell of the bitmap of this backup, and in the daemon all of it is dirty, in the model not.
+fn is_all_set(case: &Case<'_>, backup: &Map<String, Value>) -> bool {
+    let text = |key: &str| backup.get(key).and_then(Value::as_str);
+    let (Some(device), Some(name)) = (text("device"), text("bitmap")) else {
+        return false;
+    };
+    let graph = &case.world.graph;
+    let Some(node) = graph.find(device).map(|id| graph.node(id)) else {
+        return false;
+    };
+    let Some(bitmap) = node.bitmaps.iter().find(|bitmap| &*bitmap.name == name) else {
+        return false;
+    };
+    let whole = format!(
+        "count: Some({})",
+        node.length.next_multiple_of(bitmap.granularity)
+    );
+    let named = format!("bitmap '{name}' of node '{device}': ");
+    case.model.starts_with(&named)
+        && case.qemu.starts_with(&named)
+        && !case.model.contains(&whole)
+        && case.qemu.contains(&whole)
 }

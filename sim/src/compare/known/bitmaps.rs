@@ -3,7 +3,7 @@
 use blkcheck_model::{Bitmap, Command, NodeId, World};
 use serde_json::{Map, Value};
 
-use super::causes::{Given, happened, is_refused, past};
+use super::causes::{Given, actions, happened, is_refused, past};
 use super::{Case, What, graph};
 
 const ENABLE: &str = "block-dirty-bitmap-enable";
@@ -14,12 +14,7 @@ fn parts<'a>(
     execute: &'a str,
     arguments: &'a Map<String, Value>,
 ) -> impl Iterator<Item = (&'a str, &'a Map<String, Value>)> {
-    let actions = (execute == "transaction")
-        .then(|| arguments.get("actions")?.as_array())
-        .flatten();
-    let parts = actions.into_iter().flatten();
-    let part = |action: &'a Value| Some((action.get("type")?.as_str()?, action.get("data")?.as_object()?));
-    std::iter::once((execute, arguments)).chain(parts.filter_map(part))
+    std::iter::once((execute, arguments)).chain(actions(execute, arguments))
 }
 
 /// Merges an empty list into something.

@@ -1,16 +1,16 @@
-//! Which cases are which defect's: one function for each entry of the list.
+//! Which cases are which defect's: a function for each entry of the list that is not about filters that keep, or backups.
 //!
 //! Rules: a function is as narrow as the defect. It asks for what differs, for what either says, and for the cause in the scenario.
-//! Those that are about bitmaps alone are in `bitmaps`.
+//! Not here: `refused-reopen-stops-writes` (in `bitmaps`), `cbw-…` (in `kept`), and backups (in `backup`).
 
 use blkcheck_model::Driver;
 
 use super::causes::{
     bottoms_out, commands, happened, has_bottom, has_bottom_on_top, has_bottom_outside, has_negative_null_co,
     has_raw, has_raw_on_overlay, has_shorter_overlay, has_step, is_refused, is_uneven, names_any, past,
-    reopens_twice, streams,
+    reopens_twice, streams, takes_back_a_snapshot,
 };
-use super::{Case, Kind, Past, What, bitmaps, graph};
+use super::{Case, Kind, Strayed, What, bitmaps, graph};
 use crate::scenario::Format;
 
 /// An entry for which somebody else looks, where it happens.
@@ -108,18 +108,17 @@ pub(super) fn stream_over_raw_loses_data(case: &Case<'_>) -> bool {
     (content || stored) && streams(case.scenario, case.step) && (has_raw_on_overlay(case.world) || dropped())
 }
 
-/// Graph, header or content, after a job whose last layer got another backing node.
+/// Graph, header or content of a stream's device, of what it stands on or of who reads it, after the stream succeeded although its last
+/// layer had got another backing node.
 pub(super) fn stream_undoes_reopen(case: &Case<'_>) -> bool {
-    let strayed = |past: &Past| {
-        past.world.jobs.iter().any(|job| {
-            job.stream()
-                .is_some_and(|stream| stream.has_strayed(&past.world.graph))
-        })
+    let told = |strayed: &Strayed| {
+        let mut texts = [case.model, case.qemu].into_iter().chain(case.asked());
+        texts.any(|text| strayed.is_told(case.world, text))
     };
     matches!(
         case.what,
         Some(What::Edges | What::Nodes | What::Backing | What::Content)
-    ) && case.past.iter().any(strayed)
+    ) && case.strayed.iter().any(told)
 }
 
 pub(super) fn nbd_short_tail_hangs(case: &Case<'_>) -> bool {
@@ -232,7 +231,7 @@ pub(super) fn aborted_snapshot_moves_tables(case: &Case<'_>) -> bool {
     let told = |overlay: &str| case.model.contains(&format!("node '{overlay}': zeroes"));
     case.what == Some(What::Content)
         && case.qemu == "Torn"
-        && past(case).any(|given| graph::takes_back_a_snapshot(given, told))
+        && past(case).any(|given| takes_back_a_snapshot(given, told))
 }
 
 pub(super) fn aborted_snapshot_takes_parents(case: &Case<'_>) -> bool {

@@ -82,6 +82,29 @@ pub(in crate::compare) fn has_bottom_on_top(world: &World) -> bool {
         .any(|(id, node)| node.bottom == Some(graph.skip_filters(id)))
 }
 
+/// The actions of a transaction, with their arguments; nothing for another command.
+pub(in crate::compare) fn actions<'a>(
+    execute: &str,
+    arguments: &'a Map<String, Value>,
+) -> impl DoubleEndedIterator<Item = (&'a str, &'a Map<String, Value>)> + use<'a> {
+    let list = arguments.get("actions").and_then(Value::as_array);
+    let list = list.filter(|_| execute == "transaction");
+    let action = |action: &'a Value| Some((action.get("type")?.as_str()?, action.get("data")?.as_object()?));
+    list.into_iter().flatten().filter_map(action)
+}
+
+/// A transaction that the model refuses has a snapshot to this overlay, and goes on after it.
+pub(in crate::compare) fn takes_back_a_snapshot(
+    (world, execute, arguments): Given<'_>,
+    overlay: impl Fn(&str) -> bool,
+) -> bool {
+    let snapshots = |(kind, data): (&str, &Map<String, Value>)| {
+        let to = data.get("overlay").and_then(Value::as_str);
+        kind == "blockdev-snapshot" && to.is_some_and(&overlay)
+    };
+    actions(execute, arguments).rev().skip(1).any(snapshots) && is_refused(world, execute, arguments)
+}
+
 /// Some argument names one of these nodes, those of lists of options and of actions, too.
 pub(super) fn names_any(arguments: &Map<String, Value>, nodes: &[String]) -> bool {
     fn names(value: &Value, nodes: &[String]) -> bool {
@@ -118,7 +141,7 @@ pub(super) fn streams(scenario: &Scenario, before: usize) -> bool {
 }
 
 /// A command, and the model before it.
-pub(super) type Given<'a> = (&'a World, &'a str, &'a Map<String, Value>);
+pub(in crate::compare) type Given<'a> = (&'a World, &'a str, &'a Map<String, Value>);
 
 /// The commands so far with the model that they met, and that of this step.
 pub(super) fn past<'a>(case: &'a Case<'_>) -> impl Iterator<Item = Given<'a>> {
@@ -151,15 +174,8 @@ pub(super) fn commands<'a>(case: &'a Case<'_>) -> impl Iterator<Item = (&'a str,
         let Action::Command { execute, arguments } = &step.action else {
             return Vec::new();
         };
-        let actions = arguments
-            .get("actions")
-            .and_then(Value::as_array)
-            .filter(|_| execute == "transaction");
-        let inner = actions
-            .into_iter()
-            .flatten()
-            .filter_map(|action| Some((action.get("type")?.as_str()?, action.get("data")?.as_object()?)));
-        inner.chain([(execute.as_str(), arguments)]).collect()
+        let itself = [(execute.as_str(), arguments)];
+        actions(execute, arguments).chain(itself).collect()
     })
 }
 

@@ -4,7 +4,7 @@ use blkcheck_model::command::failing::Left;
 use blkcheck_model::{Command, Driver, NodeId, World};
 use serde_json::{Map, Value};
 
-use super::causes::{Given, happened, is_refused};
+use super::causes::{actions, happened, is_refused};
 use super::{Case, Kind, What};
 use crate::scenario::{Action, GuestOp};
 
@@ -76,21 +76,6 @@ pub(super) fn reopens_in_vain(world: &World, execute: &str, arguments: &Map<Stri
     late && world.clone().command_left(&command, Left::Writable)
 }
 
-/// A transaction that is refused has a snapshot to this overlay, and goes on after it.
-pub(super) fn takes_back_a_snapshot(
-    (world, execute, arguments): Given<'_>,
-    overlay: impl Fn(&str) -> bool,
-) -> bool {
-    let snapshots = |action: &Value| {
-        let to = || action.get("data")?.get("overlay")?.as_str();
-        action.get("type").is_some_and(|kind| kind == "blockdev-snapshot") && to().is_some_and(&overlay)
-    };
-    let actions = arguments.get("actions").and_then(Value::as_array);
-    execute == "transaction"
-        && actions.is_some_and(|actions| actions.iter().rev().skip(1).any(snapshots))
-        && is_refused(world, execute, arguments)
-}
-
 /// A guest waits, or a job is paused that nobody paused.
 pub(super) fn stands_still(case: &Case<'_>) -> bool {
     case.failed == Some(Kind::Hang)
@@ -131,16 +116,13 @@ pub(super) fn loses_file(world: &World, arguments: &Map<String, Value>) -> bool 
     let command = Value::Object(arguments.clone());
     let refused = world.check(&Command::new("blockdev-reopen", &command));
     let unchangeable = refused.is_err_and(|refusal| refusal.desc.starts_with("Cannot change the option"));
-    unchangeable && entries(arguments).any(|entry| names_a_file(world, entry))
+    unchangeable && entries(arguments).any(|entry| changes_file(world, entry))
 }
 
-/// The same, before this step; whether the file was another one cannot be seen any more.
+/// The same, in this step or before it.
 pub(super) fn after_a_lost_file(case: &Case<'_>) -> bool {
-    commands(case, "blockdev-reopen").any(|arguments| {
-        entries(arguments).any(|entry| {
-            let other_driver = entry.get("driver").is_some_and(|driver| driver != "qcow2");
-            names_a_file(case.world, entry) && (other_driver || entry.contains_key("force-share"))
-        })
+    happened(case, |world, execute, arguments| {
+        execute == "blockdev-reopen" && loses_file(world, arguments)
     })
 }
 
@@ -157,27 +139,26 @@ pub(super) fn lets_go_of_listed(world: &World, arguments: &Map<String, Value>) -
 
 /// A transaction is refused that would put an overlay above a node, and other nodes are above that overlay.
 pub(super) fn aborts_a_used_overlay(case: &Case<'_>) -> bool {
-    let actions = case.arguments.get("actions").and_then(Value::as_array);
-    let overlay = |action: &Value| {
-        let name = action.get("data")?.get("overlay")?.as_str()?;
-        case.world.graph.find(name)
-    };
-    case.execute == "transaction"
-        && is_refused(case.world, case.execute, case.arguments)
-        && actions
-            .into_iter()
-            .flatten()
+    let graph = &case.world.graph;
+    let overlay = |(_, data): (&str, &Map<String, Value>)| graph.find(data.get("overlay")?.as_str()?);
+    is_refused(case.world, case.execute, case.arguments)
+        && actions(case.execute, case.arguments)
             .filter_map(overlay)
-            .any(|overlay| case.world.graph.parents(overlay).next().is_some())
+            .any(|overlay| graph.parents(overlay).next().is_some())
 }
 
-fn names_a_file(world: &World, entry: &Map<String, Value>) -> bool {
-    let node = entry.get("node-name").and_then(Value::as_str);
-    let is_qcow2 = |name| {
-        let node = world.graph.find(name);
-        node.is_some_and(|node| world.graph.node(node).driver == Driver::Qcow2)
-    };
-    node.is_some_and(is_qcow2) && entry.get("file").is_some_and(Value::is_string)
+/// Of a qcow2 node, to another node.
+fn changes_file(world: &World, entry: &Map<String, Value>) -> bool {
+    let graph = &world.graph;
+    let find = |key: &str| graph.find(entry.get(key)?.as_str()?);
+    let node = find("node-name").filter(|node| graph.node(*node).driver == Driver::Qcow2);
+    node.zip(find("file")).is_some_and(|(node, file)| {
+        // A filter that nobody asked for is passed over.
+        let mut has = std::iter::successors(graph.primary_child(node), |below| {
+            graph.filter_child(*below).filter(|_| graph.node(*below).implicit)
+        });
+        has.all(|below| below != file)
+    })
 }
 
 fn entries(arguments: &Map<String, Value>) -> impl Iterator<Item = &Map<String, Value>> {

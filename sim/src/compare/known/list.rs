@@ -1,6 +1,7 @@
 //! The list of reviewed defects: what each is called, what the daemon does and what is right.
 //!
-//! Rules: an entry says nothing of how it is recognised; that is in `cases`, and in `ahead` for a command that is still to be sent.
+//! Rules: an entry names the functions that recognise it, and has none of its own: those that `matches` a case and those that `steer`
+//! around a command that is still to be sent are in `cases` and `ahead`, or in `backup`, `bitmaps` and `kept` where they are about these.
 //! Defects that show only under gated storage are in `known_run`.
 
 use super::{Defect, Sure, ahead, backup, bitmaps, cases, kept};

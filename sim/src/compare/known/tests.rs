@@ -1,5 +1,6 @@
 //! Every entry is complete, and its near misses are not explained.
 
+mod backup;
 mod bitmaps;
 mod content;
 mod graph;
@@ -56,6 +57,7 @@ fn at_last(scenario: &str, case: impl FnOnce(&mut Case<'_>)) -> Option<&'static 
         arguments,
         world,
         past: &past,
+        strayed: &[],
         leftovers: &[],
         what: None,
         failed: None,
@@ -137,6 +139,7 @@ fn explained(scenario: &str, case: impl FnOnce(&mut Case<'_>)) -> Option<&'stati
         arguments: &none,
         world: &world,
         past: &past,
+        strayed: &[],
         leftovers: &[],
         what: None,
         failed: None,

@@ -5,11 +5,14 @@
 
 use std::rc::Rc;
 
+use blkcheck_impl::event::Event;
 use blkcheck_model::graph::Graph;
-use blkcheck_model::{Command, Driver, NodeId, World};
+use blkcheck_model::{Command, Driver, NodeId, Outcome, World};
 use serde_json::{Map, Value};
 
-use crate::compare::known;
+use crate::compare::known::{self, Strayed};
+use crate::history::{FaultKind, Record};
+use crate::scenario::Scenario;
 
 /// What happened so far in a run.
 #[derive(Debug, Default)]
@@ -26,8 +29,12 @@ pub(super) struct Causes {
     pub(super) over_raw: bool,
     /// The base of a running stream has no name that would open it as it is.
     pub(super) described: bool,
-    /// The last layer of a running stream was given another backing node, and there was a filter above the old one.
-    pub(super) strayed: bool,
+    /// Streams that succeeded although their last layer had got another backing node, and there was a filter above the old one.
+    pub(super) strayed: Vec<Strayed>,
+    /// Images of streams that failed after storage did not write or flush something of that very image.
+    pub(super) unwritten: Vec<Rc<str>>,
+    /// Images, by their place in the scenario, that storage failed to write or to flush.
+    lost: Vec<u32>,
     /// A stream looked for its base by a file's name among nodes that have a description for a name.
     pub(super) looked: bool,
 }
@@ -62,10 +69,39 @@ impl Causes {
     /// What the model is like now.
     pub(super) fn look(&mut self, world: &World) {
         self.described |= has_described_base(world);
-        self.strayed |= world.jobs.iter().any(|job| {
-            job.stream()
-                .is_some_and(|stream| stream.has_strayed(&world.graph))
-        });
+    }
+
+    /// This is about to be followed.
+    pub(super) fn told(&mut self, scenario: &Scenario, world: &World, record: &Record) {
+        match record {
+            Record::Fault(fault) if matches!(fault.kind, FaultKind::Write | FaultKind::Flush) => {
+                self.lost.push(fault.image);
+            }
+            Record::Layer(Event::Qmp { name, data }) if *name == "BLOCK_JOB_COMPLETED" => {
+                let text = |key: &str| data.get(key).and_then(Value::as_str);
+                let failed = text("error").is_some() && text("type") == Some("stream");
+                let job = text("device").filter(|_| failed).and_then(|id| world.job(id));
+                if let Some(stream) = job.and_then(|job| job.stream()) {
+                    let device = world.graph.skip_filters(stream.device);
+                    let image = |at: &u32| scenario.images.get(*at as usize).map(|image| &*image.file);
+                    let mut lost = self.lost.iter().filter_map(image);
+                    let own = world.image_file(device);
+                    self.unwritten
+                        .extend(own.filter(|own| lost.any(|file| *file == **own)));
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// Some job succeeded.
+    pub(super) fn succeeded(&mut self, before: &World, after: &World) {
+        for job in before.jobs.iter().filter(|job| job.outcome.is_none()) {
+            let now = after.job(&job.id).map(|job| job.outcome);
+            if now.is_none_or(|outcome| outcome == Some(Outcome::Success)) {
+                self.strayed.extend(Strayed::of(before, &job.id));
+            }
+        }
     }
 }
 

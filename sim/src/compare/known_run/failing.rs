@@ -3,9 +3,11 @@
 //! Rules: as in [`super`]; a matcher wants a fault in the run as well.
 
 use super::{Defect, Found, Matcher, Sure, text};
-use crate::history::{FaultKind, Record};
+use crate::compare::known;
+use crate::history::{FaultKind, Outcome, Record, StepId};
 use crate::oracle::OracleName;
-use blkcheck_impl::event::Event;
+use crate::qemu::nbd::client::ESHUTDOWN;
+use crate::scenario::{Action, GuestOp};
 
 /// See the module.
 pub(super) static FAILING: &[Defect] = &[
@@ -77,49 +79,96 @@ pub(super) const MATCHERS: &[(&str, Matcher)] = &[
     ("stream-ignores-for-ever", ignores_for_ever),
 ];
 
-impl Found<'_> {
+impl<'a> Found<'a> {
     /// Storage failed a request of one of these kinds.
     fn failed(&self, kinds: &[FaultKind]) -> bool {
-        let is_one = |r: &Record| matches!(r, Record::Fault(fault) if kinds.contains(&fault.kind));
-        self.records.iter().any(is_one)
+        self.faults((0, self.records.len()), kinds) > 0
+    }
+
+    /// How often storage failed a request of one of these kinds, in a span of records.
+    fn faults(&self, (from, to): (usize, usize), kinds: &[FaultKind]) -> usize {
+        let is_one = |r: &&Record| matches!(r, Record::Fault(fault) if kinds.contains(&fault.kind));
+        let span = self.records.get(from..to).unwrap_or_default();
+        span.iter().filter(is_one).count()
+    }
+
+    /// A guest's request.
+    fn guest(&self, step: StepId) -> Option<(&'a str, &'a GuestOp)> {
+        match &self.scenario.steps.get(step.0 as usize)?.action {
+            Action::Guest { export, op } => Some((export, op)),
+            _ => None,
+        }
     }
 }
 
+/// Storage failed something while a read was in flight on the export whose connection is closed, and that read was not answered.
 /// Any fault may be under a read, through copy-on-read or what a table is evicted for.
 fn closes_connection(found: &Found<'_>) -> bool {
-    let any = |r: &Record| matches!(r, Record::Fault(_));
-    found.says(&[OracleName::Errors], "ends because its connection is closed")
-        && found.records.iter().any(any)
+    let closed = found
+        .violation
+        .step
+        .and_then(|step| Some((found.guest(step)?.0, found.span(step)?.1)));
+    let Some((export, end)) =
+        closed.filter(|_| found.says(&[OracleName::Errors], "ends because its connection is closed"))
+    else {
+        return false;
+    };
+    found.issued_steps().any(|read| {
+        let on_it = matches!(found.guest(read), Some((on, GuestOp::Read(_))) if on == export);
+        let lost = matches!(found.outcome(read), None | Some(Outcome::Read(Err(ESHUTDOWN))));
+        let span = found.span(read).filter(|_| on_it && lost);
+        span.is_some_and(|(begin, over)| found.faults((begin, over.min(end)), &FaultKind::ALL) > 0)
+    })
 }
 
+/// While somebody asked for block status, a table could not be read.
 fn answered_twice(found: &Found<'_>) -> bool {
     found.says(
         &[OracleName::Daemon],
         "a status request that failed is answered once more",
-    ) && found.failed(&[FaultKind::Read])
+    ) && found.issued_steps().any(|step| {
+        let asks = matches!(found.guest(step), Some((_, GuestOp::BlockStatus(_))));
+        let span = found.span(step).filter(|_| asks);
+        span.is_some_and(|span| found.faults(span, &[FaultKind::Read]) > 0)
+    })
 }
 
-/// The header is the old one, and a job failed after a write did.
+/// The header is the old one, and it is that of the device of a stream which failed after a write did.
 fn changes_graph(found: &Found<'_>) -> bool {
-    let failed = |r: &Record| {
-        matches!(r, Record::Layer(Event::Qmp { name, data })
-            if *name == "BLOCK_JOB_COMPLETED" && data.get("error").is_some())
-    };
+    let mut images = found.causes.unwritten.iter();
     found.says(&[OracleName::Image], "names another backing file")
-        && found.failed(&[FaultKind::Write, FaultKind::Flush])
-        && found.records.iter().any(failed)
+        && images.any(|image| known::words(&found.violation.message).any(|word| *word == **image))
 }
 
+/// The command that is not answered was failed twice: the header, and what is flushed after it.
 fn aborts(found: &Found<'_>) -> bool {
-    let changes = |(execute, arguments): super::Given<'_>| {
-        execute == "change-backing-file" && text(arguments, "image-node-name").is_some()
+    let changes = |step: &StepId| {
+        let command = found.command(*step);
+        let changes = command.is_some_and(|(execute, arguments)| {
+            execute == "change-backing-file" && text(arguments, "image-node-name").is_some()
+        });
+        changes && found.outcome(*step).is_none()
     };
-    found.says(&[OracleName::Daemon], "error_setv")
-        && found.failed(&[FaultKind::Write, FaultKind::Flush])
-        && found.unanswered().any(changes)
+    let twice = |step: StepId| {
+        let span = found.span(step);
+        span.is_some_and(|span| found.faults(span, &[FaultKind::Write, FaultKind::Flush]) > 1)
+    };
+    found.says(&[OracleName::Daemon], "error_setv") && found.issued_steps().filter(changes).any(twice)
 }
 
+/// The job is a stream that was told to ignore errors.
 fn ignores_for_ever(found: &Found<'_>) -> bool {
+    let id = found.violation.message.split('\'').nth(1).unwrap_or_default();
+    let of_job = |r: &Record| match r {
+        Record::Issued(step) => found
+            .command(*step)
+            .filter(|(_, given)| text(given, "job-id") == Some(id)),
+        _ => None,
+    };
+    let made_by = found.records.iter().rev().find_map(of_job);
     found.says(&[OracleName::Jobs], "it asks for the same again and again")
         && found.failed(&[FaultKind::Read])
+        && made_by.is_some_and(|(execute, given)| {
+            execute == "block-stream" && text(given, "on-error") == Some("ignore")
+        })
 }

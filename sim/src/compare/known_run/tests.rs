@@ -1,5 +1,8 @@
 //! Every entry is complete, and a finding is explained only with its cause in the run.
 
+mod failing;
+mod streams;
+
 use blkcheck_impl::event::Event;
 use serde_json::json;
 
@@ -19,7 +22,7 @@ fn every_entry_has_a_scenario_and_a_page() {
             defect.id
         );
     }
-    for (id, _) in MATCHERS.iter().chain(failing::MATCHERS) {
+    for (id, _) in MATCHERS.iter().chain(super::failing::MATCHERS) {
         assert!(find(id).is_some(), "{id} is not in a list");
     }
 }

@@ -6,6 +6,7 @@ use serde_json::Value;
 
 use super::{Run, Stop};
 use crate::compare::What;
+use crate::compare::known::Strayed;
 
 impl Run<'_> {
     /// Follows the events that came.
@@ -45,6 +46,9 @@ impl Run<'_> {
                     _ => Outcome::Success,
                 };
                 self.books.completed(&self.world, id, outcome);
+                if outcome == Outcome::Success {
+                    self.strayed.extend(Strayed::of(&self.world, id));
+                }
                 let may_fail = self.may_fail(id);
                 let expected = self
                     .world

@@ -154,8 +154,23 @@ fn reopens_that_end_the_daemon() {
     assert_eq!(of(json!([]), &crashes), Some("reopen-of-nothing"));
     assert_eq!(of(json!([t(json!({}))]), &crashes), None);
     let lost = Some("refused-reopen-loses-file");
-    assert_eq!(of(json!([t(json!({"force-share": true}))]), &crashes), lost);
-    assert_eq!(of(json!([t(json!({"driver": "raw"}))]), &crashes), lost);
+    let file = json!({"driver": "file", "node-name": "fx", "filename": "o"});
+    let to = |file_of_t: &str, more: Value| {
+        let mut all = t(more);
+        all["file"] = json!(file_of_t);
+        let steps = [command("blockdev-add", file.clone()), reopen(json!([all]))];
+        last(&steps, &crashes)
+    };
+    assert_eq!(to("fx", json!({"force-share": false})), lost);
+    let fb = json!({"driver": "file", "node-name": "fx", "filename": "b"});
+    let other = json!([{"driver": "raw", "node-name": "o", "file": "fx"}]);
+    assert_eq!(
+        last(&[command("blockdev-add", fb), reopen(other)], &crashes),
+        lost,
+        "another driver"
+    );
+    assert_eq!(to("ft", json!({"force-share": false})), None, "the file it has");
+    assert_eq!(to("fx", json!({})), None, "nothing that cannot change");
     let b = json!({"driver": "qcow2", "node-name": "b", "file": "fb", "backing": null});
     assert_eq!(
         of(json!([t(json!({"backing": null})), b]), &crashes),
@@ -215,4 +230,72 @@ fn a_node_is_drained_for_ever_by_a_command_that_comes_upon_it_twice() {
         "listed, and a child"
     );
     assert_eq!(of(json!([t])), None);
+}
+
+/// The scenario of the page, and the model before its step `at`.
+fn strays(at: usize) -> (Scenario, World) {
+    let entry = DEFECTS
+        .iter()
+        .find(|d| d.id == "stream-undoes-reopen")
+        .expect("an entry");
+    let scenario = parse::parse("test", entry.scenario.as_bytes()).expect("a scenario");
+    let world = replayed(&scenario, at).pop().expect("some").world;
+    (scenario, world)
+}
+
+#[test]
+fn a_stream_strays_only_after_the_reopen() {
+    assert_eq!(Strayed::of(&strays(7).1, "j0"), None, "before the reopen");
+    let (scenario, world) = strays(8);
+    let strayed = Strayed::of(&world, "j0").expect("it strayed");
+    assert_eq!(Strayed::of(&world, "j1"), None, "another job");
+    let none = Map::new();
+    let of = |strayed: &[Strayed], step: usize, what: What, model: &str, qemu: &str| {
+        let case = Case {
+            scenario: &scenario,
+            step,
+            execute: "",
+            arguments: &none,
+            world: &world,
+            past: &[],
+            strayed,
+            leftovers: &[],
+            what: Some(what),
+            failed: None,
+            model,
+            qemu,
+        };
+        explain(&case).map(|d| d.id)
+    };
+    let one = [strayed];
+    let undoes = Some("stream-undoes-reopen");
+    let (right, wrong) = ("n2 -backing-> n1", "n2 -backing-> t0");
+    assert_eq!(of(&one, 8, What::Edges, right, wrong), undoes);
+    assert_eq!(of(&[], 8, What::Edges, right, wrong), None, "it did not succeed");
+    assert_eq!(
+        of(&one, 8, What::Edges, "x -file-> y", "x -file-> z"),
+        None,
+        "other nodes"
+    );
+    assert_eq!(of(&one, 8, What::Jobs, right, wrong), None);
+    assert_eq!(of(&one, 8, What::Backing, "i2.img: None", "i2.img: Some"), undoes);
+    assert_eq!(
+        of(&one, 8, What::Backing, "i9.img: None", "i9.img: Some"),
+        None,
+        "another image"
+    );
+    let (data, holds) = (
+        "the write of step 3 within 0x200 bytes at 0x0",
+        "block status says zeroes",
+    );
+    assert_eq!(
+        of(&one, 9, What::Content, data, holds),
+        undoes,
+        "through the export above"
+    );
+    assert_eq!(
+        of(&one, 8, What::Content, data, holds),
+        None,
+        "of nobody knows what"
+    );
 }

@@ -1,0 +1,242 @@
+//! Matchers of what needs storage to fail.
+
+use super::*;
+use crate::history::{Fault, FaultKind};
+
+/// Storage fails this of image `a` (or `b`).
+fn fault(kind: FaultKind) -> Record {
+    fault_of(0, kind)
+}
+
+fn fault_of(image: u32, kind: FaultKind) -> Record {
+    Record::Fault(Fault {
+        image,
+        kind,
+        offset: 0,
+        bytes: 512,
+        done: 0,
+        errno: 5,
+    })
+}
+
+fn issued(step: u32) -> Record {
+    Record::Issued(StepId(step))
+}
+
+fn ended(step: u32, outcome: Outcome) -> Record {
+    Record::Ended(StepId(step), outcome)
+}
+
+/// What a violation of a run of these steps is explained by.
+fn ran(steps: &[Value], violation: &Violation, records: &[Record]) -> Option<&'static str> {
+    let image = |name: &str| json!({"file": name, "format": "qcow2", "size": 4096, "cluster-size": 512});
+    let scenario = json!({"version": 1, "grain": 512, "images": [image("a"), image("b")], "steps": steps});
+    let scenario: Scenario = serde_json::from_value(scenario).expect("a scenario");
+    explain(&scenario, violation, records).map(|d| d.id)
+}
+
+fn guest(export: &str, what: &str) -> Value {
+    let mut op = json!({});
+    op[what] = json!({"offset": 0, "length": 512});
+    json!({"actor": export, "export": export, "do": op})
+}
+
+fn monitor(execute: &str, arguments: &Value) -> Value {
+    json!({"actor": "m", "execute": execute, "arguments": arguments})
+}
+
+#[test]
+fn a_connection_is_closed_only_by_a_read_in_flight_on_it() {
+    let steps = [guest("x", "read"), guest("x", "write"), guest("y", "read")];
+    let closed = |step: u32| Violation {
+        step: Some(StepId(step)),
+        ..found(
+            OracleName::Errors,
+            "write of 512 bytes at 0x0 ends because its connection is closed, and nobody asked for that",
+        )
+    };
+    let lost = |step| ended(step, Outcome::Read(Err(ESHUTDOWN)));
+    let write_lost = ended(1, Outcome::Done(Err(ESHUTDOWN)));
+    let of = |step: u32, records: &[Record]| ran(&steps, &closed(step), records);
+    let closes = Some("read-error-closes-connection");
+    let read = fault(FaultKind::Read);
+    let both = [issued(0), issued(1), read.clone(), lost(0), write_lost.clone()];
+    assert_eq!(of(1, &both), closes);
+    assert_eq!(of(0, &both), closes, "the read itself");
+    let none = [issued(0), issued(1), lost(0), write_lost.clone()];
+    assert_eq!(of(1, &none), None, "storage did not fail");
+    let early = [read.clone(), issued(0), issued(1), lost(0), write_lost.clone()];
+    assert_eq!(of(1, &early), None, "it failed before");
+    let answered = ended(0, Outcome::Read(Ok([0; 512].into())));
+    let well = [issued(0), issued(1), read.clone(), answered, write_lost.clone()];
+    assert_eq!(of(1, &well), None, "the read was answered");
+    let alone = [issued(1), read.clone(), write_lost.clone()];
+    assert_eq!(of(1, &alone), None, "no read");
+    let elsewhere = [issued(2), issued(1), read.clone(), lost(2), write_lost.clone()];
+    assert_eq!(of(1, &elsewhere), None, "on another export");
+    let later = [issued(1), issued(0), write_lost, read, lost(0)];
+    assert_eq!(of(1, &later), None, "the connection had gone before");
+    let another = Violation {
+        oracle: OracleName::Daemon,
+        ..closed(1)
+    };
+    assert_eq!(ran(&steps, &another, &both), None);
+}
+
+#[test]
+fn a_status_request_is_answered_twice_only_when_a_read_fails_under_it() {
+    let twice = found(
+        OracleName::Daemon,
+        "a status request that failed is answered once more",
+    );
+    let steps = [guest("x", "block-status"), guest("x", "read")];
+    let of = |records: &[Record]| ran(&steps, &twice, records);
+    let read = fault(FaultKind::Read);
+    let failed = ended(0, Outcome::Status(Err(5)));
+    assert_eq!(
+        of(&[issued(0), read.clone(), failed.clone()]),
+        Some("status-error-answered-twice")
+    );
+    assert_eq!(of(&[issued(0), failed.clone()]), None, "storage did not fail");
+    assert_eq!(of(&[issued(0), fault(FaultKind::Write), failed.clone()]), None);
+    assert_eq!(of(&[read.clone(), issued(0), failed]), None, "it failed before");
+    assert_eq!(of(&[issued(1), read]), None, "nobody asks for status");
+}
+
+/// b, a over it, and a stream of all of a.
+fn streaming() -> Vec<Value> {
+    let qcow2 = |name: &str, backing: Value| {
+        let file = json!({"driver": "file", "node-name": format!("f{name}"), "filename": name});
+        json!({"driver": "qcow2", "node-name": name, "backing": backing, "file": file})
+    };
+    vec![
+        monitor("blockdev-add", &qcow2("b", Value::Null)),
+        monitor("blockdev-add", &qcow2("a", json!("b"))),
+        monitor(
+            "block-stream",
+            &json!({"job-id": "j", "device": "a", "on-error": "ignore"}),
+        ),
+    ]
+}
+
+/// The commands are carried out.
+fn carried_out(steps: &[Value]) -> Vec<Record> {
+    let names = ["blockdev-add", "block-stream", "change-backing-file"];
+    let of = |(step, action): (u32, &Value)| {
+        let what = *names
+            .iter()
+            .find(|name| action["execute"] == **name)
+            .expect("one of these");
+        [
+            issued(step),
+            Record::Layer(Event::MainBegin { what }),
+            Record::Layer(Event::MainEnd { what }),
+            ended(step, Outcome::Command(Ok(json!({})))),
+        ]
+    };
+    (0..).zip(steps).flat_map(of).collect()
+}
+
+#[test]
+fn a_failed_stream_changes_the_header_of_its_own_image_only() {
+    let steps = streaming();
+    let names = |image: &str| {
+        found(
+            OracleName::Image,
+            &format!("image {image} names another backing file than it should"),
+        )
+    };
+    let ends = |more: Value| {
+        let mut data = json!({"device": "j", "type": "stream"});
+        if more.is_string() {
+            data["error"] = more;
+        }
+        Record::Layer(Event::Qmp {
+            name: "BLOCK_JOB_COMPLETED",
+            data: data.into(),
+        })
+    };
+    let of = |image: &str, more: &[Record]| {
+        let records = [&carried_out(&steps)[..], more].concat();
+        ran(&steps, &names(image), &records)
+    };
+    let error = ends(json!("Input/output error"));
+    let write = fault(FaultKind::Write);
+    let changes = Some("failed-stream-changes-graph");
+    assert_eq!(of("a", &[write.clone(), error.clone()]), changes);
+    assert_eq!(of("a", &[fault(FaultKind::Flush), error.clone()]), changes);
+    assert_eq!(of("b", &[write.clone(), error.clone()]), None, "another image");
+    assert_eq!(of("a", &[fault(FaultKind::Read), error.clone()]), None);
+    assert_eq!(
+        of("a", &[fault_of(1, FaultKind::Write), error.clone()]),
+        None,
+        "another image failed"
+    );
+    assert_eq!(
+        of("a", std::slice::from_ref(&error)),
+        None,
+        "storage did not fail"
+    );
+    assert_eq!(
+        of("a", &[write.clone(), ends(Value::Null)]),
+        None,
+        "it did not fail"
+    );
+    assert_eq!(of("a", &[error, write]), None, "it had failed before");
+}
+
+#[test]
+fn change_backing_file_aborts_only_when_it_is_failed_twice() {
+    let mut steps = streaming();
+    steps.truncate(2);
+    let change = |whose: &str| {
+        let arguments = json!({"device": "a", "image-node-name": whose, "backing-file": "b"});
+        monitor("change-backing-file", &arguments)
+    };
+    steps.extend([change("b"), guest("x", "read")]);
+    let aborts = found(
+        OracleName::Daemon,
+        "util/error.c:68: error_setv: Assertion `*errp == NULL' failed.",
+    );
+    let open = |more: &[Record]| {
+        let records = [&carried_out(&steps[..2])[..], &[issued(2)], more].concat();
+        ran(&steps, &aborts, &records)
+    };
+    let (write, flush) = (fault(FaultKind::Write), fault(FaultKind::Flush));
+    assert_eq!(
+        open(&[write.clone(), flush.clone()]),
+        Some("change-backing-file-aborts")
+    );
+    assert_eq!(open(std::slice::from_ref(&write)), None, "once");
+    assert_eq!(open(&[fault(FaultKind::Read), fault(FaultKind::Read)]), None);
+    let answer = ended(2, Outcome::Command(Ok(json!({}))));
+    assert_eq!(open(&[write.clone(), flush.clone(), answer]), None, "answered");
+    let before = [&carried_out(&steps[..2])[..], &[write, flush, issued(2)]].concat();
+    assert_eq!(ran(&steps, &aborts, &before), None, "before the command");
+}
+
+#[test]
+fn only_a_stream_that_ignores_errors_asks_for_ever() {
+    let again = |job: &str| {
+        found(
+            OracleName::Jobs,
+            &format!(
+                "job '{job}' ignores more errors than there are sectors (8): it asks for the same again and again"
+            ),
+        )
+    };
+    let of = |stream: Value, job: &str, more: &[Record]| {
+        let mut steps = streaming();
+        steps[2] = monitor("block-stream", &stream);
+        let records = [&carried_out(&steps)[..], more].concat();
+        ran(&steps, &again(job), &records)
+    };
+    let ignores = json!({"job-id": "j", "device": "a", "on-error": "ignore"});
+    let read = [fault(FaultKind::Read)];
+    assert_eq!(of(ignores.clone(), "j", &read), Some("stream-ignores-for-ever"));
+    assert_eq!(of(ignores.clone(), "k", &read), None, "another job");
+    assert_eq!(of(ignores.clone(), "j", &[]), None, "storage did not fail");
+    assert_eq!(of(ignores, "j", &[fault(FaultKind::Write)]), None);
+    let reports = json!({"job-id": "j", "device": "a"});
+    assert_eq!(of(reports, "j", &read), None, "it does not ignore them");
+}
