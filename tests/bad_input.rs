@@ -5,12 +5,11 @@ mod common;
 
 use std::fs::{self, OpenOptions};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
-use common::{BLKCHECK, blkcheck, has_daemon, root, stderr, stdout};
+use common::{BLKCHECK, blkcheck, has_daemon, root, stderr, stdout, write_script};
 use serde_json::{Value, json};
 
 /// Waits for a command.
@@ -29,8 +28,7 @@ fn example() -> String {
 fn daemon(directory: &Path, does: &str) -> PathBuf {
     let path = directory.join("daemon");
     let version = "[ \"$1\" = --version ] && { echo qemu-storage-daemon version 10.0.2; exit; }";
-    fs::write(&path, format!("#!/bin/sh\n{version}\n{does}\n")).expect("written");
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o700)).expect("permitted");
+    write_script(&path, &format!("#!/bin/sh\n{version}\n{does}\n"));
     path
 }
 
@@ -272,11 +270,13 @@ fn lives(pid: u32) -> bool {
         .is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
 }
 
-/// Whoever kills the command leaves no daemon behind, be it that the daemon has only just begun: this one kills it.
+/// Whoever kills the command leaves no daemon and no directory behind, be it that the daemon has only just begun: this one kills it.
 #[test]
 #[expect(clippy::disallowed_methods, reason = "processes take real time")]
 fn a_killed_command_leaves_no_daemon() {
     let dir = dir();
+    let place = dir.path().join("tmp");
+    fs::create_dir(&place).expect("a directory");
     let pids = dir.path().join("pids");
     let kills = format!("echo $$ >> '{}'; kill -9 $PPID; exec sleep 1000", pids.display());
     let daemon = daemon(dir.path(), &kills);
@@ -284,7 +284,7 @@ fn a_killed_command_leaves_no_daemon() {
     for _ in 0..8 {
         let status = Command::new(BLKCHECK)
             .current_dir(dir.path())
-            .env("TMPDIR", dir.path())
+            .env("TMPDIR", &place)
             .args(["compare", "--qemu", daemon.to_str().expect("UTF-8"), &scenario])
             .status();
         assert_eq!(status.expect("it starts").code(), None, "it is killed");
@@ -294,10 +294,11 @@ fn a_killed_command_leaves_no_daemon() {
     assert_eq!(daemons.len(), 8);
     let alive = || daemons.iter().filter(|pid| lives(**pid)).count();
     let began = Instant::now();
-    while alive() > 0 && began.elapsed() < Duration::from_secs(20) {
+    while (alive() > 0 || !left(&place).is_empty()) && began.elapsed() < Duration::from_secs(20) {
         std::thread::sleep(Duration::from_millis(20));
     }
     assert_eq!(alive(), 0, "daemons live on");
+    assert_eq!(left(&place), [""; 0]);
 }
 
 /// Too few files may be open: it ends, one way or the other.

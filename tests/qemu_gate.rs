@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{BLKCHECK, has_daemon, stderr, stdout};
+use common::{BLKCHECK, has_daemon, stderr, stdout, write_script};
 use serde_json::Value;
 
 fn blkcheck(tmp: &Path, arguments: &[&str]) -> Output {
@@ -346,9 +346,7 @@ fn a_daemon_that_talks_nonsense_dies_or_hangs_is_a_finding_and_one_that_never_st
     }
     let tmp = tempfile::tempdir().expect("a directory");
     let fake = tmp.path().join("fake");
-    std::fs::write(&fake, FAKE).expect("written");
-    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
-    std::fs::set_permissions(&fake, mode).expect("ours");
+    write_script(&fake, FAKE);
     let run = |mode: &str| {
         let fake = fake.to_str().expect("a name");
         Command::new(BLKCHECK)

@@ -52,6 +52,16 @@ pub(crate) fn version(program: &str) -> Option<String> {
         .map(str::to_owned)
 }
 
+/// Writes a program for `/bin/sh`. Another process does: what is open for writing here would be so in whatever other tests
+/// are just starting, and not to be executed.
+pub(crate) fn write_script(path: &Path, text: &str) {
+    let written = Command::new("/bin/sh")
+        .args(["-c", "printf %s \"$2\" >\"$1\" && chmod 700 \"$1\"", "write"])
+        .args([path.as_os_str(), text.as_ref()])
+        .status();
+    assert!(written.expect("a shell").success());
+}
+
 /// Runs `blkcheck` in `dir`.
 pub(crate) fn blkcheck(dir: &Path, arguments: &[&str]) -> Output {
     Command::new(BLKCHECK)

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
-use rustix::process::{Pid, Signal, kill_process_group};
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, waitid};
 use tempfile::TempDir;
 
 use super::Broken;
@@ -141,9 +141,13 @@ fn read_line(pipe: impl Read, line: &mut Vec<u8>) -> io::Result<usize> {
 
 /// Kills a group of processes, by its leader. Not after that one was buried and another may have its number.
 fn kill_group(leader: &Child) {
-    if let Some(group) = i32::try_from(leader.id()).ok().and_then(Pid::from_raw) {
+    if let Some(group) = pid_of(leader) {
         let _ = kill_process_group(group, Signal::KILL);
     }
+}
+
+fn pid_of(child: &Child) -> Option<Pid> {
+    i32::try_from(child.id()).ok().and_then(Pid::from_raw)
 }
 
 fn parse_version(line: &str) -> Option<Version> {
@@ -157,7 +161,7 @@ fn parse_version(line: &str) -> Option<Version> {
 #[derive(Debug)]
 pub struct Daemon {
     child: Child,
-    /// It is no process any more.
+    /// It is no process any more, and nobody is left of its group.
     buried: bool,
     guard: Guard,
     directory: TempDir,
@@ -193,6 +197,12 @@ impl Guard {
     fn end(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        self.end();
     }
 }
 
@@ -309,14 +319,21 @@ impl Daemon {
             .map_or(0, |m| usize::try_from(m.len()).unwrap_or(0));
     }
 
-    /// Ends it and all that it started.
-    fn bury(&mut self) {
+    /// Ends it and all that it started. How it ended, where that is to be had.
+    fn bury(&mut self) -> Option<ExitStatus> {
         if !std::mem::replace(&mut self.buried, true) {
             kill_group(&self.child);
             // It must not outlive the process whose number it knows.
             self.guard.end();
-            let _ = self.child.wait();
         }
+        self.child.wait().ok()
+    }
+
+    /// Whether it ended. It keeps its number until it is buried.
+    fn is_over(&self) -> bool {
+        let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+        let pid = pid_of(&self.child);
+        pid.is_some_and(|pid| matches!(waitid(WaitId::Pid(pid), options), Ok(Some(_))))
     }
 
     /// It hung up: how it ended.
@@ -327,9 +344,9 @@ impl Daemon {
     pub fn ended(&mut self) -> Broken {
         let watch = Stopwatch::start();
         while watch.elapsed() < END_LIMIT {
-            if let Ok(Some(status)) = self.child.try_wait() {
-                // Nobody had the time to get its number.
-                self.bury();
+            if self.is_over()
+                && let Some(status) = self.bury()
+            {
                 // Only who aborts says why.
                 let words = self.last_words();
                 let why = words.last().filter(|_| status.signal() == Some(6));
@@ -388,10 +405,18 @@ mod tests {
     }
 
     fn script(directory: &TempDir, text: &str) -> PathBuf {
-        use std::os::unix::fs::PermissionsExt;
         let path = directory.path().join("program");
-        std::fs::write(&path, format!("#!/bin/sh\n{text}\n")).expect("written");
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o700)).expect("permitted");
+        // By a process of its own: what is open for writing here would be so in all that other tests just start, and not
+        // to be executed.
+        let written = Command::new("/bin/sh")
+            .args([
+                "-c",
+                "printf '#!/bin/sh\\n%s\\n' \"$2\" >\"$1\" && chmod 700 \"$1\"",
+                "write",
+            ])
+            .args([path.as_os_str(), text.as_ref()])
+            .status();
+        assert!(written.expect("a shell").success());
         path
     }
 
@@ -466,6 +491,34 @@ mod tests {
             assert!(!path.exists());
             std::fs::remove_file(&pids).expect("there");
         }
+    }
+
+    /// Whose number a group has to be killed by.
+    #[test]
+    #[expect(clippy::disallowed_methods, reason = "another process takes real time")]
+    fn a_daemon_that_ended_keeps_its_number_until_it_is_buried() {
+        let directory = Daemon::directory().expect("a directory");
+        let (_ours, theirs) = UnixStream::pair().expect("a pair");
+        let mut daemon = Daemon::start(Path::new("/bin/false"), directory, theirs).expect("starts");
+        let watch = Stopwatch::start();
+        while !daemon.is_over() && watch.elapsed() < END_LIMIT {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let process = PathBuf::from(format!("/proc/{}", daemon.pid()));
+        assert!(daemon.is_over() && process.exists());
+        assert_eq!(daemon.bury().and_then(|status| status.code()), Some(1));
+        assert!(!process.exists());
+    }
+
+    /// Where no daemon starts, for one.
+    #[test]
+    fn a_guard_of_nobody_is_no_corpse() {
+        let directory = Daemon::directory().expect("a directory");
+        let guard = Guard::start(&directory).expect("starts");
+        let process = PathBuf::from(format!("/proc/{}", guard.0.id()));
+        assert!(process.exists());
+        drop(guard);
+        assert!(!process.exists());
     }
 
     #[test]
