@@ -24,6 +24,8 @@ pub mod guide;
 pub mod harness;
 pub mod history;
 pub mod image;
+#[cfg(target_os = "linux")]
+pub mod lack;
 pub mod marks;
 pub mod oracle;
 pub mod owner;

@@ -127,9 +127,9 @@ impl ProgressLine {
         let template = "{elapsed_precise} {pos} seeds ({per_sec}) {msg}";
         bar.set_style(ProgressStyle::with_template(template).expect("the template is well formed"));
         let done = Arc::new(AtomicBool::new(false));
-        let ticker = (!bar.is_hidden()).then(|| {
+        let tick = || {
             let (bar, done, progress) = (bar.clone(), Arc::clone(&done), Arc::clone(progress));
-            std::thread::spawn(move || {
+            let ticker = std::thread::Builder::new().spawn(move || {
                 while !done.load(Ordering::Relaxed) {
                     bar.set_position(progress.seeds.load(Ordering::Relaxed));
                     let operations = progress.operations.load(Ordering::Relaxed);
@@ -137,8 +137,11 @@ impl ProgressLine {
                     bar.set_message(format!("{operations} operations, {findings} findings"));
                     std::thread::park_timeout(Duration::from_millis(200));
                 }
-            })
-        });
+            });
+            // Without a thread for it, there is no line.
+            ticker.ok()
+        };
+        let ticker = if bar.is_hidden() { None } else { tick() };
         ProgressLine { bar, done, ticker }
     }
 

@@ -132,7 +132,7 @@ impl Summary {
 /// Carries it out.
 ///
 /// # Errors
-/// No daemon of the right version that starts.
+/// No daemon of the right version that starts, or too little of something of ours.
 pub fn run(
     work: &Work,
     program: Option<&Path>,
@@ -153,6 +153,7 @@ pub fn run(
             ..Summary::default()
         },
         fresh: Vec::new(),
+        unusable: None,
         shrinks,
         stop,
         progress,
@@ -165,6 +166,9 @@ pub fn run(
                     found.summary.interrupted = true;
                     break;
                 }
+                if found.unusable.is_some() {
+                    break;
+                }
                 let left_out = found.one(&mut lockstep, name, scenario);
                 let note = |step| note(name, scenario, step);
                 found.summary.notes.extend(left_out.into_iter().map(note));
@@ -174,6 +178,9 @@ pub fn run(
             for seed in seeds.clone() {
                 if stop.load(Ordering::Relaxed) {
                     found.summary.interrupted = true;
+                    break;
+                }
+                if found.unusable.is_some() {
                     break;
                 }
                 found.one(&mut lockstep, &format!("seed {seed}"), &profile.generate(seed));
@@ -188,6 +195,9 @@ pub fn run(
             found.summary.left_out = walked.left_out;
             found.summary.walked = Some(walked);
         }
+    }
+    if let Some(why) = found.unusable {
+        return Err(CliError::Environment(format!("compare: {why}")));
     }
     // Told before the shrinker adds its own.
     found.summary.seconds = watch.elapsed().as_secs_f64();
@@ -211,6 +221,8 @@ struct Found<'a> {
     summary: Summary,
     /// To be shrunk and saved.
     fresh: Vec<(String, Scenario, Finding)>,
+    /// What we were short of: no more can be found.
+    unusable: Option<String>,
     shrinks: bool,
     stop: &'a AtomicBool,
     progress: &'a dyn Fn(u64),
@@ -248,6 +260,10 @@ impl Found<'_> {
     }
 
     fn add(&mut self, name: &str, scenario: &Scenario, finding: Finding) {
+        if finding.failed == Some(Kind::Unusable) {
+            self.unusable.get_or_insert(finding.qemu);
+            return;
+        }
         match finding.known {
             Some(id) => self.met(id, name, &finding, None),
             None => self.fresh.push((name.to_owned(), scenario.clone(), finding)),
@@ -420,6 +436,6 @@ impl Witness for Found<'_> {
     fn tick(&mut self, walked: &Walked) -> bool {
         (self.progress)(walked.sequences());
         self.summary.interrupted = self.stop.load(Ordering::Relaxed);
-        self.summary.interrupted
+        self.summary.interrupted || self.unusable.is_some()
     }
 }

@@ -101,6 +101,8 @@ pub enum Kind {
     Hang,
     /// It gave up on itself.
     Assert,
+    /// We are short of something ourselves: it says nothing about the daemon.
+    Unusable,
 }
 
 impl Kind {
@@ -111,6 +113,7 @@ impl Kind {
             Kind::Crash => "crash",
             Kind::Hang => "hang",
             Kind::Assert => "assert",
+            Kind::Unusable => "unusable",
         }
     }
 
@@ -121,6 +124,7 @@ impl Kind {
                 Kind::Assert
             }
             Broken::Died(_) | Broken::Nonsense(_) => Kind::Crash,
+            Broken::Unusable(_) => Kind::Unusable,
         }
     }
 }

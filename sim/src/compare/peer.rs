@@ -14,6 +14,7 @@ use serde_json::{Map, Value, json};
 
 use crate::clock::Stopwatch;
 use crate::image::build::build;
+use crate::lack::Share;
 use crate::qemu::Broken;
 use crate::qemu::names::{Names, made_up_number, no_such_file, option_of_file};
 use crate::qemu::nbd::client::{Answer, Ask, Client};
@@ -25,8 +26,13 @@ use crate::scenario::{Format, Image, Scenario};
 
 /// A daemon that answers nothing for so long hangs. All requests are answered at once, so this is ample.
 const HANGS_AFTER: Duration = Duration::from_secs(10);
+/// One that is about all the time and does not come to an end either. What it does takes longest on a slow machine.
+const GIVES_UP_AFTER: Duration = Duration::from_secs(300);
 /// Scenarios after which a daemon is replaced, so that what it leaks cannot add up.
 const SCENARIOS: u32 = 5000;
+
+/// Looks at a daemon that is about between two looks at the clock.
+const LOOKS: u32 = 256;
 
 /// A refusal: class and description.
 pub(super) type Refused = (String, String);
@@ -68,6 +74,8 @@ impl Ready {
 pub struct Peer {
     program: PathBuf,
     version: Version,
+    /// Of the files that may be open.
+    _share: Share,
     running: Option<Running>,
     clean: bool,
     patience: Duration,
@@ -101,10 +109,12 @@ impl Peer {
     /// When there is none of version 10.
     pub fn new(program: Option<&Path>) -> Result<Peer, Unavailable> {
         let program = program.unwrap_or(Path::new(PROGRAM)).to_owned();
+        let share = Share::take()?;
         let version = version(&program)?;
         Ok(Peer {
             program,
             version,
+            _share: share,
             running: None,
             clean: false,
             patience: HANGS_AFTER,
@@ -365,8 +375,7 @@ impl Peer {
 
 impl Running {
     fn start(program: &Path) -> Result<Running, Broken> {
-        let unusable =
-            |reason: std::io::Error| Broken::Nonsense(format!("the daemon does not start: {reason}"));
+        let unusable = |reason: std::io::Error| Broken::lack("the daemon does not start", &reason);
         let directory = Daemon::directory().map_err(unusable)?;
         let server = Server::listen(&Daemon::storage_socket(directory.path())).map_err(unusable)?;
         let client = Client::new(&Daemon::export_socket(directory.path()));
@@ -403,7 +412,7 @@ impl Running {
     fn pump(&mut self, ready: Ready) -> Result<bool, Broken> {
         let mut stirred = ready.monitor && self.monitor.pump()?;
         if ready.server {
-            stirred |= self.server.pump().map_err(Broken::Nonsense)?;
+            stirred |= self.server.pump()?;
         }
         if ready.client {
             stirred |= self.client.pump().map_err(Broken::Nonsense)?;
@@ -421,18 +430,26 @@ impl Running {
     fn until(&mut self, what: &str, mut done: impl FnMut(&mut Running) -> bool) -> Result<(), Broken> {
         let mut watch: Option<Stopwatch> = None;
         let mut ready = Ready::ALL;
+        let mut looks = 0u32;
         loop {
             let stirred = self.pump(ready)?;
             if done(self) {
                 return Ok(());
             }
-            if stirred {
+            let limit = if stirred {
                 ready = Ready::ALL;
-                continue;
-            }
-            ready = self.doze();
-            if watch.get_or_insert_with(Stopwatch::start).elapsed() > self.patience {
-                return Err(Broken::Hangs(format!("{what} in {} s", self.patience.as_secs())));
+                looks = looks.wrapping_add(1);
+                if !looks.is_multiple_of(LOOKS) {
+                    continue;
+                }
+                GIVES_UP_AFTER
+            } else {
+                ready = self.doze();
+                self.patience
+            };
+            if watch.get_or_insert_with(Stopwatch::start).elapsed() > limit {
+                let hangs = Broken::Hangs(format!("{what} in {} s", limit.as_secs()));
+                return Err(self.daemon.judge(hangs));
             }
         }
     }
@@ -482,7 +499,11 @@ impl Running {
         })?;
         self.answers = answers;
         events.append(&mut told);
-        Ok(result.expect("just came"))
+        let result = result.expect("just came");
+        if let Err((_, desc)) = &result {
+            Broken::unless_lack(desc)?;
+        }
+        Ok(result)
     }
 
     fn ask(
@@ -496,8 +517,17 @@ impl Running {
     }
 
     fn rest(&mut self, events: &mut Vec<(String, Value)>) -> Result<(), Broken> {
+        let mut watch: Option<Stopwatch> = None;
+        let mut looks = 0u32;
         loop {
-            self.sleepers.wait(Whom::All)?;
+            let rested = self.sleepers.wait(Whom::All);
+            rested.map_err(|broken| self.daemon.judge(broken))?;
+            looks = looks.wrapping_add(1);
+            if looks.is_multiple_of(LOOKS)
+                && watch.get_or_insert_with(Stopwatch::start).elapsed() > GIVES_UP_AFTER
+            {
+                return Err(Broken::Hangs("it does not come to rest".to_owned()));
+            }
             let stirred = self.pump(Ready::ALL)?;
             let mut news = false;
             while let Some(message) = self.monitor.take() {
@@ -517,7 +547,7 @@ impl Running {
         const TOKEN: u32 = u32::MAX;
         self.client
             .submit(export, TOKEN, ask)
-            .map_err(|e| Broken::Nonsense(format!("the daemon takes no connection: {e}")))?;
+            .map_err(|e| Broken::by("the daemon takes no connection", &e))?;
         let mut answer = None;
         self.until("a guest's request is not answered", |running| {
             answer = running.client.answers().find(|(token, _)| *token == TOKEN);

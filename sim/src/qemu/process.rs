@@ -18,8 +18,9 @@ use std::time::Duration;
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, waitid};
 use tempfile::TempDir;
 
-use super::Broken;
+use super::{Broken, FEW};
 use crate::clock::Stopwatch;
+use crate::lack::{self, TooFew};
 
 /// The daemon's name, looked up in PATH.
 pub const PROGRAM: &str = "qemu-storage-daemon";
@@ -53,6 +54,17 @@ pub enum Unavailable {
         /// Why not.
         reason: std::io::Error,
     },
+    /// There is no room for what it takes.
+    #[error("--on qemu: {0}")]
+    TooFew(#[from] TooFew),
+    /// Something that it takes is not to be had.
+    #[error("--on qemu: cannot start '{program}': {reason}")]
+    Lack {
+        /// What was tried.
+        program: String,
+        /// Why not, and what to do.
+        reason: String,
+    },
     /// Another program.
     #[error("--on qemu needs qemu-storage-daemon 10.x, but '{program} --version' says: {says}")]
     Version {
@@ -69,9 +81,15 @@ pub enum Unavailable {
 /// When there is none, or none of version 10.
 pub fn version(program: &Path) -> Result<Version, Unavailable> {
     let name = program.display().to_string();
-    let says = first_line(program).map_err(|reason| Unavailable::Missing {
-        program: name.clone(),
-        reason,
+    let says = first_line(program).map_err(|reason| {
+        let program = name.clone();
+        // No thread and no process is to be had just now.
+        let lacks = lack::is_ours(&reason) || reason.kind() == io::ErrorKind::WouldBlock;
+        if lacks {
+            let reason = lack::with_advice(&reason);
+            return Unavailable::Lack { program, reason };
+        }
+        Unavailable::Missing { program, reason }
     })?;
     match parse_version(&says) {
         Some(version) if version.0 == 10 => Ok(version),
@@ -286,6 +304,17 @@ impl Daemon {
         }
     }
 
+    /// Who is to blame for what it did not do in time: it hangs, or it may open too few files to go on.
+    #[must_use]
+    pub fn judge(&self, broken: Broken) -> Broken {
+        match broken {
+            Broken::Hangs(text) if lack::has_all_open(self.pid()) => {
+                Broken::Unusable(format!("{text}; {FEW}"))
+            }
+            broken => broken,
+        }
+    }
+
     /// Its process.
     #[must_use]
     pub fn pid(&self) -> u32 {
@@ -347,8 +376,11 @@ impl Daemon {
             if self.is_over()
                 && let Some(status) = self.bury()
             {
-                // Only who aborts says why.
                 let words = self.last_words();
+                if let Some(lack) = words.iter().find(|line| lack::is_told(line)) {
+                    return Broken::Unusable(format!("{lack}; {FEW}"));
+                }
+                // Only who aborts says why.
                 let why = words.last().filter(|_| status.signal() == Some(6));
                 let said = why.map_or_else(String::new, |line| format!(": {line}"));
                 return Broken::Died(format!("the daemon {}{said}", manner(status)));

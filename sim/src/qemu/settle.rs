@@ -87,7 +87,7 @@ enum Place {
 #[derive(Debug)]
 pub struct Sleepers {
     directory: PathBuf,
-    /// The directory; its links count the threads.
+    /// The directory, once they were listed; its links count the threads.
     count: Option<File>,
     threads: Vec<Thread>,
     /// How many threads there were at the start.
@@ -108,6 +108,21 @@ fn read<'a>(file: &File, buffer: &'a mut [u8; 512]) -> Option<&'a [u8]> {
 fn ours(error: io::Error) -> Option<io::Error> {
     let gone = error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(ESRCH);
     (!gone).then_some(error)
+}
+
+/// A file that not every kernel has, or shows to everybody.
+fn unless_missing(file: io::Result<File>) -> io::Result<Option<File>> {
+    match file {
+        Err(e)
+            if matches!(
+                e.kind(),
+                io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied
+            ) =>
+        {
+            Ok(None)
+        }
+        file => file.map(Some),
+    }
 }
 
 /// Reads the text of `schedstat`: time on a processor, time waiting for one, how often.
@@ -140,8 +155,8 @@ impl Thread {
     fn open(directory: &Path, letters: bool) -> io::Result<Thread> {
         Ok(Thread {
             place: File::open(directory.join(if letters { "stat" } else { "wchan" }))?,
-            runs: File::open(directory.join("schedstat")).ok(),
-            nudge: File::open(directory.join("syscall")).ok(),
+            runs: unless_missing(File::open(directory.join("schedstat")))?,
+            nudge: unless_missing(File::open(directory.join("syscall")))?,
         })
     }
 
@@ -176,7 +191,7 @@ impl Sleepers {
     pub fn of(pid: u32) -> Sleepers {
         let directory = PathBuf::from(format!("/proc/{pid}/task"));
         Sleepers {
-            count: File::open(&directory).ok(),
+            count: None,
             directory,
             threads: Vec::new(),
             first: 0,
@@ -190,10 +205,16 @@ impl Sleepers {
     fn list(&mut self) {
         self.threads.clear();
         self.blind = None;
-        let entries = match fs::read_dir(&self.directory) {
-            Ok(entries) => entries,
-            Err(e) => return self.blind = ours(e),
-        };
+        if let Err(e) = self.try_list() {
+            self.blind = ours(e);
+        }
+    }
+
+    fn try_list(&mut self) -> io::Result<()> {
+        if self.count.is_none() {
+            self.count = Some(File::open(&self.directory)?);
+        }
+        let entries = fs::read_dir(&self.directory)?;
         let mut numbers: Vec<u32> = entries
             .filter_map(|e| e.ok()?.file_name().to_str()?.parse().ok())
             .collect();
@@ -201,9 +222,10 @@ impl Sleepers {
         for n in numbers {
             match Thread::open(&self.directory.join(n.to_string()), self.letters) {
                 Ok(thread) => self.threads.push(thread),
-                Err(e) => self.blind = self.blind.take().or(ours(e)),
+                Err(e) => ours(e).map_or(Ok(()), Err)?,
             }
         }
+        Ok(())
     }
 
     fn is_listed(&self) -> bool {
@@ -261,9 +283,7 @@ impl Sleepers {
         let mut limits = Limits::default();
         loop {
             if let Some(reason) = &self.blind {
-                return Err(Broken::Hangs(format!(
-                    "its threads cannot be looked at: {reason}"
-                )));
+                return Err(Broken::lack("its threads cannot be looked at", reason));
             }
             if self.threads.is_empty() || self.has_ended(&limits) {
                 return Ok(false);
@@ -271,12 +291,16 @@ impl Sleepers {
             if self.all_sleep(whom) {
                 return Ok(true);
             }
-            if !self.is_listed() {
+            let listed = self.is_listed();
+            if !listed {
                 self.list();
-                continue;
             }
             let used = || self.threads.iter().map(|t| t.runs().nanoseconds).sum();
-            if limits.looked(used)? && !self.letters && self.letter() == Some(b'S') && !self.sleeps(0) {
+            let still = limits.looked(used)?;
+            if !listed {
+                continue;
+            }
+            if still && !self.letters && self.letter() == Some(b'S') && !self.sleeps(0) {
                 self.letters = true;
                 self.list();
             }
@@ -360,6 +384,14 @@ mod tests {
         assert_eq!(parse_letter(b"12 (a"), None);
     }
 
+    #[test]
+    fn threads_that_cannot_be_looked_at_are_no_fault_of_theirs() {
+        let mut sleepers = Sleepers::of(std::process::id());
+        sleepers.directory = PathBuf::from("/dev/null/task");
+        let result = sleepers.wait(Whom::All);
+        assert!(matches!(result, Err(Broken::Unusable(_))), "{result:?}");
+    }
+
     fn start(program: &str, arguments: &[&str]) -> Option<Child> {
         Command::new(program).args(arguments).spawn().ok()
     }
@@ -374,6 +406,13 @@ mod tests {
         assert!(matches!(rest(&polls), None | Some(Ok(true))));
         let result = rest(&busy);
         assert!(matches!(result, Some(Err(Broken::Hangs(_)))), "{result:?}");
+        // The count of its threads is never right.
+        if let Some(busy) = &busy {
+            let mut sleepers = Sleepers::of(busy.id());
+            sleepers.count = Some(File::open("/proc/self/fd").expect("there"));
+            let result = sleepers.wait(Whom::All);
+            assert!(matches!(result, Err(Broken::Hangs(_))), "{result:?}");
+        }
         let mut sleepers = Sleepers::of(over.id());
         while sleepers.wait(Whom::NoMonitor).expect("it ends") {}
         over.wait().expect("it ended");

@@ -16,6 +16,8 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use crate::lack::TooFew;
+
 /// Why there is no loop device. The texts say what is missing.
 #[derive(Debug, thiserror::Error)]
 pub enum LoopError {
@@ -40,6 +42,9 @@ pub enum LoopError {
         /// What it said.
         text: String,
     },
+    /// There is no room for what it takes.
+    #[error(transparent)]
+    TooFew(#[from] TooFew),
     /// Anything else about files.
     #[error("{what}: {error}")]
     Io {

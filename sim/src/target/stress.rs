@@ -32,6 +32,7 @@ use crate::clock::Stopwatch;
 use crate::finish::STATUSES;
 use crate::history::{Outcome, Record, Refusal, StatusRun, StepId};
 use crate::image::build::build;
+use crate::lack::Share;
 use crate::qemu::Broken;
 use crate::qemu::nbd::client::{Answer, Ask, Extent};
 use crate::qemu::process::{PROGRAM, Unavailable, Version, version};
@@ -45,6 +46,8 @@ const IO_THREADS: usize = 2;
 const HANGS_AFTER: Duration = Duration::from_secs(20);
 /// The same on a machine where it had not.
 const GIVES_UP_AFTER: Duration = Duration::from_secs(300);
+/// One that says nothing for so long and may open no more files waits for one.
+const LACKS_AFTER: Duration = Duration::from_secs(3);
 /// Slowest speed limit, bytes per second.
 const SLOWEST: i64 = 64 << 10;
 /// Nodes longer than this are not read.
@@ -63,6 +66,8 @@ struct Pending {
 /// The target.
 #[derive(Debug)]
 pub struct StressTarget {
+    /// Of the files that may be open.
+    _share: Share,
     program: PathBuf,
     version: Version,
     running: Option<Running>,
@@ -106,8 +111,10 @@ impl StressTarget {
     /// When there is none of version 10.
     pub fn new(program: Option<&Path>) -> Result<StressTarget, Unavailable> {
         let program = program.unwrap_or(Path::new(PROGRAM)).to_owned();
+        let share = Share::take()?;
         let version = version(&program)?;
         Ok(StressTarget {
+            _share: share,
             program,
             version,
             running: None,
@@ -213,8 +220,13 @@ impl StressTarget {
         let Some((_, pending)) = self.under_way.take_if(|(number, _)| *number == id) else {
             return self.failed(Broken::Nonsense("an answer without a question".to_owned()));
         };
-        if result.is_ok() {
-            self.took_effect(&pending);
+        match &result {
+            Ok(_) => self.took_effect(&pending),
+            Err((_, desc)) => {
+                if let Err(broken) = Broken::unless_lack(desc) {
+                    return self.failed(broken);
+                }
+            }
         }
         self.main(super::qemu::lasting(&pending.execute), false);
         let result = result.map_err(|(class, desc)| Refusal { class, desc });
@@ -305,9 +317,7 @@ impl StressTarget {
         self.last = format!("step {}: {op:?} on {name}", step.0);
         self.in_flight += 1;
         if let Err(error) = self.running().client.submit(&name, step.0, ask) {
-            self.failed(Broken::Nonsense(format!(
-                "the daemon takes no connection: {error}"
-            )));
+            self.failed(Broken::by("the daemon takes no connection", &error));
         }
     }
 
@@ -343,8 +353,9 @@ impl StressTarget {
             let running = self.running();
             running.doze();
             let waited = watch.elapsed();
-            if waited > GIVES_UP_AFTER || (waited > HANGS_AFTER && running.had_its_time()) {
-                return Err(Broken::Hangs(format!("nothing comes in {} s", waited.as_secs())));
+            if running.is_overdue(waited) {
+                let hangs = Broken::Hangs(format!("nothing comes in {} s", waited.as_secs()));
+                return Err(running.daemon.judge(hangs));
             }
         }
         Ok(())

@@ -12,6 +12,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 
 use super::wire::{self, Command, Reader, Request, index, info, option, reply, transmission};
+use crate::qemu::Broken;
 
 /// What a disk of ours can do.
 const FLAGS: u16 = transmission::HAS_FLAGS
@@ -207,12 +208,12 @@ impl Server {
     /// connections that stir at once may be seen in either order.
     ///
     /// # Errors
-    /// Nonsense from the daemon.
-    pub fn pump(&mut self) -> Result<bool, String> {
+    /// Nonsense from the daemon, or no more connections of ours.
+    pub fn pump(&mut self) -> Result<bool, Broken> {
         self.accept()
-            .map_err(|e| format!("no connection can be taken: {e}"))?;
+            .map_err(|e| Broken::lack("no connection can be taken", &e))?;
         for at in 0..self.connections.len() {
-            if self.receive(at)? || self.connections[at].send() {
+            if self.receive(at).map_err(Broken::Nonsense)? || self.connections[at].send() {
                 return Ok(true);
             }
         }

@@ -30,7 +30,7 @@ impl QemuTarget {
             running
                 .client
                 .connect(&export)
-                .map_err(|e| Broken::Nonsense(e.to_string()))?;
+                .map_err(|e| Broken::by("the daemon does not take connections", &e))?;
             running.until("an export does not open", |r| r.client.size(&export).is_some())?;
             let size = running.client.size(&export).expect("just opened");
             let answer = running.request(&export, Ask::Status(0, size.min(LONGEST_NODE)))?;

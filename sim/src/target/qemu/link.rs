@@ -28,6 +28,11 @@ use crate::qemu::settle::{Sleepers, Whom};
 const GREETING_LIMIT: Duration = Duration::from_secs(10);
 /// Most that is read at once.
 const PIECE: u64 = 16 << 20;
+/// Time of day of one wait for a daemon that does something all the time: what ends does so much earlier, and the machine is
+/// in trouble.
+const GIVES_UP_AFTER: Duration = Duration::from_secs(300);
+/// Looks between two looks at the clock.
+const LOOKS: u32 = 256;
 /// Nodes longer than this are not read (a null-co of a terabyte).
 pub(super) const LONGEST_NODE: u64 = 256 << 20;
 /// A daemon and all our ends to it.
@@ -121,7 +126,7 @@ impl Running {
         if let Some(debugger) = self.debugger.take() {
             self.backtrace = debugger.backtrace(!matches!(broken, Broken::Died(_)));
         }
-        broken
+        self.daemon.judge(broken)
     }
 
     /// Waits until the daemon rests and everything it said is here.
@@ -130,6 +135,7 @@ impl Running {
     }
 
     fn try_settle(&mut self) -> Result<(), Broken> {
+        let mut patience = Patience::default();
         loop {
             let whom = if self.monitor.is_busy() || self.monitor.greeting().is_none() {
                 Whom::All
@@ -139,13 +145,16 @@ impl Running {
             let alive = self.sleepers.wait(whom)?;
             // One after the other: what is sent at the same time may be seen in either order.
             let stirred = self.monitor.pump()?
-                || self.server.pump().map_err(Broken::Nonsense)?
+                || self.server.pump()?
                 || self.client.pump().map_err(Broken::Nonsense)?;
             if !alive || self.monitor.is_gone() {
                 return Err(self.daemon.ended());
             }
             if !stirred {
                 return Ok(());
+            }
+            if patience.is_over() {
+                return Err(Broken::Hangs("it does not come to rest".to_owned()));
             }
         }
     }
@@ -169,7 +178,11 @@ impl Running {
             }
             answer.is_some()
         })?;
-        Ok(answer.expect("just came"))
+        let answer = answer.expect("just came");
+        if let Err((_, desc)) = &answer {
+            Broken::unless_lack(desc)?;
+        }
+        Ok(answer)
     }
 
     /// Releases requests in order until `done`.
@@ -178,13 +191,19 @@ impl Running {
         what: &str,
         mut done: impl FnMut(&mut Running) -> bool,
     ) -> Result<(), Broken> {
+        let mut patience = Patience::default();
         loop {
             self.settle()?;
             if done(self) {
                 return Ok(());
             }
-            if self.server.held().is_empty() {
-                let broken = Broken::Hangs(format!("{what}, and nothing is held"));
+            let why = match () {
+                () if self.server.held().is_empty() => "nothing is held",
+                () if patience.is_over() => "there is no end to what it asks of storage",
+                () => "",
+            };
+            if !why.is_empty() {
+                let broken = Broken::Hangs(format!("{what}, and {why}"));
                 return Err(self.look_into(broken));
             }
             self.server.release(0);
@@ -221,7 +240,7 @@ impl Running {
         const TOKEN: u32 = u32::MAX;
         self.client
             .submit(export, TOKEN, ask)
-            .map_err(|e| Broken::Nonsense(e.to_string()))?;
+            .map_err(|e| Broken::by("the daemon does not take connections", &e))?;
         let mut answer = None;
         self.until("a request is not answered", |running| {
             answer = running.client.answers().find(|(token, _)| *token == TOKEN);
@@ -242,6 +261,22 @@ impl Running {
             }
         }
         Ok(bytes)
+    }
+}
+
+/// Of one wait.
+#[derive(Debug, Default)]
+struct Patience {
+    looks: u32,
+    watch: Option<Stopwatch>,
+}
+
+impl Patience {
+    /// After a look in vain.
+    fn is_over(&mut self) -> bool {
+        self.looks += 1;
+        self.looks.is_multiple_of(LOOKS)
+            && self.watch.get_or_insert_with(Stopwatch::start).elapsed() > GIVES_UP_AFTER
     }
 }
 

@@ -32,6 +32,7 @@ use crate::choice::Key;
 use crate::disk::{BadEnd, Op};
 use crate::history::{Outcome, Record, StepId};
 use crate::image::build::build;
+use crate::lack::Share;
 use crate::qemu::Broken;
 use crate::qemu::graph::Snapshot;
 use crate::qemu::names::Names;
@@ -57,13 +58,18 @@ struct Pending {
 
 impl From<Broken> for Trouble {
     fn from(broken: Broken) -> Trouble {
-        Trouble::Lost(broken.to_string())
+        match broken {
+            Broken::Unusable(text) => Trouble::Unusable(format!("qemu-storage-daemon: {text}")),
+            broken => Trouble::Lost(broken.to_string()),
+        }
     }
 }
 
 /// The target.
 #[derive(Debug)]
 pub struct QemuTarget {
+    /// Of the files that may be open.
+    _share: Share,
     program: PathBuf,
     version: Version,
     running: Option<Running>,
@@ -103,8 +109,10 @@ impl QemuTarget {
     /// When there is none of version 10.
     pub fn new(program: Option<&Path>) -> Result<QemuTarget, Unavailable> {
         let program = program.unwrap_or(Path::new(PROGRAM)).to_owned();
+        let share = Share::take()?;
         let version = version(&program)?;
         Ok(QemuTarget {
+            _share: share,
             program,
             version,
             running: None,

@@ -160,6 +160,7 @@ impl QemuTarget {
                 Ok(value)
             }
             Err((class, desc)) => {
+                Broken::unless_lack(&desc)?;
                 let desc = self.names.text(&desc).unwrap_or(desc);
                 let desc = no_such_file(&desc, self.running().server.missing());
                 let desc = option_of_file(&desc).unwrap_or(desc);
@@ -287,7 +288,7 @@ impl QemuTarget {
         let name = self.export_name(export);
         self.last = format!("step {}: {op:?} on {name}", step.0);
         if let Err(error) = self.running().client.submit(&name, step.0, ask) {
-            let broken = Broken::Nonsense(format!("the daemon does not take connections: {error}"));
+            let broken = Broken::by("the daemon does not take connections", &error);
             self.trouble.get_or_insert(broken);
         }
     }

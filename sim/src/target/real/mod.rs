@@ -35,6 +35,7 @@ use super::{
 use crate::choice::Key;
 use crate::history::{Record, StepId};
 use crate::image::build::{build, raw_data};
+use crate::lack::Share;
 use crate::oracle::Violation;
 use crate::scenario::{Action, Format, Image, Scenario};
 
@@ -53,6 +54,8 @@ pub enum Medium {
 /// The target.
 #[derive(Debug)]
 pub struct RealTarget {
+    /// Of the files that may be open.
+    _share: Share,
     inner: SimTarget,
     real: RealEnv,
     medium: Medium,
@@ -73,6 +76,7 @@ impl RealTarget {
     /// # Errors
     /// What is missing on this machine, for the user.
     pub fn new(medium: Medium) -> Result<RealTarget, LoopError> {
+        let share = Share::take()?;
         if medium == Medium::Loop {
             available()?;
         }
@@ -86,6 +90,7 @@ impl RealTarget {
         })?;
         say_whether_judged();
         Ok(RealTarget {
+            _share: share,
             inner: SimTarget::new(),
             real,
             medium,

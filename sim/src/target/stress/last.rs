@@ -60,7 +60,7 @@ impl StressTarget {
                 continue;
             }
             let connected = running.client.connect(&export);
-            connected.map_err(|e| Broken::Nonsense(e.to_string()))?;
+            connected.map_err(|e| Broken::by("the daemon takes no connection", &e))?;
             running.until("an export does not open", |r| r.client.size(&export).is_some())?;
             let size = running.client.size(&export).expect("just opened");
             let allocated = match running.request(&export, Ask::Status(0, size.min(LONGEST_NODE)))? {

@@ -3,12 +3,14 @@
 use std::fs;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::{Map, Value, json};
 
-use super::{GIVES_UP_AFTER, HANGS_AFTER, IO_THREADS, LONGEST_NODE, Trouble, object, unusable};
+use super::{GIVES_UP_AFTER, HANGS_AFTER, IO_THREADS, LACKS_AFTER, LONGEST_NODE, Trouble, object, unusable};
 use crate::clock::Stopwatch;
+use crate::lack;
 use crate::qemu::Broken;
 use crate::qemu::nbd::client::{Answer, Ask, Client};
 use crate::qemu::process::Daemon;
@@ -91,11 +93,18 @@ impl Running {
             }
             self.doze();
             let waited = watch.elapsed();
-            let patient = waited < HANGS_AFTER || (waited < GIVES_UP_AFTER && !self.had_its_time());
-            if !patient {
-                return Err(Broken::Hangs(format!("{what} in {} s", waited.as_secs())));
+            if self.is_overdue(waited) {
+                let hangs = Broken::Hangs(format!("{what} in {} s", waited.as_secs()));
+                return Err(self.daemon.judge(hangs));
             }
         }
+    }
+
+    /// Whether an answer that was waited for so long is not to be expected any more.
+    pub(super) fn is_overdue(&self, waited: Duration) -> bool {
+        waited > GIVES_UP_AFTER
+            || (waited > HANGS_AFTER && self.had_its_time())
+            || (waited > LACKS_AFTER && lack::has_all_open(self.daemon.pid()))
     }
 
     /// All threads of the daemon sleep: whoever waits for it waits in vain.
@@ -126,13 +135,17 @@ impl Running {
             }
             answer.is_some()
         })?;
-        Ok(answer.expect("just came"))
+        let answer = answer.expect("just came");
+        if let Err((_, desc)) = &answer {
+            Broken::unless_lack(desc)?;
+        }
+        Ok(answer)
     }
 
     /// A request of ours, to its end.
     pub(super) fn request(&mut self, export: &str, ask: Ask) -> Result<Answer, Broken> {
         let submitted = self.client.submit(export, TOKEN, ask);
-        submitted.map_err(|e| Broken::Nonsense(e.to_string()))?;
+        submitted.map_err(|e| Broken::by("the daemon takes no connection", &e))?;
         let mut answer = None;
         self.until("a request is not answered", |running| {
             answer = running.client.answers().find(|(token, _)| *token == TOKEN);
