@@ -113,6 +113,9 @@ fn every_page_is_in_the_index() {
     }
     let rows = index.lines().filter(|l| l.starts_with("| [")).count();
     assert_eq!(rows, pages.len(), "the index names pages that are not there");
+    let readme = std::fs::read_to_string(root().join("README.md")).expect("readable");
+    let said = format!("[{} defects](docs/findings/README.md)", pages.len());
+    assert!(readme.contains(&said), "README.md does not say {said}");
     for defect in known_run::all() {
         assert!(pages.contains(&format!("{}.md", defect.id)), "{}", defect.id);
     }

@@ -1,5 +1,6 @@
 //! Backups: refusals word for word and in order, what a job holds, its end, bitmaps, groups. Everything here was seen in
-//! qemu-storage-daemon 10.0, but for the end of a backup whose filter is part of a frozen chain, which aborts it.
+//! qemu-storage-daemon 10.0, but for what its defects do otherwise (docs/findings): the end of a backup whose filter is part of a frozen
+//! chain, the source of a backup that left the chain, and a transaction that is taken back after several backups.
 
 use std::rc::Rc;
 

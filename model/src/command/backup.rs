@@ -5,7 +5,8 @@
 //! out. A bitmap is used up by it: from then on its successor records, and the end decides what of the two is left. The
 //! end, good or bad, takes edges and filter away; a concluded job holds nothing.
 //! Differs from QEMU 10.0: a filter that is part of a frozen chain stays, as one that keeps nothing; there the daemon aborts. The
-//! source cannot be deleted while its backup runs, wherever it is in the graph.
+//! source cannot be deleted while its backup runs, wherever it is in the graph, and goes after the filter when nobody else holds it;
+//! there the daemon aborts. A transaction that is taken back leaves bitmaps as they were, and answers whatever it had made.
 
 use std::rc::Rc;
 

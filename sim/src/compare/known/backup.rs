@@ -1,11 +1,14 @@
 //! What the entries about backups look for.
 
-use blkcheck_model::{Command, NodeId, Refusal, World};
+use blkcheck_model::job::Job;
+use blkcheck_model::{Command, NodeId, Outcome, Parent, Refusal, World};
 use serde_json::{Map, Value};
 
 use super::causes::{Given, actions, has_bottom, is_refused, past};
 use super::strayed::words;
 use super::{Around, Case, Kind, What};
+
+const NO_DRAIN: &str = "bdrv_do_drained_end: Assertion `bs->quiesce_counter > 0'";
 
 /// The backups that a transaction is to make: their arguments.
 fn backups<'a>(
@@ -119,6 +122,63 @@ pub(super) fn backup_loses_source(case: &Case<'_>) -> bool {
 pub(super) fn takes_source(around: &Around<'_>) -> bool {
     deletes_source(around.world, around.execute, around.arguments)
 }
+
+/// The filter of a backup is all that holds its source, and nothing is above the filter: when that goes, the source goes with it.
+/// `now`: other jobs hold it as well, as long as they are there.
+fn holds_alone(world: &World, now: bool) -> bool {
+    let graph = &world.graph;
+    let backups = world.jobs.iter().filter_map(Job::backup);
+    let mut pairs = backups.filter_map(|backup| Some((backup.source, backup.filter?)));
+    pairs.any(|(source, filter)| {
+        let of_job = |parent: &Parent| matches!(parent, Parent::Job(..));
+        let mut above = graph.parents(source);
+        let mut users = graph.parents(filter);
+        !graph.node(source).monitor_owned
+            && above.all(|(_, edge)| edge.parent == Parent::Node(filter) || (!now && of_job(&edge.parent)))
+            && users.all(|(_, edge)| of_job(&edge.parent))
+    })
+}
+
+/// The end of a drain finds none, when the job may have ended: now, or before the last command.
+pub(super) fn backup_frees_source(case: &Case<'_>) -> bool {
+    let last = case.past.last().map(|past| &past.world);
+    case.failed == Some(Kind::Assert)
+        && case.qemu.contains(NO_DRAIN)
+        && (holds_alone(case.world, true) || last.is_some_and(|last| holds_alone(last, true)))
+}
+
+/// Somebody else lets go of the source: at once, or at the end of a stream that is to begin.
+pub(super) fn leaves_source_alone(around: &Around<'_>) -> bool {
+    let backs_up = || around.world.jobs.iter().any(|job| job.backup().is_some());
+    if !LETS_GO.contains(&around.execute) || !backs_up() {
+        return false;
+    }
+    let command = Value::Object(around.arguments.clone());
+    let mut after = around.world.clone();
+    if after.execute(&Command::new(around.execute, &command)).is_err() {
+        return false;
+    }
+    let streams = after
+        .jobs
+        .iter()
+        .filter(|job| job.stream().is_some() && job.outcome.is_none());
+    let streams: Vec<_> = streams.map(|job| job.id.clone()).collect();
+    let at_once = holds_alone(&after, false);
+    for id in streams {
+        let _ = after.job_completed(&id, Outcome::Success);
+    }
+    at_once || holds_alone(&after, false)
+}
+
+/// Commands that take somebody from above a node.
+const LETS_GO: [&str; 6] = [
+    "block-stream",
+    "blockdev-reopen",
+    "blockdev-del",
+    "block-export-del",
+    "blockdev-backup",
+    "transaction",
+];
 
 /// One transaction makes a backup of the upper layer alone and then puts an overlay above that layer. The target lacks what the
 /// layer held: it holds nothing there, or what it held before.

@@ -1,7 +1,8 @@
 //! What the entries about copy-before-write filters and their snapshots look for.
 
-use blkcheck_model::Command;
 use blkcheck_model::copy_before_write::LARGEST_CLUSTER;
+use blkcheck_model::job::{Job, Sync};
+use blkcheck_model::{Command, Driver, World};
 use serde_json::{Map, Value};
 
 use super::{Around, Case, Kind, What};
@@ -48,4 +49,34 @@ pub(super) fn gets_shorter_target(around: &Around<'_>) -> bool {
     let command = Value::Object(around.arguments.clone());
     let refused = around.world.check(&Command::new(around.execute, &command)).err();
     refused.is_some_and(|refusal| refusal.desc.contains(SHORTER))
+}
+
+/// Block status of a snapshot comes upon a target that holds nothing.
+pub(super) fn snapshot_status_aborts(case: &Case<'_>) -> bool {
+    case.failed == Some(Kind::Assert)
+        && case
+            .qemu
+            .contains("cbw_co_snapshot_block_status: Assertion `ret & BDRV_BLOCK_ALLOCATED'")
+        && shows_what_is_not_held(case.world)
+}
+
+/// Some snapshot shows clusters that count as copied and that its target may lack: those that a backup leaves out, or zeroes in an
+/// image that has no mark for them.
+fn shows_what_is_not_held(world: &World) -> bool {
+    let graph = &world.graph;
+    let snapshots = graph
+        .nodes()
+        .filter(|(_, node)| node.driver == Driver::SnapshotAccess);
+    let mut filters = snapshots.filter_map(|(id, _)| {
+        let mut below = std::iter::successors(graph.primary_child(id), |node| graph.filter_child(*node));
+        below.find(|node| graph.node(*node).driver == Driver::CopyBeforeWrite)
+    });
+    filters.any(|filter| {
+        let mut backups = world.jobs.iter().filter_map(Job::backup);
+        let own = backups.find(|backup| backup.filter == Some(filter));
+        let target = graph.children(filter).find(|(_, edge)| edge.name == "target");
+        let header = target.and_then(|(_, edge)| world.header(graph.skip_filters(edge.child)));
+        own.is_some_and(|backup| matches!(backup.sync, Sync::Top | Sync::Bitmap))
+            || header.is_some_and(|header| header.version < 3)
+    })
 }

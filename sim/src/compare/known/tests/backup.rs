@@ -358,3 +358,134 @@ fn only_the_bitmap_of_a_backup_that_is_taken_back_is_filled() {
     let gone = differs(What::Bitmaps, CLEAN, "bitmap 'b' of node 's': none");
     assert_eq!(of(&both, &gone), None);
 }
+
+/// v stands on u, which nobody else holds, w on v, and u is backed up to t or to w.
+fn inline(target: &str) -> Vec<Value> {
+    let file = json!({"driver": "file", "node-name": "fu", "filename": "r"});
+    let u = json!({"driver": "qcow2", "node-name": "u", "file": file, "backing": null});
+    let w = json!({"driver": "qcow2", "node-name": "w", "file": {"driver": "file", "node-name": "fw", "filename": "p"},
+        "backing": "v"});
+    let v = json!({"driver": "qcow2", "node-name": "v", "file": {"driver": "file", "node-name": "fv", "filename": "o"},
+        "backing": u});
+    let without = |name: &str| command("blockdev-del", json!({"node-name": name}));
+    let pending = json!({"auto-finalize": false});
+    vec![
+        without("r"),
+        without("o"),
+        without("p"),
+        command("blockdev-add", v),
+        command("blockdev-add", w),
+        command("blockdev-backup", backup("j", "u", target, &pending)),
+    ]
+}
+
+fn backing(node: &str, file: &str, backing: Value) -> Value {
+    let mut options = json!({"driver": "qcow2", "node-name": node, "file": file});
+    options["backing"] = backing;
+    command("blockdev-reopen", json!({"options": [options]}))
+}
+
+#[test]
+fn a_source_is_freed_only_when_the_filter_is_all_that_holds_it() {
+    let dies = fails(
+        Kind::Assert,
+        "bdrv_do_drained_end: Assertion `bs->quiesce_counter > 0' failed.",
+    );
+    let cancel = command("job-cancel", json!({"id": "j"}));
+    let of = |more: &[Value], case: &dyn Fn(&mut Case<'_>)| {
+        let mut all = inline("t");
+        all.extend_from_slice(more);
+        all.push(cancel.clone());
+        last(&all, case)
+    };
+    let alone = backing("v", "fv", Value::Null);
+    let frees = Some("backup-frees-source");
+    assert_eq!(of(std::slice::from_ref(&alone), &dies), frees);
+    assert_eq!(of(&[], &dies), None, "it goes back below the overlay");
+    assert_eq!(of(std::slice::from_ref(&alone), &fails(Kind::Hang, "…")), None);
+    let other = fails(Kind::Assert, "another assertion");
+    assert_eq!(of(std::slice::from_ref(&alone), &other), None);
+    let shown = command(
+        "block-export-add",
+        json!({"type": "nbd", "id": "e", "node-name": "fj"}),
+    );
+    assert_eq!(of(&[alone, shown], &dies), None, "something is above the filter");
+    let named = [
+        command(
+            "blockdev-backup",
+            backup("j", "s", "t", &json!({"auto-finalize": false})),
+        ),
+        cancel,
+    ];
+    assert_eq!(last(&named, &dies), None, "somebody added it by name");
+}
+
+#[test]
+fn steering_keeps_somebody_above_the_source_of_a_backup() {
+    let of = |target: &str, step: &Value| {
+        let scenario = parse::parse("test", nodes(&inline(target)).as_bytes()).expect("a scenario");
+        let last = scenario.steps.last().expect("some").action.clone();
+        let mut world = replayed(&scenario, usize::MAX).pop().expect("some").world;
+        let Action::Command { execute, arguments } = last else {
+            panic!("a command")
+        };
+        let made = world.execute(&Command::new(&execute, &Value::Object(arguments)));
+        assert!(made.is_ok(), "{made:?}");
+        let arguments = step["arguments"].as_object().expect("an object");
+        steers_around(&world, &[], step["execute"].as_str().expect("a name"), arguments).map(|d| d.id)
+    };
+    let frees = Some("backup-frees-source");
+    let stream = |device: &str| command("block-stream", json!({"job-id": "k", "device": device}));
+    assert_eq!(of("t", &backing("v", "fv", Value::Null)), frees);
+    assert_eq!(of("w", &backing("v", "fv", Value::Null)), frees);
+    assert_eq!(of("w", &stream("v")), frees, "when the stream ends");
+    assert_eq!(of("t", &backing("v", "fv", json!("fj"))), None, "as it was");
+    assert_eq!(of("w", &stream("s")), None, "a stream of something else");
+    assert_eq!(of("w", &command("blockdev-del", json!({"node-name": "s"}))), None);
+}
+
+#[test]
+fn a_snapshot_has_to_show_what_its_target_may_lack() {
+    let dies = fails(
+        Kind::Assert,
+        "cbw_co_snapshot_block_status: Assertion `ret & BDRV_BLOCK_ALLOCATED' failed.",
+    );
+    let add = command("block-dirty-bitmap-add", json!({"node": "s", "name": "b"}));
+    let job = |more: Value| command("blockdev-backup", backup("j", "s", "t", &more));
+    let shows = |filter: &str| {
+        let snapshot = json!({"driver": "snapshot-access", "node-name": "q", "file": filter});
+        command("blockdev-add", snapshot)
+    };
+    let part = job(json!({"sync": "incremental", "bitmap": "b"}));
+    let of = |more: &[Value], case: &dyn Fn(&mut Case<'_>)| {
+        let all = [std::slice::from_ref(&add), more, &[harmless()]].concat();
+        last(&all, case)
+    };
+    let aborts = Some("snapshot-status-aborts");
+    assert_eq!(of(&[part.clone(), shows("fj")], &dies), aborts);
+    assert_eq!(of(&[job(json!({"sync": "top"})), shows("fj")], &dies), aborts);
+    assert_eq!(
+        of(&[job(json!({})), shows("fj")], &dies),
+        None,
+        "all of it is copied"
+    );
+    assert_eq!(of(std::slice::from_ref(&part), &dies), None, "nobody looks");
+    assert_eq!(
+        of(&[keeps("t", 0), shows("c")], &dies),
+        None,
+        "a filter that keeps everything"
+    );
+    assert_eq!(
+        of(&[part.clone(), shows("fj")], &fails(Kind::Assert, "another")),
+        None
+    );
+    assert_eq!(of(&[part, shows("fj")], &fails(Kind::Hang, "…")), None);
+    let old = |compat: u32, case: &dyn Fn(&mut Case<'_>)| {
+        let mut scenario: Value =
+            serde_json::from_str(&nodes(&[keeps("t", 0), shows("c"), harmless()])).expect("JSON");
+        scenario["images"][3]["compat"] = json!(compat);
+        at_last(&scenario.to_string(), case)
+    };
+    assert_eq!(old(2, &dies), aborts, "zeroes leave nothing there");
+    assert_eq!(old(3, &dies), None);
+}
