@@ -83,8 +83,8 @@ pub struct World {
     pub files: BTreeMap<Rc<str>, Rc<FileFacts>>,
     /// Jobs that are gone but for their last events.
     ghosts: Vec<Ghost>,
-    /// Jobs of a transaction that are yet to start, the next one first.
-    to_start: Vec<Rc<str>>,
+    /// Jobs that are yet to start, those of each transaction together, the next one first.
+    to_start: Vec<Vec<Rc<str>>>,
     /// The last number that a group of jobs was given.
     next_group: u32,
     /// Groups of which a job ended otherwise than well; it may be gone already when the others end.
@@ -220,14 +220,13 @@ impl World {
             _ => Ok(()),
         };
         let starts = job.status == JobStatus::Created && to == JobStatus::Running;
-        let turn = self
-            .to_start
-            .iter()
-            .position(|next| &**next == id)
-            .filter(|_| starts);
-        let allowed = match turn {
-            Some(at) if at > 0 => Err("another one of its transaction starts first"),
-            _ => allowed,
+        let is_next = |turn: &Vec<Rc<str>>| turn.first().is_some_and(|next| &**next == id);
+        let waits = |turn: &&Vec<Rc<str>>| turn.iter().any(|next| &**next == id);
+        let early = starts && self.to_start.iter().filter(waits).any(|turn| !is_next(turn));
+        let allowed = if early {
+            Err("another one of its transaction starts first")
+        } else {
+            allowed
         };
         allowed.map_err(|why| {
             format!(
@@ -236,11 +235,11 @@ impl World {
                 to.name()
             )
         })?;
-        if turn.is_some() {
-            self.to_start.remove(0);
-        }
         job.status = to;
         job.waited |= to == JobStatus::Waiting;
+        if to != JobStatus::Created {
+            self.starts_no_more(id);
+        }
         if to == JobStatus::Null {
             self.forget_job(id);
         }
@@ -335,7 +334,17 @@ impl World {
 
     /// Jobs were made by one transaction, in this order; the last one starts first.
     pub(crate) fn start_in_turn(&mut self, made: Vec<Rc<str>>) {
-        self.to_start = made.into_iter().rev().collect();
+        if !made.is_empty() {
+            self.to_start.push(made.into_iter().rev().collect());
+        }
+    }
+
+    /// It started, or never will: nobody waits for it.
+    fn starts_no_more(&mut self, id: &str) {
+        for turn in &mut self.to_start {
+            turn.retain(|next| &**next != id);
+        }
+        self.to_start.retain(|turn| !turn.is_empty());
     }
 
     /// Removes a job with its edges.
@@ -348,6 +357,7 @@ impl World {
         for edge in self.jobs.remove(at).edges {
             self.graph.remove_edge_and_refresh(edge);
         }
+        self.starts_no_more(id);
         self.reap();
     }
 

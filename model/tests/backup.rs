@@ -2,41 +2,24 @@
 //! qemu-storage-daemon 10.0, but for what its defects do otherwise (docs/findings): the end of a backup whose filter is part of a frozen
 //! chain, the source of a backup that left the chain, and a transaction that is taken back after several backups.
 
-use std::rc::Rc;
+mod common;
 
 use blkcheck_model::job::Sync;
-use blkcheck_model::{
-    Bitmap, Command, FileFacts, FileKind, JobStatus, Masks, Outcome, Perm, Qcow2Facts, Refusal, World,
-};
+use blkcheck_model::{Bitmap, JobStatus, Masks, Outcome, Perm, World};
+use common::{MIB, flat, image, ok, run, with};
 use serde_json::{Value, json};
 
-const MIB: u64 = 1 << 20;
-
-/// `s` and `t`, images of 1 MiB; `long` of 2 MiB; `r`, raw; `o` above `s`. `s` has a bitmap `b` with its first 4 KiB dirty.
+/// `s`, `t` and `m`, images of 1 MiB; `long` of 2 MiB; `r`, raw; `o` above `s`. `s` has a bitmap `b` with its first 4 KiB dirty.
 fn world() -> World {
-    let image = |name: &str, virtual_size, qcow2: bool| {
-        let facts = FileFacts {
-            kind: FileKind::Regular,
-            length: MIB,
-            request_alignment: 1,
-            qcow2: qcow2.then(|| Qcow2Facts {
-                virtual_size,
-                cluster_size: 65536,
-                version: 3,
-                backing: None,
-                bitmaps: Vec::new(),
-            }),
-        };
-        (Rc::from(name), facts)
-    };
     let mut world = World::new([
-        image("s", MIB, true),
-        image("t", MIB, true),
-        image("long", 2 * MIB, true),
-        image("o", MIB, true),
-        image("r", MIB, false),
+        image("s", MIB, 65536),
+        image("t", MIB, 65536),
+        image("long", 2 * MIB, 65536),
+        image("o", MIB, 65536),
+        image("m", MIB, 65536),
+        flat("r", MIB),
     ]);
-    for name in ["s", "t", "long", "o", "r"] {
+    for name in ["s", "t", "long", "o", "m", "r"] {
         let file = json!({"driver": "file", "node-name": format!("f{name}"), "filename": name});
         let mut node =
             json!({"driver": if name == "r" { "raw" } else { "qcow2" }, "node-name": name, "file": file});
@@ -52,30 +35,10 @@ fn world() -> World {
     world
 }
 
-#[expect(
-    clippy::needless_pass_by_value,
-    reason = "callers write the arguments in place"
-)]
-fn run(world: &mut World, name: &str, arguments: Value) -> Result<Value, Refusal> {
-    world.execute(&Command::new(name, &arguments))
-}
-
-#[track_caller]
-fn ok(world: &mut World, name: &str, arguments: Value) {
-    run(world, name, arguments).unwrap();
-}
-
 /// The arguments of a full backup of `s` to `t`, but for these; null: without.
 fn backup(more: &Value) -> Value {
-    let mut all =
-        json!({"job-id": "j", "device": "s", "target": "t", "sync": "full", "filter-node-name": "flt"});
-    for (key, value) in more.as_object().expect("an object") {
-        all[key] = value.clone();
-        if value.is_null() {
-            all.as_object_mut().expect("an object").remove(key);
-        }
-    }
-    all
+    let all = json!({"job-id": "j", "device": "s", "target": "t", "sync": "full", "filter-node-name": "flt"});
+    with(all, more)
 }
 
 #[expect(
@@ -84,13 +47,7 @@ fn backup(more: &Value) -> Value {
 )]
 #[track_caller]
 fn refused(more: Value, desc: &str) {
-    let (mut world, arguments) = (world(), backup(&more));
-    let before = world.clone();
-    assert_eq!(
-        run(&mut world, "blockdev-backup", arguments).unwrap_err().desc,
-        desc
-    );
-    assert_eq!(world, before);
+    common::refused(&world(), "blockdev-backup", backup(&more), desc);
 }
 
 #[test]
@@ -370,6 +327,37 @@ fn jobs_of_one_group_end_together() {
     world.job_completed("a", Outcome::Cancelled).unwrap();
     let names = ["fa", "fb"].map(|name| world.graph.find(name));
     assert_eq!(names, [None, None]);
+}
+
+#[test]
+fn each_transaction_has_an_order_of_its_own() {
+    use JobStatus::{Created, Running};
+    let mut world = world();
+    ok(&mut world, "transaction", two(&json!([])));
+    let third = backup(&json!({"job-id": "c", "device": "o", "target": "m", "filter-node-name": "fc"}));
+    ok(&mut world, "blockdev-backup", third);
+    for id in ["a", "b", "c"] {
+        world.job_status(id, Created).unwrap();
+    }
+    assert!(world.clone().job_status("a", Running).is_err(), "b starts first");
+    for id in ["c", "b", "a"] {
+        world.job_status(id, Running).unwrap();
+    }
+}
+
+#[test]
+fn nobody_waits_for_a_job_that_never_starts() {
+    use JobStatus::{Aborting, Created, Running};
+    let mut world = world();
+    let mut apart = two(&json!([]));
+    apart.as_object_mut().expect("an object").remove("properties");
+    ok(&mut world, "transaction", apart);
+    for id in ["a", "b"] {
+        world.job_status(id, Created).unwrap();
+    }
+    ok(&mut world, "job-cancel", json!({"id": "b"}));
+    world.job_status("b", Aborting).unwrap();
+    world.job_status("a", Running).unwrap();
 }
 
 #[test]

@@ -1,36 +1,22 @@
 //! Dirty bitmaps: refusals word for word, what marks them, transactions, and what images hold of them. Everything here was
 //! seen in qemu-storage-daemon 10.0.
 
-use std::rc::Rc;
+mod common;
 
-use blkcheck_model::{Bitmap, Command, FileFacts, FileKind, Qcow2Facts, Refusal, World};
+use blkcheck_model::{Bitmap, Refusal, World};
+use common::{MIB, flat, image, ok, refused, run};
 use serde_json::{Value, json};
-
-const MIB: u64 = 1 << 20;
 
 /// `n` and `m`, images of 1 MiB over `fn` and `fm`; `old`, of version 2; `c`, copy-on-read above `n`; `w`, 256 KiB of
 /// `flat` from 1024 on.
 fn world() -> World {
-    let image = |name: &str, version| {
-        let facts = FileFacts {
-            kind: FileKind::Regular,
-            length: MIB,
-            request_alignment: 1,
-            qcow2: (version > 0).then(|| Qcow2Facts {
-                virtual_size: MIB,
-                cluster_size: 65536,
-                version,
-                backing: None,
-                bitmaps: Vec::new(),
-            }),
-        };
-        (Rc::from(name), facts)
-    };
+    let mut old = image("/old", MIB, 65536);
+    old.1.qcow2.as_mut().expect("an image").version = 2;
     let mut world = World::new([
-        image("/n", 3),
-        image("/m", 3),
-        image("/old", 2),
-        image("/flat", 0),
+        image("/n", MIB, 65536),
+        image("/m", MIB, 65536),
+        old,
+        flat("/flat", MIB),
     ]);
     for (name, options) in [
         ("n", json!({"driver": "qcow2", "discard": "unmap"})),
@@ -54,27 +40,6 @@ fn world() -> World {
     world
 }
 
-#[expect(
-    clippy::needless_pass_by_value,
-    reason = "callers write the arguments in place"
-)]
-fn run(world: &mut World, name: &str, arguments: Value) -> Result<Value, Refusal> {
-    world.execute(&Command::new(name, &arguments))
-}
-
-#[track_caller]
-fn ok(world: &mut World, name: &str, arguments: Value) {
-    run(world, name, arguments).unwrap();
-}
-
-#[track_caller]
-fn refused(world: &World, name: &str, arguments: Value, desc: &str) {
-    let mut copy = world.clone();
-    assert_eq!(run(&mut copy, name, arguments).unwrap_err().desc, desc);
-    assert_eq!(copy, *world);
-}
-
-#[track_caller]
 fn add(world: &mut World, node: &str, name: &str, more: Value) {
     let mut arguments = more;
     (arguments["node"], arguments["name"]) = (json!(node), json!(name));
@@ -221,20 +186,7 @@ fn granularity_follows_the_cluster_size_within_bounds() {
         assert_eq!(bitmap(&world, node, "b").granularity, 65536);
     }
     let clusters = |cluster_size| {
-        let qcow2 = Qcow2Facts {
-            virtual_size: MIB,
-            cluster_size,
-            version: 3,
-            backing: None,
-            bitmaps: Vec::new(),
-        };
-        let facts = FileFacts {
-            kind: FileKind::Regular,
-            length: MIB,
-            request_alignment: 1,
-            qcow2: Some(qcow2),
-        };
-        let mut world = World::new([(Rc::from("/i"), facts)]);
+        let mut world = World::new([image("/i", MIB, cluster_size)]);
         let file = json!({"driver": "file", "filename": "/i"});
         ok(
             &mut world,

@@ -1,29 +1,14 @@
 //! Commands on one chain: the exact refusals, and the life of a stream. Texts are those of qemu-storage-daemon 10.0.
 
-use std::rc::Rc;
+mod common;
 
-use blkcheck_model::{Command, FileFacts, FileKind, JobStatus, Outcome, Qcow2Facts, Refusal, World};
+use blkcheck_model::{JobStatus, Outcome, World};
+use common::{MIB, image, refused, run};
 use serde_json::{Value, json};
 
 /// n0 ← n1 ← n2 ← n3, each a writable qcow2 over its own file; `c` is free-standing.
 fn chain() -> World {
-    let file = |n: usize| {
-        let qcow2 = Qcow2Facts {
-            virtual_size: 1 << 20,
-            cluster_size: 65536,
-            version: 3,
-            backing: None,
-            bitmaps: Vec::new(),
-        };
-        let facts = FileFacts {
-            kind: FileKind::Regular,
-            length: 65536,
-            request_alignment: 1,
-            qcow2: Some(qcow2),
-        };
-        (Rc::from(format!("/f{n}")), facts)
-    };
-    let mut world = World::new((0..4).map(file));
+    let mut world = World::new((0..4).map(|n| image(&format!("/f{n}"), MIB, 65536)));
     for n in 0..4_usize {
         let backing = n.checked_sub(1).map(|n| format!("n{n}"));
         let file = json!({"driver": "file", "filename": format!("/f{n}")});
@@ -37,21 +22,6 @@ fn chain() -> World {
     )
     .unwrap();
     world
-}
-
-#[expect(
-    clippy::needless_pass_by_value,
-    reason = "callers write the arguments in place"
-)]
-fn run(world: &mut World, name: &str, arguments: Value) -> Result<Value, Refusal> {
-    world.execute(&Command::new(name, &arguments))
-}
-
-#[track_caller]
-fn refused(world: &World, name: &str, arguments: Value, desc: &str) {
-    let mut copy = world.clone();
-    assert_eq!(run(&mut copy, name, arguments).unwrap_err().desc, desc);
-    assert_eq!(copy.graph, world.graph);
 }
 
 /// A stream of `n3` onto `n0` that runs.

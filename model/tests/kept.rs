@@ -1,30 +1,14 @@
 //! Copy-before-write filters and snapshots of them: refusals word for word, masks, lengths. Everything here was seen in
 //! qemu-storage-daemon 10.0, but for clusters that no copy has memory for, and for targets that are too short.
 
-use std::rc::Rc;
+mod common;
 
-use blkcheck_model::{Command, FileFacts, FileKind, Masks, Perm, Qcow2Facts, Refusal, World};
+use blkcheck_model::{Masks, Perm, World};
+use common::{MIB, image, ok, run, with};
 use serde_json::{Value, json};
-
-const MIB: u64 = 1 << 20;
 
 /// `s` with clusters of 4 KiB, `t` with clusters of 128 KiB, `long` of twice the length.
 fn world() -> World {
-    let image = |name: &str, virtual_size, cluster_size| {
-        let facts = FileFacts {
-            kind: FileKind::Regular,
-            length: MIB,
-            request_alignment: 1,
-            qcow2: Some(Qcow2Facts {
-                virtual_size,
-                cluster_size,
-                version: 3,
-                backing: None,
-                bitmaps: Vec::new(),
-            }),
-        };
-        (Rc::from(name), facts)
-    };
     let mut world = World::new([
         image("s", MIB, 4096),
         image("t", MIB, 131_072),
@@ -51,25 +35,9 @@ fn world() -> World {
     world
 }
 
-#[expect(
-    clippy::needless_pass_by_value,
-    reason = "callers write the arguments in place"
-)]
-fn run(world: &mut World, name: &str, arguments: Value) -> Result<Value, Refusal> {
-    world.execute(&Command::new(name, &arguments))
-}
-
-#[track_caller]
-fn ok(world: &mut World, name: &str, arguments: Value) {
-    run(world, name, arguments).unwrap();
-}
-
 fn filter(more: &Value) -> Value {
-    let mut add = json!({"driver": "copy-before-write", "node-name": "c", "file": "s", "target": "t"});
-    for (key, value) in more.as_object().expect("an object") {
-        add[key] = value.clone();
-    }
-    add
+    let add = json!({"driver": "copy-before-write", "node-name": "c", "file": "s", "target": "t"});
+    with(add, more)
 }
 
 #[expect(
@@ -78,13 +46,7 @@ fn filter(more: &Value) -> Value {
 )]
 #[track_caller]
 fn refused(more: Value, desc: &str) {
-    let mut world = world();
-    let before = world.clone();
-    assert_eq!(
-        run(&mut world, "blockdev-add", filter(&more)).unwrap_err().desc,
-        desc
-    );
-    assert_eq!(world, before);
+    common::refused(&world(), "blockdev-add", filter(&more), desc);
 }
 
 #[test]
