@@ -395,10 +395,8 @@ impl Running {
         let mut events = Vec::new();
         let greeted = running.until("no greeting", |r| r.monitor.greeting().is_some());
         if let Err(broken) = greeted {
-            // Whoever aborts was quoted already.
-            let why = running.daemon.why(broken.clone());
             return Err(match broken {
-                Broken::Died(text) if !text.contains(": ") => Broken::Died(why),
+                Broken::Died(text) => Broken::Died(running.daemon.why(text)),
                 broken => broken,
             });
         }

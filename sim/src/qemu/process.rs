@@ -295,12 +295,15 @@ impl Daemon {
         })
     }
 
-    /// Why it is of no use, with what it said of it.
+    /// Why it is of no use, with what it said of it, once.
     #[must_use]
     pub fn why(&self, reason: impl std::fmt::Display) -> String {
+        let reason = reason.to_string();
         match self.last_words().last() {
-            Some(line) if !line.is_empty() => format!("{reason}; it said: {line}"),
-            _ => reason.to_string(),
+            Some(line) if !line.is_empty() && !reason.contains(&**line) => {
+                format!("{reason}; it said: {line}")
+            }
+            _ => reason,
         }
     }
 
