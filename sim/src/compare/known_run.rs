@@ -16,7 +16,7 @@ use serde_json::{Map, Value};
 use self::causes::Causes;
 use super::known::{self, DEFECTS, Defect, Strayed, Sure};
 use crate::follow::Follower;
-use crate::history::{FaultKind, Outcome, Record, StepId};
+use crate::history::{FaultKind, Outcome, Record, Refusal, StepId};
 use crate::oracle::{OracleName, Violation};
 use crate::qemu::nbd::client::ESHUTDOWN;
 use crate::scenario::{Action, Format, GuestOp, Range, Scenario};
@@ -365,22 +365,25 @@ fn keeps_root(found: &Found<'_>) -> bool {
         && found.last_answer().is_some_and(refused)
 }
 
-/// The name on record is right and the format is not; by a command that was accepted, or that storage failed, as it may have
-/// when the header was written already.
+/// The name on record is right and the format is not, by a command that was accepted. Or the name is that of a command which storage
+/// failed: the header may have been written before, and would be right if the format were.
 fn backing_format(found: &Found<'_>) -> bool {
     let line = |with: &str| found.violation.evidence.iter().find_map(|l| l.strip_prefix(with));
     let name = |line: Option<&str>| line.and_then(|l| l.split('"').nth(1)).map(str::to_owned);
-    let (expected, got) = (line("expected:"), line("found:"));
+    let (expected, got) = (name(line("expected:")), name(line("found:")));
+    let wrote = |step: StepId, answer: &Result<Value, Refusal>| {
+        let command = found
+            .command(step)
+            .filter(|(execute, _)| *execute == "change-backing-file");
+        command.is_some_and(|(_, arguments)| match answer {
+            Ok(_) => expected.is_some() && expected == got,
+            Err(_) => failed_by_storage(found, step) && text(arguments, "backing-file") == got.as_deref(),
+        })
+    };
     found.says(&[OracleName::Image], "names another backing file")
-        && name(expected).is_some()
-        && name(expected) == name(got)
+        && got.is_some()
         && found.records.iter().any(|r| match r {
-            Record::Ended(step, Outcome::Command(answer)) => {
-                let changes = found
-                    .command(*step)
-                    .is_some_and(|(execute, _)| execute == "change-backing-file");
-                changes && (answer.is_ok() || failed_by_storage(found, *step))
-            }
+            Record::Ended(step, Outcome::Command(answer)) => wrote(*step, answer),
             _ => false,
         })
 }

@@ -7,7 +7,6 @@ use blkcheck_impl::event::Event;
 use serde_json::json;
 
 use super::*;
-use crate::history::Refusal;
 use crate::scenario::parse;
 
 #[test]

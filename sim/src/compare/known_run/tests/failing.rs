@@ -240,3 +240,55 @@ fn only_a_stream_that_ignores_errors_asks_for_ever() {
     let reports = json!({"job-id": "j", "device": "a"});
     assert_eq!(of(reports, "j", &read), None, "it does not ignore them");
 }
+
+#[test]
+fn a_header_that_storage_failed_may_have_the_new_name_with_the_wrong_format() {
+    let mut steps = streaming();
+    steps.truncate(2);
+    let arguments = json!({"device": "a", "image-node-name": "a", "backing-file": "new"});
+    steps.push(monitor("change-backing-file", &arguments));
+    let names = |found_name: &str| Violation {
+        evidence: vec![
+            "expected: Some((\"b\", Some(\"raw\")))".to_owned(),
+            format!("found:    Some((\"{found_name}\", Some(\"qcow2\")))"),
+        ],
+        ..found(
+            OracleName::Image,
+            "the closed image 'a' names another backing file than it should",
+        )
+    };
+    let refused = || {
+        let refusal = Refusal {
+            class: "GenericError".to_owned(),
+            desc: "Error flushing drive: Input/output error".to_owned(),
+        };
+        ended(2, Outcome::Command(Err(refusal)))
+    };
+    let of = |name: &str, more: &[Record]| {
+        let records = [&carried_out(&steps[..2])[..], more].concat();
+        ran(&steps, &names(name), &records)
+    };
+    let flush = fault(FaultKind::Flush);
+    let format = Some("backing-format-of-overlay");
+    assert_eq!(of("new", &[issued(2), flush.clone(), refused()]), format);
+    assert_eq!(
+        of("old", &[issued(2), flush.clone(), refused()]),
+        None,
+        "another name"
+    );
+    assert_eq!(of("new", &[issued(2), refused()]), None, "storage did not fail");
+    assert_eq!(
+        of("new", &[flush, issued(2), refused()]),
+        None,
+        "it failed before"
+    );
+    let read = fault(FaultKind::Read);
+    assert_eq!(of("new", &[issued(2), read, refused()]), None);
+    let accepted = ended(2, Outcome::Command(Ok(json!({}))));
+    assert_eq!(
+        of("new", &[issued(2), accepted.clone()]),
+        None,
+        "the model has it then"
+    );
+    assert_eq!(of("b", &[issued(2), accepted]), format);
+}
