@@ -248,6 +248,9 @@ pub fn devices_over(directory: &Path) -> Vec<PathBuf> {
     devices
 }
 
+/// How often a device is taken anew that was detached by somebody else at once.
+const ATTEMPTS: u32 = 4;
+
 /// An attached loop device; detached when dropped.
 #[derive(Debug)]
 pub struct LoopDevice {
@@ -272,20 +275,27 @@ impl LoopDevice {
         } else {
             "--direct-io=off"
         };
-        let output = losetup(&["--find", "--show", direct, "--", &file.to_string_lossy()])?;
-        if !output.status.success() {
-            return Err(refused(&output.stderr));
+        let mut left = ATTEMPTS;
+        loop {
+            left -= 1;
+            let output = losetup(&["--find", "--show", direct, "--", &file.to_string_lossy()])?;
+            if !output.status.success() {
+                return Err(refused(&output.stderr));
+            }
+            let path = PathBuf::from(String::from_utf8_lossy(&output.stdout).trim());
+            let hold = OpenOptions::new().read(true).write(true).open(&path);
+            // While it is open this only marks it; were it not, it detaches it. Either way nothing stays behind.
+            let marked = losetup(&["--detach", &path.to_string_lossy()])?;
+            if left > 0 && is_gone(&marked) {
+                continue;
+            }
+            let hold = hold.map_err(io_error(format!("opening {}", path.display())))?;
+            if !marked.status.success() {
+                return Err(refused(&marked.stderr));
+            }
+            make_writable(&path)?;
+            return Ok(LoopDevice { path, _hold: hold });
         }
-        let path = PathBuf::from(String::from_utf8_lossy(&output.stdout).trim());
-        let hold = OpenOptions::new().read(true).write(true).open(&path);
-        // While it is open this only marks it; were it not, it detaches it. Either way nothing stays behind.
-        let marked = losetup(&["--detach", &path.to_string_lossy()])?;
-        let hold = hold.map_err(io_error(format!("opening {}", path.display())))?;
-        if !marked.status.success() {
-            return Err(refused(&marked.stderr));
-        }
-        make_writable(&path)?;
-        Ok(LoopDevice { path, _hold: hold })
     }
 
     /// `/dev/loopN`.
@@ -293,6 +303,12 @@ impl LoopDevice {
     pub fn path(&self) -> &Path {
         &self.path
     }
+}
+
+/// Nothing is attached any more: a `losetup` that a killed run had started was late, and detached the device that had got this
+/// number since.
+fn is_gone(marked: &std::process::Output) -> bool {
+    !marked.status.success() && String::from_utf8_lossy(&marked.stderr).contains("No such device or address")
 }
 
 /// The read-only flag of a device (BLKROSET) outlives detaching: whoever had this number last may have left it set.
