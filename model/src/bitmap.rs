@@ -155,7 +155,8 @@ impl Bitmap {
         }
     }
 
-    /// The successor in its place, which is also to be stored if this one was.
+    /// The successor in its place, which is also to be stored if this one was, and as read-only as this one. (QEMU forgets the
+    /// latter: its bitmap takes changes that nobody stores.)
     ///
     /// # Panics
     /// When there is none.
@@ -163,6 +164,7 @@ impl Bitmap {
     pub fn into_successor(self) -> Bitmap {
         let mut heir = *self.successor.expect("it is in use");
         heir.persistent = self.persistent;
+        heir.read_only = self.read_only;
         heir
     }
 
@@ -297,13 +299,14 @@ mod tests {
         bitmap.persistent = true;
         bitmap.mark(0..1);
         bitmap.give_successor(7);
+        bitmap.read_only = true;
         assert!(bitmap.is_busy() && bitmap.records() && !bitmap.enabled);
         bitmap.record(8192..8193);
         assert_eq!(bitmap.count(), Some(4096), "what is copied stays what it was");
         let heir = bitmap.clone().into_successor();
         assert_eq!(
-            (heir.count(), heir.enabled, heir.persistent),
-            (Some(4096), true, true)
+            (heir.count(), heir.enabled, heir.persistent, heir.read_only),
+            (Some(4096), true, true, true)
         );
         assert!(heir.dirty.as_ref().unwrap().contains(2) && !heir.is_busy());
         bitmap.take_successor_in();

@@ -44,6 +44,10 @@ pub(super) fn refused_reopen_stops_writes(around: &Around<'_>) -> bool {
     bitmaps::fails_to_freeze(around.world, around.execute, around.arguments)
 }
 
+pub(super) fn frozen_bitmap_loses_writes(around: &Around<'_>) -> bool {
+    bitmaps::freezes_in_use(around.world, around.execute, around.arguments)
+}
+
 pub(super) fn shown_bitmap_aborts(around: &Around<'_>) -> bool {
     bitmaps::takes_what_is_shown(around.world, around.execute, around.arguments)
 }

@@ -1,6 +1,6 @@
 //! What commands on dirty bitmaps have to do with known defects.
 
-use blkcheck_model::{Bitmap, Command, NodeId, World};
+use blkcheck_model::{Bitmap, Command, Node, NodeId, World};
 use serde_json::{Map, Value};
 
 use super::causes::{Given, actions, happened, is_refused, past};
@@ -111,6 +111,28 @@ pub(super) fn fails_to_freeze(world: &World, execute: &str, arguments: &Map<Stri
         }
         _ => false,
     }
+}
+
+/// Makes a node read-only while a backup uses one of its persistent bitmaps.
+pub(super) fn freezes_in_use(world: &World, execute: &str, arguments: &Map<String, Value>) -> bool {
+    let in_use = |bitmap: &Bitmap| bitmap.persistent && bitmap.successor.is_some();
+    let used = |(_, node): &(NodeId, &Node)| node.writable && node.bitmaps.iter().any(in_use);
+    let mut nodes = world.graph.nodes().filter(used).peekable();
+    if nodes.peek().is_none() || !matches!(execute, "blockdev-reopen" | "blockdev-snapshot" | "transaction") {
+        return false;
+    }
+    let mut after = world.clone();
+    let accepted = after.execute(&Command::new(execute, &Value::Object(arguments.clone())));
+    let freezes = |(id, _)| after.graph.get(id).is_some_and(|node| !node.writable);
+    accepted.is_ok() && nodes.any(freezes)
+}
+
+/// What the backup leaves of its bitmap takes changes, although its node is read-only.
+pub(super) fn after_a_freeze_in_use(case: &Case<'_>) -> bool {
+    case.what == Some(What::Result)
+        && case.qemu == "accepted"
+        && case.model.contains("is readonly and cannot be modified")
+        && happened(case, freezes_in_use)
 }
 
 /// Bitmaps are frozen by something that failed before, and so are guests' writes.

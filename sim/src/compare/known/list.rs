@@ -336,6 +336,18 @@ pub static DEFECTS: &[Defect] = &[
         steer: Some(ahead::refused_reopen_stops_writes),
     },
     Defect {
+        id: "frozen-bitmap-loses-writes",
+        title: "an image that becomes read-only during an incremental backup loses what its bitmap records meanwhile",
+        qemu: "only the frozen part of a bitmap in use is stored, as clean; the part that records takes its place in memory, is \
+               not read-only, and is never stored",
+        right: "what is stored has both: a write that is missing there is missing in every later incremental backup",
+        sure: Sure::Certain,
+        scenario: files!("frozen-bitmap-loses-writes").0,
+        page: files!("frozen-bitmap-loses-writes").1,
+        matches: bitmaps::after_a_freeze_in_use,
+        steer: Some(ahead::frozen_bitmap_loses_writes),
+    },
+    Defect {
         id: "shown-bitmap-aborts",
         title: "deleting or resizing a node aborts the daemon while an export of another node shows one of its bitmaps",
         qemu: "the export marks the bitmap as in use but holds neither its node nor the node's length; both end in an assertion",
