@@ -281,6 +281,8 @@ pub struct Backup {
     pub cluster: u64,
     /// Length of source and target, bytes.
     pub length: u64,
+    /// Where what is below the filter has ended since, at the earliest, bytes: what lay beyond is lost.
+    pub reach: u64,
     /// What is copied.
     pub sync: Sync,
     /// The clusters that are copied, by number, whoever writes: all of them for `full`; for `top` those of these that the

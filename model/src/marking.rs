@@ -50,9 +50,9 @@ impl World {
         if !self.graph.node(node).writable {
             let bitmaps = self.graph.node(node).bitmaps.clone();
             for stored in self.header_mut(node).into_iter().flat_map(|h| &mut h.bitmaps) {
-                let due = |bitmap: &&Bitmap| bitmap.name == stored.name && !stored.in_use;
-                if let Some(bitmap) = bitmaps.iter().find(due) {
-                    stored.dirty.clone_from(&bitmap.dirty);
+                let kept = |bitmap: &&Bitmap| bitmap.persistent && !bitmap.inconsistent && !stored.in_use;
+                if let Some(bitmap) = bitmaps.iter().filter(kept).find(|b| b.name == stored.name) {
+                    *stored = as_stored(bitmap);
                 }
             }
         }
@@ -178,21 +178,24 @@ impl World {
 /// Everything that is to be stored, is. Bitmaps that the image does not hold yet come last, the newest first.
 fn store(header: &mut Qcow2Facts, bitmaps: &[Bitmap]) {
     let storable = |bitmap: &&Bitmap| bitmap.persistent && !bitmap.inconsistent && !bitmap.read_only;
-    for bitmap in bitmaps.iter().filter(storable) {
-        // No change may be forgotten: what its successor has recorded is stored with it.
-        let mut bitmap = bitmap.clone();
-        bitmap.take_successor_in();
-        let new = StoredBitmap {
-            name: bitmap.name.clone(),
-            granularity: bitmap.granularity,
-            auto: bitmap.enabled,
-            in_use: false,
-            dirty: bitmap.dirty.clone(),
-        };
+    for new in bitmaps.iter().filter(storable).map(as_stored) {
         match header.bitmaps.iter_mut().find(|old| old.name == new.name) {
             Some(old) => *old = new,
             None => header.bitmaps.push(new),
         }
+    }
+}
+
+/// What an image holds of a bitmap. No change may be forgotten: what its successor has recorded is stored with it.
+fn as_stored(bitmap: &Bitmap) -> StoredBitmap {
+    let mut bitmap = bitmap.clone();
+    bitmap.take_successor_in();
+    StoredBitmap {
+        name: bitmap.name,
+        granularity: bitmap.granularity,
+        auto: bitmap.enabled,
+        in_use: false,
+        dirty: bitmap.dirty,
     }
 }
 

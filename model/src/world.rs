@@ -134,6 +134,7 @@ impl World {
         match &result {
             Ok(_) => {
                 next.reap();
+                next.cut_backups();
                 debug_assert_eq!(next.graph.check(), Ok(()), "after {command:?}");
                 *self = next;
             }
@@ -152,6 +153,17 @@ impl World {
             }
         }
         result
+    }
+
+    /// Lengths below filters may have changed.
+    fn cut_backups(&mut self) {
+        for job in &mut self.jobs {
+            if let Work::Backup(backup) = &mut job.work
+                && let Some(below) = backup.filter.and_then(|filter| self.graph.filter_child(filter))
+            {
+                backup.reach = backup.reach.min(self.graph.node(below).length);
+            }
+        }
     }
 
     /// What [`World::execute`] would answer.

@@ -5,7 +5,7 @@
 //! range; its *tasks* each take a stretch for themselves: the marks go at once, and come back if the task fails. Calls share
 //! bitmap and tasks, so whoever needs a cluster that another call copies waits for it. A call ends well only once nothing in
 //! its range is marked or under way. Every cluster is in exactly one state: marked, taken by a task, done.
-//! Memory is bounded over all calls. The last cluster may be short; it is always copied as data.
+//! Memory is bounded over all calls. The last cluster may be short; alone it is copied as data.
 //!
 //! Not here: copy offload (asked for, it is as if it had failed at once) and compression, which no driver here can write.
 
@@ -71,6 +71,10 @@ pub(crate) struct BlockCopy {
     cluster: u64,
     /// Of both nodes at the point in time, bytes.
     length: u64,
+    /// As much of it as commands have not cut off since.
+    reach: Cell<u64>,
+    /// What they cut off was still to be copied, in part at least.
+    lost: Cell<bool>,
     /// Marked: still to be copied.
     dirty: Rc<DirtyBitmap>,
     /// Marked: what the cluster held at the point in time can be had, from target or source.
@@ -136,7 +140,7 @@ impl BlockCopy {
         let cluster = cluster_size(layer, &to, smallest)?;
         let length = from.length();
         let whole = || {
-            let bitmap = DirtyBitmap::anonymous(cluster, length);
+            let bitmap = DirtyBitmap::of_instant(cluster, length);
             bitmap.mark(0, length);
             Rc::new(bitmap)
         };
@@ -151,6 +155,8 @@ impl BlockCopy {
             top: from.id,
             cluster,
             length,
+            reach: Cell::new(length),
+            lost: Cell::new(false),
             dirty: whole(),
             access: whole(),
             max_transfer: align_down(max, cluster),
@@ -175,9 +181,29 @@ impl BlockCopy {
         self.cluster
     }
 
-    /// Up to where there is a point in time, bytes: where both nodes ended then, or the source ends now.
-    pub(crate) fn length(&self) -> u64 {
-        self.length.min(self.dirty.length.get())
+    /// Up to where there is a point in time, bytes: less than there was, once the source was cut.
+    pub(crate) fn reach(&self) -> u64 {
+        self.reach.get()
+    }
+
+    /// Something that was to be copied was cut off before.
+    pub(crate) fn lost_some(&self) -> bool {
+        self.lost.get()
+    }
+
+    /// The source ends here by a command: what lay beyond is lost, also if it grows again. Nobody copies now.
+    pub(crate) fn cut(&self, layer: &Layer, length: u64) {
+        assert!(self.tasks.borrow().is_empty(), "a command drains what it changes");
+        let old = self.reach.replace(self.reach.get().min(length));
+        let reach = self.reach.get();
+        if reach == old {
+            return;
+        }
+        let from = align_down(reach, self.cluster);
+        if self.dirty.next_marked(from, old, u64::MAX).is_some() {
+            self.lost.set(true);
+        }
+        self.forget(layer, self.round_up(reach)..old);
     }
 
     /// What is still to be copied.
@@ -218,7 +244,7 @@ impl BlockCopy {
 
     /// Clusters that are not to be copied any more.
     pub(crate) fn forget(&self, layer: &Layer, range: Range<u64>) {
-        let (start, end) = (range.start, range.end.min(self.length()));
+        let (start, end) = (range.start, range.end.min(self.length));
         if start >= end {
             return;
         }
@@ -239,14 +265,19 @@ impl BlockCopy {
         for task in self.tasks.borrow().iter() {
             bitmap.mark(task.start, task.end);
         }
+        bitmap.mark(self.reach.get(), self.length);
     }
 
     /// Asks whether the source node itself holds the cluster at `offset`; what it does not hold is forgotten. Returns where
     /// to ask next. The caller holds off graph changes.
     pub(crate) async fn look_at(&self, layer: &Layer, offset: u64) -> Result<u64, Errno> {
         let source = self.layer_asked(layer);
-        let length = self.length();
+        let length = self.reach();
         let mut at = offset;
+        // It may have been cut since the caller looked.
+        if at >= length {
+            return Ok(length);
+        }
         loop {
             let (allocated, bytes) = layer.is_allocated(source, at, length - at).await?;
             let to = at + bytes;
@@ -306,6 +337,15 @@ impl BlockCopy {
             watcher.remaining(self.remaining());
         }
     }
+}
+
+/// `EIO` where the node below an edge ends before `end`.
+pub(crate) fn ends_within(layer: &Layer, edge: EdgeId, end: u64) -> Result<(), Errno> {
+    let node = layer.child(edge).ok_or(Errno::ENOMEDIUM)?;
+    if layer.node_length(&node)? < end {
+        return Err(Errno::EIO);
+    }
+    Ok(())
 }
 
 /// The node below an edge of the filter, which has both as long as somebody copies.

@@ -4,7 +4,7 @@
 //! `discard_source` what was copied is discarded before the task ends (QEMU: after): a guest's write that waits for the task
 //! must not be discarded.
 
-use super::{BlockCopy, Failure, MEMORY, attached};
+use super::{BlockCopy, Failure, MEMORY, attached, ends_within};
 use crate::Layer;
 use crate::error::Errno;
 use crate::event::Event;
@@ -92,7 +92,7 @@ impl BlockCopy {
         } else {
             None
         };
-        let length = self.length();
+        let length = self.reach();
         let bytes = task.end.min(length).saturating_sub(task.start);
         let status = layer.block_status_above(source, base, task.start, bytes).await;
         let one = Kind {
@@ -155,7 +155,7 @@ impl BlockCopy {
         });
         let result = self.transfer(layer, task, zero).await;
         if result.is_ok() && self.discard_source {
-            let bytes = task.end.min(self.length()) - task.start;
+            let bytes = task.end.min(self.reach()).saturating_sub(task.start);
             // What cannot be discarded stays.
             let _ = layer.discard(self.source, task.start, bytes).await;
         }
@@ -176,7 +176,11 @@ impl BlockCopy {
 
     async fn transfer(&self, layer: &Layer, task: Task, zero: bool) -> Result<(), Failure> {
         let failed = |read: bool| move |errno: Errno| Failure { errno, read };
-        let (at, bytes) = (task.start, task.end.min(self.length()) - task.start);
+        let end = task.end.min(self.reach());
+        let (at, bytes) = (task.start, end.saturating_sub(task.start));
+        // Lengths may have changed since the task was taken, by commands or behind our back.
+        ends_within(layer, self.source, end).map_err(failed(true))?;
+        ends_within(layer, self.target, end).map_err(failed(false))?;
         if zero {
             let zeroed = layer.write_zeroes(self.target, at, bytes, self.write_flags);
             return zeroed.await.map_err(failed(false));

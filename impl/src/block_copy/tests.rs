@@ -267,15 +267,23 @@ fn tasks_are_bounded() {
 
 #[test]
 fn memory_is_bounded() {
-    let pair = pair(CLUSTER);
+    let pair = pair(4 * CLUSTER);
     let copy = &pair.copy;
-    pair.bench.run(copy.reserve(MEMORY - CLUSTER));
-    pair.bench.run(copy.reserve(CLUSTER));
-    let mut waiting = pin!(copy.reserve(1));
-    assert_eq!(poll_once(waiting.as_mut()), Poll::Pending);
+    pair.bench.run(copy.reserve(MEMORY));
+    let mut call = pin!(pair.start(0..2 * CLUSTER));
+    assert_eq!(poll_once(call.as_mut()), Poll::Pending);
     copy.release(CLUSTER);
-    assert_eq!(poll_once(waiting.as_mut()), Poll::Ready(()));
-    assert_eq!(copy.memory.get(), MEMORY - CLUSTER + 1);
+    assert_eq!(poll_once(call.as_mut()), Poll::Pending, "it needs two");
+    assert!(pair.source.take_ops().iter().all(|(op, ..)| *op != Op::Read));
+    assert_eq!(pair.writes(), []);
+    copy.release(CLUSTER);
+    assert_eq!(poll_once(call.as_mut()), Poll::Ready(Outcome::Done));
+    assert_eq!(pair.writes(), [(0, 2 * CLUSTER)]);
+    assert_eq!(
+        copy.memory.get(),
+        MEMORY - 2 * CLUSTER,
+        "it gave back what it took"
+    );
 }
 
 /// Counts, and makes background calls wait.

@@ -18,6 +18,8 @@ type Page = Box<[u64; WORDS]>;
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub(crate) struct Bits {
     pages: BTreeMap<u64, Page>,
+    /// How many are set: asked for with every cluster that is copied.
+    ones: u64,
 }
 
 impl Bits {
@@ -28,7 +30,7 @@ impl Bits {
             let index = at / PAGE_BITS;
             let end = bits.end.min((index + 1) * PAGE_BITS);
             let page = self.pages.entry(index).or_insert_with(|| Box::new([0; WORDS]));
-            set_in(page, size(at % PAGE_BITS)..size(at % PAGE_BITS + (end - at)));
+            self.ones += set_in(page, size(at % PAGE_BITS)..size(at % PAGE_BITS + (end - at)));
             at = end;
         }
     }
@@ -40,7 +42,7 @@ impl Bits {
             let index = at / PAGE_BITS;
             let end = bits.end.min((index + 1) * PAGE_BITS);
             if let Some(page) = self.pages.get_mut(&index) {
-                clear_in(page, size(at % PAGE_BITS)..size(at % PAGE_BITS + (end - at)));
+                self.ones -= clear_in(page, size(at % PAGE_BITS)..size(at % PAGE_BITS + (end - at)));
                 if page.iter().all(|word| *word == 0) {
                     self.pages.remove(&index);
                 }
@@ -87,21 +89,17 @@ impl Bits {
 
     /// Clears everything from `end` on.
     pub(crate) fn truncate(&mut self, end: u64) {
-        let _gone = self.pages.split_off(&end.div_ceil(PAGE_BITS));
+        let gone = self.pages.split_off(&end.div_ceil(PAGE_BITS));
+        self.ones -= gone.values().map(ones).sum::<u64>();
         let Some(page) = self.pages.get_mut(&(end / PAGE_BITS)) else {
             return;
         };
-        let within = size(end % PAGE_BITS);
-        if let Some(word) = page.get_mut(within / 64) {
-            *word &= (1 << (within % 64)) - 1;
-            page[within / 64 + 1..].fill(0);
-        }
+        self.ones -= clear_in(page, size(end % PAGE_BITS)..64 * WORDS);
     }
 
     /// How many are set.
     pub(crate) fn count(&self) -> u64 {
-        let ones = |page: &Page| page.iter().map(|word| u64::from(word.count_ones())).sum::<u64>();
-        self.pages.values().map(ones).sum()
+        self.ones
     }
 
     /// Runs of set bits, in order; one that goes on in the next page is told in two.
@@ -142,16 +140,28 @@ impl Bits {
     }
 }
 
-fn set_in(page: &mut Page, bits: Range<usize>) {
-    for (word, mask) in masked(page, bits) {
-        *word |= mask;
-    }
+fn ones(page: &Page) -> u64 {
+    page.iter().map(|word| u64::from(word.count_ones())).sum()
 }
 
-fn clear_in(page: &mut Page, bits: Range<usize>) {
+/// How many were clear.
+fn set_in(page: &mut Page, bits: Range<usize>) -> u64 {
+    let mut new = 0;
     for (word, mask) in masked(page, bits) {
+        new += u64::from((mask & !*word).count_ones());
+        *word |= mask;
+    }
+    new
+}
+
+/// How many were set.
+fn clear_in(page: &mut Page, bits: Range<usize>) -> u64 {
+    let mut old = 0;
+    for (word, mask) in masked(page, bits) {
+        old += u64::from((mask & *word).count_ones());
         *word &= !mask;
     }
+    old
 }
 
 /// The words that a range touches, each with the bits of the range in it.
@@ -235,6 +245,15 @@ mod tests {
         assert_eq!(bits.count(), PAGE_BITS + 65);
         bits.truncate(PAGE_BITS);
         assert_eq!(bits.count(), PAGE_BITS);
+        bits.truncate(1);
+        assert_eq!(bits.count(), 1);
+        bits.set(0..70);
+        bits.clear(60..80);
+        assert_eq!(
+            bits.count(),
+            60,
+            "what was set or clear before does not count twice"
+        );
         bits.truncate(1);
         assert_eq!(
             bits.runs().collect::<Vec<_>>(),

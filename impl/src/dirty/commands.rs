@@ -225,13 +225,7 @@ fn merge(
                 Source::Of(node, name) => layer.find_bitmap(node, name)?.1,
             };
             target.check(Use::Change)?;
-            source.check(Use::Look)?;
-            let (ours, theirs) = (target.length.get(), source.length.get());
-            if ours != theirs {
-                return Err(QmpError::generic(format!(
-                    "Bitmaps are of different sizes (destination size is {ours}, source size is {theirs}) and can't be merged"
-                )));
-            }
+            target.can_take(&source)?;
             target.merge(&source);
         }
         Ok(())

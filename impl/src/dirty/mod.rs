@@ -47,6 +47,8 @@ pub(crate) struct DirtyBitmap {
     pub(crate) read_only: Cell<bool>,
     /// It was stored as in use, so that writes may be missing.
     pub(crate) inconsistent: Cell<bool>,
+    /// Its length is that of its node.
+    follows: bool,
     /// What records in its place while a backup uses it.
     pub(crate) successor: RefCell<Option<Rc<DirtyBitmap>>>,
 }
@@ -81,6 +83,7 @@ impl DirtyBitmap {
             persistent: Cell::new(false),
             read_only: Cell::new(false),
             inconsistent: Cell::new(false),
+            follows: true,
             successor: RefCell::default(),
         }
     }
@@ -90,6 +93,14 @@ impl DirtyBitmap {
         let bitmap = DirtyBitmap::new("", granularity, length);
         bitmap.enabled.set(false);
         bitmap
+    }
+
+    /// One about a point in time, which stays as long as it was, whatever becomes of the node.
+    pub(crate) fn of_instant(granularity: u64, length: u64) -> DirtyBitmap {
+        DirtyBitmap {
+            follows: false,
+            ..DirtyBitmap::anonymous(granularity, length)
+        }
     }
 
     /// Writes to the node are recorded, here or by the successor.
@@ -118,6 +129,18 @@ impl DirtyBitmap {
         } else {
             return Ok(());
         }))
+    }
+
+    /// Refuses to take another one in, for what that one is.
+    pub(crate) fn can_take(&self, source: &DirtyBitmap) -> Result<(), QmpError> {
+        source.check(Use::Look)?;
+        let (ours, theirs) = (self.length.get(), source.length.get());
+        if ours != theirs {
+            return Err(QmpError::generic(format!(
+                "Bitmaps are of different sizes (destination size is {ours}, source size is {theirs}) and can't be merged"
+            )));
+        }
+        Ok(())
     }
 
     /// It is to be stored when its image is closed.
@@ -188,6 +211,9 @@ impl DirtyBitmap {
 
     /// Follows its node.
     pub(crate) fn resize(&self, length: u64) {
+        if !self.follows {
+            return;
+        }
         self.length.set(length);
         self.bits.borrow_mut().truncate(self.len());
     }

@@ -48,6 +48,6 @@ impl Layer {
             let Some(child) = self.child(child) else { break };
             at = child;
         }
-        self.lengths_follow(at.id);
+        self.lengths_follow_for_good(at.id);
     }
 }

@@ -13,6 +13,8 @@ use super::DrainGuard;
 use super::blockers::OpType;
 use super::tran::Tran;
 use crate::Layer;
+use crate::dirty::DirtyBitmap;
+use crate::dirty::bits::Bits;
 use crate::dirty::commands::{BitmapCommand, Undo};
 use crate::error::QmpError;
 use crate::event::Parent;
@@ -44,6 +46,8 @@ enum Step {
         log: Tran,
         node: NodeId,
         overlay: NodeId,
+        /// Of nodes above: a shorter overlay cuts them.
+        marks: Vec<(Rc<DirtyBitmap>, Bits)>,
     },
     Bitmap(Undo),
     Backup(Rc<Job>),
@@ -112,7 +116,7 @@ impl Layer {
 
     /// Makes all steps effective, or takes them back, the newest first. Returns the nodes that got an overlay, in this order.
     async fn conclude_steps(&self, steps: Vec<Step>, result: &Result<(), QmpError>) -> Vec<NodeId> {
-        let has_jobs = steps.iter().any(|step| matches!(step, Step::Backup(_)));
+        let has_jobs = result.is_err() && steps.iter().any(|step| matches!(step, Step::Backup(_)));
         // All snapshots change hands at once where no job's filter has to be taken out in between.
         let whole = if has_jobs {
             None
@@ -122,7 +126,12 @@ impl Layer {
         let mut snapshots = Vec::new();
         for step in steps.into_iter().rev() {
             match step {
-                Step::Snapshot { log, node, overlay } => {
+                Step::Snapshot {
+                    log,
+                    node,
+                    overlay,
+                    marks,
+                } => {
                     let write = if has_jobs {
                         Some(self.graph_write().await)
                     } else {
@@ -130,7 +139,7 @@ impl Layer {
                     };
                     let _handed_through = log.finish(self, result.clone());
                     drop(write);
-                    snapshots.push((node, overlay));
+                    snapshots.push((node, overlay, marks));
                 }
                 Step::Bitmap(undo) if result.is_ok() => undo.commit(),
                 Step::Bitmap(undo) => undo.take_back(),
@@ -140,15 +149,24 @@ impl Layer {
                 Step::Backup(job) => job.cancel().await,
             }
         }
-        for (node, overlay) in &snapshots {
+        for (node, overlay, marks) in &snapshots {
             self.refresh_open_limits(&self.node(*overlay));
             self.refresh_open_limits(&self.node(*node));
             // The overlay may be longer or shorter, and it is back where it was after a refusal.
-            self.lengths_follow(*overlay);
+            if result.is_ok() {
+                self.lengths_follow_for_good(*overlay);
+            } else {
+                self.lengths_follow(*overlay);
+            }
             self.lengths_follow(*node);
+            if result.is_err() {
+                for (bitmap, bits) in marks {
+                    bitmap.bits.replace(bits.clone());
+                }
+            }
         }
         drop(whole);
-        snapshots.into_iter().map(|(node, _)| node).collect()
+        snapshots.into_iter().map(|(node, ..)| node).collect()
     }
 
     async fn prepare_snapshot(
@@ -174,6 +192,12 @@ impl Layer {
             self.flush_above(node).await?;
         }
         let _write = self.graph_write().await;
+        let shorter = overlay.io.length.get() < below.io.length.get();
+        let marks = if may_be_taken_back && shorter {
+            self.marks_above(node)
+        } else {
+            Vec::new()
+        };
         let mut log = Tran::default();
         let appended = self.append_in(&overlay, node, &mut log);
         let overlay_id = overlay.id;
@@ -181,6 +205,7 @@ impl Layer {
             log,
             node,
             overlay: overlay_id,
+            marks,
         });
         appended?;
         self.refresh_open_limits(&overlay);

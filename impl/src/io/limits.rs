@@ -4,9 +4,15 @@
 //! own and not inherited: an overlay does not take over its backing file's alignment, unaligned reads of a backing
 //! node are padded at that node. Everything here is synchronous.
 
+use std::rc::Rc;
+
 use crate::Layer;
+use crate::dirty::DirtyBitmap;
+use crate::dirty::bits::Bits;
 use crate::driver::{DriverInfo, Limits};
+use crate::drivers::copy_before_write::block_copy;
 use crate::error::{Errno, QmpError};
+use crate::event::Parent;
 use crate::graph::node::Node;
 use crate::io::{align_up, min_nonzero};
 use crate::types::{MAX_LENGTH, NodeId, Role, SECTOR};
@@ -27,17 +33,44 @@ impl Layer {
 
     /// A node has another length: filters and windows above it follow. QEMU leaves them with the old one.
     pub(crate) fn lengths_follow(&self, node: NodeId) {
+        for above in self.showing(node) {
+            let _unchanged_on_error = self.refresh_length(above.id);
+        }
+    }
+
+    /// The same, and it stays so: what filters keep of what was cut off is gone.
+    pub(crate) fn lengths_follow_for_good(&self, node: NodeId) {
+        self.lengths_follow(node);
+        for above in self.showing(node) {
+            if let Some(copy) = block_copy(&above) {
+                copy.cut(self, above.io.length.get());
+            }
+        }
+    }
+
+    /// What bitmaps of nodes above mark, for whoever may have to put it back.
+    pub(crate) fn marks_above(&self, node: NodeId) -> Vec<(Rc<DirtyBitmap>, Bits)> {
+        let bitmaps = |node: Rc<Node>| node.bitmaps.borrow().clone();
+        let all = self.showing(node).into_iter().flat_map(bitmaps);
+        all.map(|bitmap| (Rc::clone(&bitmap), bitmap.bits.borrow().clone()))
+            .collect()
+    }
+
+    /// Open nodes above that show this one's content, each before what is above it.
+    fn showing(&self, node: NodeId) -> Vec<Rc<Node>> {
+        let mut all = Vec::new();
         let parents = self.node(node).parents.borrow().clone();
         for edge in parents.into_iter().map(|e| self.edge(e)) {
-            let crate::event::Parent::Node(parent) = edge.parent else {
+            let Parent::Node(parent) = edge.parent else {
                 continue;
             };
             let shows = edge.role.contains(Role::PRIMARY) && !edge.role.contains(Role::METADATA);
             if shows && self.node(parent).driver_opt().is_some() {
-                let _unchanged_on_error = self.refresh_length(parent);
-                self.lengths_follow(parent);
+                all.push(self.node(parent));
+                all.extend(self.showing(parent));
             }
         }
+        all
     }
 
     /// The length of a node, bytes, a multiple of 512; asked anew where it may change behind our back.

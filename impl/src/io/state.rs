@@ -2,7 +2,7 @@
 //!
 //! Owned by `io`; other modules read `length`, `limits` and `in_flight`. Every cell is touched within one
 //! synchronous step, so nothing here is borrowed across an await.
-//! Not here: dirty bitmaps, write thresholds and throttling, which this layer does not have.
+//! Not here: dirty bitmaps (`crate::dirty`), throttling (`crate::throttle`); write thresholds, which this layer does not have.
 
 use std::cell::{Cell, RefCell};
 

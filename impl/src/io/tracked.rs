@@ -251,44 +251,24 @@ impl Drop for Asleep<'_> {
     }
 }
 
-/// Counts something in flight on a node that is not a tracked request (a status query, a flush).
-#[derive(Debug)]
-pub(crate) struct InFlightGuard<'a> {
-    layer: &'a Layer,
-    node: &'a Node,
-}
-
-impl<'a> InFlightGuard<'a> {
-    pub(crate) fn new(layer: &'a Layer, node: &'a Node) -> InFlightGuard<'a> {
-        node.io.in_flight.begin();
-        InFlightGuard { layer, node }
-    }
-}
-
-impl Drop for InFlightGuard<'_> {
-    fn drop(&mut self) {
-        self.node.io.in_flight.end();
-        self.layer.kick();
-    }
-}
-
-/// As [`InFlightGuard`], for work that outlives the request that began it.
-pub(crate) struct Detached {
+/// Counts something in flight on a node that is not a tracked request (a status query, a flush, a copy that outlives the
+/// request that began it).
+pub(crate) struct InFlightGuard {
     layer: Layer,
     node: Rc<Node>,
 }
 
-impl Detached {
-    pub(crate) fn new(layer: &Layer, node: &Rc<Node>) -> Detached {
+impl InFlightGuard {
+    pub(crate) fn new(layer: &Layer, node: &Rc<Node>) -> InFlightGuard {
         node.io.in_flight.begin();
-        Detached {
+        InFlightGuard {
             layer: layer.clone(),
             node: Rc::clone(node),
         }
     }
 }
 
-impl Drop for Detached {
+impl Drop for InFlightGuard {
     fn drop(&mut self) {
         self.node.io.in_flight.end();
         self.layer.kick();

@@ -89,9 +89,10 @@ impl Job {
     /// This job failed or was cancelled: all others of its group are cancelled, then all are over.
     async fn abort_group(self: &Rc<Job>) {
         let txn = self.group();
-        if txn.aborting.replace(true) {
-            return; // somebody else drives it to its end
-        }
+        assert!(
+            !txn.aborting.replace(true),
+            "whoever drives a group to its end holds the main lock until it is empty"
+        );
         for other in txn.jobs().iter().filter(|job| !Rc::ptr_eq(job, self)) {
             other.mark_cancelled();
         }

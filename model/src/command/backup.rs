@@ -136,6 +136,7 @@ impl<'a> Request<'a> {
             filter: Some(filter),
             cluster: kept.cluster,
             length,
+            reach: length,
             sync,
             initial: match bitmap.filter(|_| sync == Sync::Bitmap) {
                 Some((at, _)) => rounded_out(of_bitmap(at), kept.cluster),
@@ -296,12 +297,13 @@ impl Graph {
 pub(crate) fn complete(world: &mut World, at: usize, outcome: Outcome) {
     let job = &mut world.jobs[at];
     job.outcome = Some(outcome);
-    let copied_all = job.waited;
+    let waited = job.waited;
     let edges = std::mem::take(&mut job.edges);
     let Work::Backup(backup) = &mut job.work else {
         unreachable!("a backup is completed")
     };
     let filter = backup.filter.take().expect("a backup ends once");
+    let copied_all = waited && backup.reach == backup.length;
     let (source, bitmap) = (backup.source, backup.bitmap.clone());
     if let Some((name, mode)) = bitmap {
         world.end_successor(source, &name, mode, outcome == Outcome::Success, copied_all);

@@ -15,7 +15,7 @@ use crate::driver::Cx;
 use crate::env::Nanos;
 use crate::error::Errno;
 use crate::event::Event;
-use crate::io::tracked::Detached;
+use crate::io::tracked::InFlightGuard;
 use crate::io::{align_down, align_up};
 use crate::sync::WaitQueue;
 use crate::types::ReqFlags;
@@ -71,7 +71,7 @@ impl CopyBeforeWrite {
         let beside = Rc::<Beside>::default();
         // The request holds the lock, so this never waits; the copy may need it longer than the request.
         let read = cx.layer.graph_read().await;
-        let in_flight = Detached::new(&cx.layer, &cx.node);
+        let in_flight = InFlightGuard::new(&cx.layer, &cx.node);
         let (copying, own, shared) = (Rc::clone(&self.copy), cx.clone(), Rc::clone(&beside));
         let task = async move {
             let outcome = copy(&own, &copying, range, &|| !shared.cancelled.get()).await;

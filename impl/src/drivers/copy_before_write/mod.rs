@@ -7,7 +7,7 @@
 //! Without a parent the filter asks nothing of its source and lets everybody write there: that is how it can be put above a
 //! node in use. From the first parent on nobody else may write there, or resize it.
 //!
-//! Deviations from QEMU: a target of another length (D-16) and a cluster of more than 128 MiB (D-6) are refused, both end in an
+//! Deviations from QEMU: a shorter target (D-16) and a cluster of more than 128 MiB (D-6) are refused, both end in an
 //! assertion there; once the point in time is lost a read of it that is under way fails (D-5), there it may return new data.
 
 mod guest;
@@ -137,7 +137,7 @@ async fn open(cx: &Cx, mut args: OpenArgs<'_>) -> Result<Rc<dyn Driver>, QmpErro
     let bitmap = bitmap.map(|named| find_bitmap(cx, named)).transpose()?;
     let copy = prepare_copy(cx, (file, target), smallest, discard_source, bitmap.as_deref())
         .map_err(|refusal| refusal.prefixed("Cannot create block-copy-state: "))?;
-    let done = Rc::new(DirtyBitmap::anonymous(copy.cluster(), copy.dirty().length.get()));
+    let done = Rc::new(DirtyBitmap::of_instant(copy.cluster(), copy.dirty().length.get()));
     let all = [copy.access(), &done, copy.dirty()].map(Rc::clone);
     cx.node.bitmaps.borrow_mut().splice(0..0, all);
     tell(cx, &copy);
@@ -182,18 +182,17 @@ fn prepare_copy(
 ) -> Result<BlockCopy, QmpError> {
     let copy = BlockCopy::new(cx, edges, smallest, discard_source)?;
     if let Some(bitmap) = bitmap {
-        let (ours, theirs) = (copy.dirty().length.get(), bitmap.length.get());
-        if ours != theirs {
-            return Err(QmpError::generic(format!(
-                "Failed to merge bitmap '{}' to internal copy-bitmap: Bitmaps are of different sizes \
-                 (destination size is {ours}, source size is {theirs}) and can't be merged",
+        copy.dirty().can_take(bitmap).map_err(|refusal| {
+            refusal.prefixed(&format!(
+                "Failed to merge bitmap '{}' to internal copy-bitmap: ",
                 bitmap.name
-            )));
-        }
+            ))
+        })?;
         copy.restrict_to(bitmap);
     }
     let length = |edge: EdgeId| cx.layer.child(edge).map(|node| node.length());
-    if length(edges.0) != length(edges.1) {
+    // A longer one has room for everything; whoever wants them equal looks before.
+    if length(edges.0) > length(edges.1) {
         return Err(QmpError::generic("Source and target image have different sizes"));
     }
     Ok(copy)

@@ -8,11 +8,12 @@ use std::rc::Rc;
 
 use super::{CopyBeforeWrite, state};
 use crate::Layer;
+use crate::block_copy::ends_within;
 use crate::driver::{Driver, DriverStatus};
 use crate::error::Errno;
 use crate::graph::node::Node;
-use crate::io::size;
 use crate::io::tracked::InFlightGuard;
+use crate::io::{align_down, size};
 use crate::types::{EdgeId, ReqFlags, StatusFlags};
 
 /// A stretch that one side has.
@@ -20,6 +21,13 @@ struct Piece<'a> {
     child: EdgeId,
     bytes: u64,
     _frozen: Option<Frozen<'a>>,
+}
+
+impl Piece<'_> {
+    /// Refuses what lies past the end of the node that should have it, which would read as zeroes.
+    fn is_there(&self, layer: &Layer, at: u64) -> Result<(), Errno> {
+        ends_within(layer, self.child, at + self.bytes)
+    }
 }
 
 /// A range that guests' writes wait for while it lives.
@@ -50,8 +58,8 @@ impl CopyBeforeWrite {
     fn piece(&self, start: u64, end: u64) -> Result<Piece<'_>, Errno> {
         self.is_whole()?;
         let (readable, to) = self.copy.access().run_at(start, end);
-        // What the source got since was not there then.
-        if !readable || to < end || end > self.copy.length() {
+        // What the source got since was not there then, what it lost since is gone.
+        if !readable || to < end || end > self.copy.reach() {
             return Err(Errno::EACCES);
         }
         let (done, to) = self.done.run_at(start, end);
@@ -72,6 +80,7 @@ impl CopyBeforeWrite {
         let mut at = offset;
         while at < end {
             let piece = self.piece(at, end)?;
+            piece.is_there(layer, at)?;
             let part = &mut buf[size(at - offset)..size(at - offset + piece.bytes)];
             layer.read(piece.child, at, part, ReqFlags::empty()).await?;
             // Lost meanwhile: guests no longer waited for this read.
@@ -87,6 +96,10 @@ impl CopyBeforeWrite {
         let status = layer
             .block_status_above(child.id, None, offset, piece.bytes)
             .await?;
+        if status.pnum == 0 {
+            // It ends before, since commands gave it another length.
+            return Err(Errno::EIO);
+        }
         let own = StatusFlags::DATA | StatusFlags::ZERO | StatusFlags::OFFSET_VALID;
         let mut flags = status.flags & own;
         if !flags.intersects(StatusFlags::DATA | StatusFlags::ZERO) {
@@ -104,13 +117,14 @@ impl CopyBeforeWrite {
         if self.retired.get() {
             return Err(Errno::EACCES);
         }
-        let (cluster, length) = (self.copy.cluster(), self.copy.length());
+        let (cluster, length) = (self.copy.cluster(), self.copy.reach());
         let start = offset.next_multiple_of(cluster);
-        let end = (offset + bytes) / cluster * cluster;
+        let end = align_down(offset + bytes, cluster);
         if start >= end.min(length) {
             return Ok(());
         }
         self.copy.forget(layer, start..end);
+        ends_within(layer, self.copy.target(), end)?;
         layer.discard(self.copy.target(), start, end - start).await
     }
 }

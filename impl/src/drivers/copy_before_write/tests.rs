@@ -463,3 +463,66 @@ fn a_longer_source_is_kept_as_far_as_the_target_reaches() {
     assert_eq!(read(2 * CLUSTER, 2048), Err(Errno::EACCES), "it was not there");
     world.memory.block_on(guest.remove());
 }
+
+#[test]
+fn a_longer_target_has_room_and_a_bitmap_in_use_is_not_looked_at() {
+    let bench = Bench::new();
+    let (source, _) = bench.node("source", LENGTH, 4096);
+    bench.node("target", 2 * LENGTH, 4096);
+    let bitmap = Rc::new(DirtyBitmap::new("b", 4096, LENGTH));
+    source.bitmaps.borrow_mut().push(Rc::clone(&bitmap));
+    let open = |name: &str| {
+        let options =
+            json!({"file": "source", "target": "target", "bitmap": {"node": "source", "name": "b"}});
+        bench.open(&FACTS, name, options)
+    };
+    open("filter").expect("a longer target is fine");
+    for (name, flag, text) in [
+        (
+            "second",
+            &bitmap.inconsistent,
+            "Bitmap 'b' is inconsistent and cannot be used",
+        ),
+        (
+            "third",
+            &bitmap.busy,
+            "Bitmap 'b' is currently in use by another operation and cannot be used",
+        ),
+    ] {
+        flag.set(true);
+        let refusal = open(name).expect_err("what it marks is not what was written");
+        let prefix = "Cannot create block-copy-state: Failed to merge bitmap 'b' to internal copy-bitmap: ";
+        assert_eq!(refusal.desc, format!("{prefix}{text}"));
+    }
+}
+
+#[test]
+fn what_was_cut_off_is_not_shown_when_the_source_grows_again() {
+    let place = place(json!({}));
+    let snapshot = place.snapshot();
+    let read = |offset| {
+        let mut data = [0; 512];
+        place
+            .bench
+            .run(snapshot.read(offset, &mut data))
+            .map(|()| data[0])
+    };
+    assert_eq!(read(3 * CLUSTER), Ok(1));
+    let layer = &place.bench.layer;
+    let copy = block_copy(&place.filter).expect("a filter");
+    // Half of the last cluster but one stays.
+    copy.cut(layer, 2 * CLUSTER + CLUSTER / 2);
+    copy.cut(layer, LENGTH);
+    assert_eq!(read(CLUSTER), Ok(1));
+    assert_eq!(read(2 * CLUSTER), Ok(1));
+    assert_eq!(
+        read(3 * CLUSTER - 512),
+        Err(Errno::EACCES),
+        "half a cluster was lost"
+    );
+    assert_eq!(read(3 * CLUSTER), Err(Errno::EACCES));
+    place
+        .write(3 * CLUSTER, 512, 9)
+        .expect("nothing is kept there any more");
+    assert_eq!(Place::ops(&place.target), []);
+}

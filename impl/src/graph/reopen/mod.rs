@@ -204,7 +204,7 @@ impl Layer {
         for entry in queue.iter().rev() {
             let _unchanged_on_error = self.refresh_limits(entry.node.id);
             let _unchanged_on_error = self.refresh_length(entry.node.id);
-            self.lengths_follow(entry.node.id);
+            self.lengths_follow_for_good(entry.node.id);
         }
         Ok(())
     }

@@ -17,6 +17,8 @@ mod tests_failures;
 mod tests_groups;
 #[cfg(test)]
 mod tests_interleaved;
+#[cfg(test)]
+mod tests_lengths;
 
 use std::cell::Cell;
 use std::rc::Rc;

@@ -27,7 +27,9 @@ impl JobDriver for Backup {
     }
 
     fn prepare<'a>(&'a self, _job: &'a Rc<Job>) -> Fut<'a, Result<(), Errno>> {
-        Box::pin(std::future::ready(Ok(())))
+        // Something else came below the filter, and ended too early (QEMU reads past its end, which fails as well).
+        let lost = self.copy.lost_some();
+        Box::pin(std::future::ready(if lost { Err(Errno::EIO) } else { Ok(()) }))
     }
 
     fn commit(&self, job: &Rc<Job>) {
@@ -69,7 +71,7 @@ impl Backup {
     /// Forgets what the source's first layer does not hold.
     async fn ask_for_all(&self, layer: &Layer, job: &Job) -> Result<(), Errno> {
         let mut offset = 0;
-        while offset < self.copy.length() {
+        while offset < self.copy.reach() {
             job.pause_point().await;
             if job.is_cancelled() {
                 return Err(Errno::ECANCELED);
@@ -87,7 +89,7 @@ impl Backup {
     async fn copy_all(&self, layer: &Layer, job: &Job) -> Result<(), Errno> {
         loop {
             let call = Call {
-                range: 0..self.copy.length(),
+                range: 0..self.copy.reach(),
                 workers: self.workers,
                 max_chunk: self.max_chunk,
                 background: true,

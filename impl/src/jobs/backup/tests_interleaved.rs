@@ -143,6 +143,7 @@ struct Known {
     now: RefCell<Vec<u8>>,
     then: RefCell<Vec<u8>>,
     failed: Cell<u32>,
+    cancelled: Cell<u32>,
 }
 
 impl Observer for Known {
@@ -153,6 +154,9 @@ impl Observer for Known {
             }
             Event::Qmp { name, data } if *name == "BLOCK_JOB_COMPLETED" && data.get("error").is_some() => {
                 self.failed.set(self.failed.get() + 1);
+            }
+            Event::Qmp { name, .. } if *name == "BLOCK_JOB_CANCELLED" => {
+                self.cancelled.set(self.cancelled.get() + 1);
             }
             _ => {}
         }
@@ -445,6 +449,7 @@ fn a_fleecing_target_shows_it_all_the_time() {
 
 #[test]
 fn incrementals_add_up_also_after_cancelled_and_failed_ones() {
+    let (mut failed, mut cancelled) = (0, 0);
     for seed in 0..SEEDS {
         let run = Run::new(seed, None);
         let mode = ["on-success", "always"][crate::io::size(seed % 2)];
@@ -471,8 +476,14 @@ fn incrementals_add_up_also_after_cancelled_and_failed_ones() {
             run.until_over();
             run.shows_then("tgt");
         }
+        failed += run.known.failed.get();
+        cancelled += run.known.cancelled.get();
         run.finish();
     }
+    assert!(
+        failed > 0 && cancelled > 0,
+        "{failed} failed, {cancelled} were cancelled"
+    );
 }
 
 #[test]
