@@ -20,6 +20,7 @@ use blkcheck_impl::event::Event;
 use blkcheck_impl::jobs::JobStatus as Seen;
 use blkcheck_model::command::failing::Left;
 use blkcheck_model::graph::BackingHeader;
+use blkcheck_model::job::Work;
 use blkcheck_model::{Command, FileFacts, FileKind, JobStatus, NodeId, Outcome, Qcow2Facts, Refusal, World};
 use serde_json::Value;
 
@@ -104,6 +105,9 @@ pub struct Follower {
     /// The layer is followed, which refreshes what it lets go of, not the daemon.
     layered: bool,
 }
+
+/// How a backup ends whose source became shorter before all of it was copied.
+const CUT: &str = "Input/output error";
 
 impl Follower {
     /// One that follows the layer where it differs from the daemon on purpose.
@@ -373,6 +377,10 @@ impl Follower {
             return Outcome::Success;
         };
         if !self.prepared.iter().any(|p| &**p == id) {
+            return Outcome::Failed;
+        }
+        let work = self.world.job(id).map(|job| &job.work);
+        if error == CUT && matches!(work, Some(Work::Backup(backup)) if backup.reach < backup.length) {
             return Outcome::Failed;
         }
         // The effect is refused, as the model then says too, or storage failed.

@@ -2,9 +2,9 @@
 //!
 //! Rules: a run is a function of (scenario, choices). What can happen next is listed in this order: ready tasks oldest
 //! first, storage requests oldest first, actors in the order of their next steps in the file, the clock. So choice 0
-//! all along is a fully sequential run. When nothing can happen and the scenario itself is to blame (a paused job, an
-//! open drained section), the runner clears it away with steps of its own, which are appended to the scenario that
-//! oracles see; actors then go on. When that does not help, something hangs.
+//! all along is a fully sequential run. When nothing can happen and the scenario itself is to blame (a paused job, a
+//! backup that never ends, an open drained section), the runner clears it away with steps of its own, which are appended to
+//! the scenario that oracles see; actors then go on. When that does not help, something hangs.
 //! After the last step: every node is read, the layer is shut down, every image is read and checked independently.
 //! Everything is reused from run to run.
 
@@ -538,7 +538,8 @@ impl Runner {
         if last > self.actor_of.len() && self.unfinished > 0 && self.waits_for_extra() {
             return Ok(false);
         }
-        if let Some((id, command)) = self.jobs.push_on() {
+        let scenario = &self.scenario;
+        if let Some((id, command)) = self.jobs.push_on(|id| jobs::is_endless(scenario, id)) {
             let mut arguments = Map::new();
             arguments.insert("id".into(), Value::String(id.to_string()));
             let action = Action::Command {

@@ -4,7 +4,8 @@
 //! put above the source, as fleecing does. Sometimes the filter is opened by hand with a snapshot node above it, and the
 //! guests of the topmost node go through it. Most commands make sense; some deliberately do not.
 //! Jobs that never end by themselves are cancelled last.
-//! Not covered: compression (the layer writes nothing compressed), a target inside the source's chain, several backups that change places in one chain.
+//! Not covered: compression (the layer writes nothing compressed), a target inside the source's chain, several backups that change
+//! places in one chain.
 
 use serde_json::{Value, json};
 
@@ -57,19 +58,9 @@ pub(super) fn weave(seed: u64, profile: Profile, reach: Reach, scenario: &mut Sc
         endless: Vec::new(),
     };
     plan.setup(rng, reach, scenario);
-    let first = scenario.steps.iter().position(|step| step.actor != SETUP);
-    let first = first.unwrap_or(scenario.steps.len());
-    let mut at = first;
-    let backups = if reach.backup { 1 + rng.below(3) } else { 0 };
-    for _ in 0..backups {
-        at = place(rng, scenario, at);
-        let steps = plan.start(rng);
-        at = insert(scenario, at, steps);
-        for _ in 0..rng.below(4) {
-            at = place(rng, scenario, at);
-            let steps = plan.afterwards(rng);
-            at = insert(scenario, at, steps);
-        }
+    let first = after_setup(scenario);
+    if reach.backup {
+        plan.backups(rng, first, scenario);
     }
     // The last word of the monitor, so that everything comes to an end.
     for id in &plan.endless {
@@ -85,6 +76,12 @@ pub(super) fn weave(seed: u64, profile: Profile, reach: Reach, scenario: &mut Sc
             insert(scenario, at, vec![read]);
         }
     }
+}
+
+/// Where the setup ends.
+fn after_setup(scenario: &Scenario) -> usize {
+    let first = scenario.steps.iter().position(|step| step.actor != SETUP);
+    first.unwrap_or(scenario.steps.len())
 }
 
 /// The length of the topmost image as nodes have it, bytes.
@@ -129,8 +126,22 @@ impl Plan {
                 steps.push(command(MONITOR, "block-dirty-bitmap-add", add));
             }
         }
-        let first = scenario.steps.iter().position(|step| step.actor != SETUP);
-        insert(scenario, first.unwrap_or(scenario.steps.len()), steps);
+        insert(scenario, after_setup(scenario), steps);
+    }
+
+    /// Jobs, and what is done to them, from step `first` on.
+    fn backups(&mut self, rng: &mut Rng, first: usize, scenario: &mut Scenario) {
+        let mut at = first;
+        for _ in 0..1 + rng.below(3) {
+            at = place(rng, scenario, at);
+            let steps = self.start(rng);
+            at = insert(scenario, at, steps);
+            for _ in 0..rng.below(4) {
+                at = place(rng, scenario, at);
+                let steps = self.afterwards(rng);
+                at = insert(scenario, at, steps);
+            }
+        }
     }
 
     /// An image to copy to, and the command that opens it.
@@ -141,8 +152,8 @@ impl Plan {
         } else {
             Format::Qcow2
         };
-        // The first one may be a filter's, which the layer would refuse where the daemon would not.
-        let size = if number > 0 && rng.chance(1, 12) {
+        // A filter that is opened takes a longer target, a job does not.
+        let size = if rng.chance(1, 12) {
             self.size + 512
         } else {
             self.size

@@ -92,6 +92,11 @@ impl Bitmaps {
         }
     }
 
+    /// The request is under way, and marks bitmaps when it ends.
+    pub(super) fn watches(&self, request: RequestId) -> bool {
+        self.requests.contains_key(&request)
+    }
+
     fn may_be_padded(&self, world: &World, node: blkcheck_model::NodeId, marking: &Marking) -> bool {
         let bytes = &marking.bytes;
         let whole = bytes.start.is_multiple_of(self.alignment) && bytes.end.is_multiple_of(self.alignment);

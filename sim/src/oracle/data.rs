@@ -281,6 +281,7 @@ impl Data {
                         && n.driver == Driver::Qcow2
                         && Self::disk_of(scenario, world, other) == Some(disk)
                 });
+            let tails = self.tails(scenario, chain.iter().flatten());
             match (&mut self.disks[disk], chain) {
                 (None, Some(chain)) => {
                     // Lower layers first: an overlay shows them. A layer opened inline is younger than its overlay.
@@ -303,8 +304,7 @@ impl Data {
                 (Some(d), Some(chain)) if d.chain != chain => {
                     if command {
                         changed.push(disk);
-                        let tails = chain.iter().map(|c| scenario.images[*c].size);
-                        d.cuts.extend(tails.filter(|c| c % self.grain != 0));
+                        d.cuts.extend(tails);
                     } else {
                         // A stream leaves layers out; anything else shows another content.
                         let mut old = d.chain.iter();
@@ -336,6 +336,19 @@ impl Data {
         changed
     }
 
+    /// Where these disks end, or did, within a grain.
+    fn tails<'a>(&self, scenario: &Scenario, disks: impl Iterator<Item = &'a usize>) -> Vec<u64> {
+        let mut tails = Vec::new();
+        for disk in disks {
+            tails.push(scenario.images[*disk].size);
+            tails.extend(self.disks[*disk].iter().flat_map(|d| &d.cuts));
+        }
+        tails.retain(|tail| tail % self.grain != 0);
+        tails.sort_unstable();
+        tails.dedup();
+        tails
+    }
+
     fn opened(&mut self, scenario: &Scenario, disk: usize, chain: Vec<usize>) -> Disk {
         let image = &scenario.images[disk];
         let length = image.size.next_multiple_of(SECTOR);
@@ -347,12 +360,7 @@ impl Data {
         self.buffer.resize(index(length), 0);
         let number = u16::try_from(disk).expect("few images");
         build::content(image, number, scenario.grain, 0, &mut self.buffer);
-        let mut cuts: Vec<u64> = chain
-            .iter()
-            .map(|c| scenario.images[*c].size)
-            .chain([image.size])
-            .collect();
-        cuts.retain(|c| c % self.grain != 0);
+        let cuts = self.tails(scenario, chain.iter().chain([&disk]));
         let below = chain.first().and_then(|b| self.disks[*b].as_ref());
         let mut unknown = below.is_some_and(|b| b.unknown);
         let mut initial = Vec::with_capacity(grains);

@@ -6,8 +6,13 @@
 //! source (fleecing) shows the latter from the first moment on, as long as the job is there: what is not copied yet is below.
 //! What is to be copied: everything, what the source's own layer holds, or what a bitmap marks, by `sync`.
 //! A snapshot node never shows anything else, and says that it cannot rather than that.
-//! Unchecked: how much of a failed backup is in the target; sources of which nothing can be said.
+//! Unchecked: how much of a failed backup is in the target; sources of which nothing can be said, or that are written past their
+//! filter; block status of snapshots.
 
+use std::rc::Rc;
+
+use blkcheck_model::bitmap::Spans;
+use blkcheck_model::job::{Backup as Job, Sync};
 use blkcheck_model::register::{Effect, OpId, Value};
 use blkcheck_model::{Driver, NodeId, World};
 
@@ -17,7 +22,7 @@ use crate::history::{Outcome, StepId};
 use crate::oracle::bottom::Bottom;
 use crate::scenario::{GuestOp, Range, Scenario};
 
-/// Whether a backup copies a grain.
+/// Whether a grain is copied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Copied {
     /// Before the job ends well, or a guest writes there.
@@ -30,53 +35,104 @@ pub(crate) enum Copied {
     Not,
 }
 
-/// A backup under way.
-#[derive(Debug)]
-pub(super) struct Backup {
-    /// The job; none where somebody opened the filter.
-    id: Option<std::rc::Rc<str>>,
-    filter: NodeId,
-    source: usize,
-    target: usize,
-    /// Per grain: what the source may have held at the instant, and whether it is copied.
-    grains: Vec<(Vec<Value>, Copied)>,
-    /// Per grain: the copy, as a write.
-    copies: Vec<Option<OpId>>,
+impl Copied {
+    /// Of a grain, by the clusters that are copied.
+    pub(crate) fn among(clusters: Option<&Spans>, cluster: u64, at: u64, there: Copied) -> Copied {
+        match clusters {
+            None => Copied::Perhaps,
+            Some(spans) if spans.contains(at / cluster) => there,
+            Some(_) => Copied::Not,
+        }
+    }
+
+    /// Of a grain, by a job whose source is this image.
+    pub(crate) fn by(job: &Job, source: Option<usize>, bottom: &Bottom, start: u64, end: u64) -> Copied {
+        let among = |there| Copied::among(job.initial.as_ref(), job.cluster, start, there);
+        match job.sync {
+            Sync::Full | Sync::Bitmap => among(Copied::Surely),
+            Sync::None => among(Copied::WhenWritten),
+            Sync::Top => {
+                // A cluster that the layer holds in part is held; what it does not hold now, guests may write to.
+                let held = source.is_some_and(|source| {
+                    let from = start / job.cluster * job.cluster;
+                    let to = (from + job.cluster).min(job.length).max(end);
+                    bottom.holds_any(source, from, to)
+                });
+                among(if held { Copied::Surely } else { Copied::Perhaps })
+            }
+        }
+    }
 }
 
-/// What a snapshot node shows.
+/// What the source may have held at the instant (nothing where nobody knows), and whether it is copied.
+type Grain = (Vec<Value>, Copied);
+
+/// A filter at work.
 #[derive(Debug)]
-pub(super) struct Snapshot {
+struct Copying {
+    /// None where somebody opened the filter.
+    job: Option<Rc<str>>,
     filter: NodeId,
     source: usize,
-    /// Per grain: what the source may have held at the instant.
-    grains: Vec<Vec<Value>>,
+    target: Option<usize>,
+    grains: Vec<Grain>,
+    /// Per grain: the copy, as a write to the target.
+    copies: Vec<Option<OpId>>,
 }
 
 /// A read of a snapshot under way.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Look {
+struct Look {
     step: StepId,
     filter: NodeId,
     range: Range,
 }
 
-/// What copies are under way or kept.
+/// What is copied, and who looks at what is kept.
 #[derive(Debug, Default)]
 pub(super) struct Copies {
-    backups: Vec<Backup>,
-    snapshots: Vec<Snapshot>,
+    filters: Vec<Copying>,
     looks: Vec<Look>,
 }
 
 impl Data {
-    /// What every grain of a disk may hold now; nothing where nothing can be said.
+    /// A filter, of a job or opened by somebody, keeps what its source holds now. `copied`: what of it, by range.
+    pub(crate) fn copying_begins(
+        &mut self,
+        filter: NodeId,
+        (source, target): (Option<usize>, Option<usize>),
+        bottom: &Bottom,
+        (job, copied): (Option<&Rc<str>>, impl Fn(u64, u64) -> Copied),
+    ) {
+        if let Some(target) = target {
+            // What is above a target changes with it, nobody knows when.
+            for d in self.disks.iter_mut().flatten() {
+                d.unknown |= d.chain.contains(&target);
+            }
+        }
+        let instant = source.and_then(|source| Some((source, self.instant(source)?)));
+        let Some((source, instant)) = instant.filter(|_| source != target) else {
+            return self.lose(target);
+        };
+        let range = |g: u64| copied(g * self.grain, (g + 1) * self.grain);
+        let grains: Vec<Grain> = (0..).zip(instant).map(|(g, values)| (values, range(g))).collect();
+        let copies = target.map_or_else(Vec::new, |target| self.fill(source, target, bottom, &grains));
+        self.copies.filters.push(Copying {
+            job: job.map(Rc::clone),
+            filter,
+            source,
+            target,
+            grains,
+            copies,
+        });
+    }
+
+    /// What every grain of a disk may hold now; none where nothing can be said.
     fn instant(&self, disk: usize) -> Option<Vec<Vec<Value>>> {
         let d = self.disks[disk].as_ref().filter(|d| !d.unknown)?;
         let now = |g: usize| {
             let at = g as u64 * self.grain;
             let vague = d.loose[g] || d.cuts.iter().any(|c| (at..at + self.grain).contains(c));
-            // An empty list passes everything.
             if vague {
                 Vec::new()
             } else {
@@ -86,112 +142,21 @@ impl Data {
         Some((0..d.initial.len()).map(now).collect())
     }
 
-    /// A backup's filter has come above its source, which is drained. `copied`: whether a range of the source is copied.
-    pub(crate) fn backup_begins(
-        &mut self,
-        (id, filter): (Option<&std::rc::Rc<str>>, NodeId),
-        (source, target): (Option<usize>, Option<usize>),
-        bottom: &Bottom,
-        copied: impl Fn(u64, u64) -> Copied,
-    ) {
-        let Some(target) = target else { return };
-        // What is above a target changes with it, nobody knows when.
-        for d in self.disks.iter_mut().flatten() {
-            d.unknown |= d.chain.contains(&target);
-        }
-        let instant = source.and_then(|source| self.instant(source));
-        let Some(instant) = instant.filter(|_| source != Some(target)) else {
-            if let Some(d) = &mut self.disks[target] {
-                d.unknown = true;
-            }
-            return;
+    fn fill(&mut self, source: usize, target: usize, bottom: &Bottom, grains: &[Grain]) -> Vec<Option<OpId>> {
+        let written = self.written(source);
+        let grain = self.grain;
+        let Some(d) = self.disks[target].as_mut() else {
+            return Vec::new();
         };
-        let source = source.expect("its instant is known");
-        let grains: Vec<(Vec<Value>, Copied)> = (0u64..)
-            .zip(instant)
-            .map(|(g, values)| (values, copied(g * self.grain, (g + 1) * self.grain)))
-            .collect();
-        let written: Vec<(usize, Value)> = self.written(source);
-        let mut copies = Vec::new();
-        if let Some(d) = self.disks[target].as_mut() {
-            d.former.extend(written);
-            d.target = true;
-            let fleecing = d.chain.first() == Some(&source);
-            // What is in between hides it, or not: nobody follows that.
-            d.unknown |= d.chain.contains(&source) && !fleecing;
-            let grain = self.grain;
-            copies = d.hold(&grains, |g| {
-                let (start, end) = (g as u64 * grain, (g as u64 + 1) * grain);
-                fleecing && !bottom.holds(target, start, end).1
-            });
-        }
-        self.copies.backups.push(Backup {
-            id: id.map(std::rc::Rc::clone),
-            filter,
-            source,
-            target,
-            grains,
-            copies,
-        });
-    }
-
-    /// A command made a source show something else below its filters, which they know nothing of.
-    pub(super) fn instant_is_gone(&mut self, source: usize) {
-        let shows = |d: &usize, disks: &[Option<Disk>]| {
-            *d == source || disks[*d].as_ref().is_some_and(|d| d.chain.contains(&source))
-        };
-        let Data { copies, disks, .. } = self;
-        let gone: Vec<usize> = (copies.backups.iter())
-            .filter(|b| shows(&b.source, disks))
-            .map(|b| b.target)
-            .collect();
-        copies.backups.retain(|b| !gone.contains(&b.target));
-        copies.snapshots.retain(|s| !shows(&s.source, disks));
-        for target in gone {
-            if let Some(d) = &mut disks[target] {
-                d.unknown = true;
-            }
-        }
-    }
-
-    /// A guest writes to a source, or below it, by a way that does not lead through the filter: nobody uses that one.
-    pub(super) fn written_beside(&mut self, world: &World, node: NodeId, disk: Option<usize>) {
-        let Some(disk) = disk else { return };
-        let of_backups = self.copies.backups.iter().map(|b| (b.filter, b.source));
-        let of_snapshots = self.copies.snapshots.iter().map(|s| (s.filter, s.source));
-        let shows = |source: usize| {
-            let chain = self.disks[source].as_ref().map(|d| &d.chain);
-            source == disk || chain.is_some_and(|chain| chain.contains(&disk))
-        };
-        let beside = |(filter, source): &(NodeId, usize)| {
-            let there = world.graph.get(*filter).is_some();
-            there && shows(*source) && !leads_through(world, node, *filter)
-        };
-        let gone: Vec<usize> = of_backups
-            .chain(of_snapshots)
-            .filter(beside)
-            .map(|(_, source)| source)
-            .collect();
-        for source in gone {
-            self.instant_is_gone(source);
-        }
-    }
-
-    /// The same for filters that a command has put above another image.
-    pub(super) fn filters_moved(&mut self, scenario: &Scenario, world: &World) {
-        let of_backups = self.copies.backups.iter().map(|b| (b.filter, b.source));
-        let of_snapshots = self.copies.snapshots.iter().map(|s| (s.filter, s.source));
-        let moved = |(filter, source): &(NodeId, usize)| {
-            world.graph.get(*filter).is_some() && Data::disk_of(scenario, world, *filter) != Some(*source)
-        };
-        let gone: Vec<usize> = of_backups
-            .chain(of_snapshots)
-            .filter(moved)
-            .map(|(_, source)| source)
-            .collect();
-        for source in gone {
-            self.instant_is_gone(source);
-        }
+        d.former.extend(written);
+        d.target = true;
+        let fleecing = d.chain.first() == Some(&source);
+        // What is in between hides it, or not: nobody follows that.
+        d.unknown |= d.chain.contains(&source) && !fleecing;
+        d.hold(grains, |g| {
+            let (start, end) = (g as u64 * grain, (g as u64 + 1) * grain);
+            fleecing && !bottom.holds(target, start, end).1
+        })
     }
 
     /// Whatever was written to a grain, for grains that are torn between writes.
@@ -204,37 +169,59 @@ impl Data {
         initially.chain(later).collect()
     }
 
-    /// A backup is over. `well`: everything that was to be copied is.
-    pub(crate) fn backup_ended(&mut self, id: &str, well: bool) {
-        let Some(at) = self
-            .copies
-            .backups
-            .iter()
-            .position(|b| b.id.as_deref() == Some(id))
-        else {
-            return;
-        };
-        let backup = self.copies.backups.remove(at);
-        if let Some(d) = self.disks[backup.target].as_mut() {
-            d.release(&backup.grains, &backup.copies, well);
+    fn lose(&mut self, target: Option<usize>) {
+        if let Some(d) = target.and_then(|target| self.disks[target].as_mut()) {
+            d.unknown = true;
         }
     }
 
-    /// A filter, of a job or opened by somebody, keeps what its source holds now.
-    pub(crate) fn snapshot_begins(
-        &mut self,
-        filter: NodeId,
-        (source, target): (Option<usize>, Option<usize>),
-        bottom: &Bottom,
-        (job, copied): (Option<&std::rc::Rc<str>>, impl Fn(u64, u64) -> Copied),
-    ) {
-        self.backup_begins((job, filter), (source, target), bottom, copied);
-        if let Some((source, grains)) = source.and_then(|s| Some((s, self.instant(s)?))) {
-            self.copies.snapshots.push(Snapshot {
-                filter,
-                source,
-                grains,
-            });
+    /// The instant of these filters is gone: somebody changed their sources where they know nothing of it.
+    fn spoil(&mut self, spoilt: impl Fn(&Data, &Copying) -> bool) {
+        let all = std::mem::take(&mut self.copies.filters);
+        let (gone, left): (Vec<_>, Vec<_>) = all.into_iter().partition(|copying| spoilt(self, copying));
+        self.copies.filters = left;
+        for copying in gone {
+            self.lose(copying.target);
+        }
+    }
+
+    /// Whether a disk shows another one, or is it.
+    fn shows(&self, disk: usize, other: usize) -> bool {
+        let chain = self.disks[disk].as_ref().map(|d| &d.chain);
+        disk == other || chain.is_some_and(|chain| chain.contains(&other))
+    }
+
+    /// A command made a disk show something else.
+    pub(super) fn instant_is_gone(&mut self, disk: usize) {
+        self.spoil(|data, copying| data.shows(copying.source, disk));
+    }
+
+    /// A guest writes to a disk through this node: past the filters that it does not come to.
+    pub(super) fn written_beside(&mut self, world: &World, node: NodeId, disk: Option<usize>) {
+        let Some(disk) = disk else { return };
+        self.spoil(|data, copying| {
+            let there = world.graph.get(copying.filter).is_some();
+            there && data.shows(copying.source, disk) && !leads_through(world, node, copying.filter)
+        });
+    }
+
+    /// Commands have put filters above other images.
+    pub(super) fn filters_moved(&mut self, scenario: &Scenario, world: &World) {
+        self.spoil(|_, copying| {
+            let there = world.graph.get(copying.filter).is_some();
+            there && Data::disk_of(scenario, world, copying.filter) != Some(copying.source)
+        });
+    }
+
+    /// A job is over. `well`: everything that was to be copied is.
+    pub(crate) fn backup_ended(&mut self, id: &str, well: bool) {
+        let all = &mut self.copies.filters;
+        let Some(at) = all.iter().position(|c| c.job.as_deref() == Some(id)) else {
+            return;
+        };
+        let over = all.remove(at);
+        if let Some(d) = over.target.and_then(|target| self.disks[target].as_mut()) {
+            d.release(&over.grains, &over.copies, well);
         }
     }
 
@@ -291,17 +278,21 @@ impl Data {
         offset: u64,
         bytes: &[u8],
     ) -> Result<(), Violation> {
-        let Some(snapshot) = self.copies.snapshots.iter().find(|s| s.filter == filter) else {
+        let Some(kept) = self.copies.filters.iter().find(|c| c.filter == filter) else {
             return Ok(());
         };
-        let Some(source) = self.disks[snapshot.source].as_ref() else {
+        let Some(source) = self.disks[kept.source].as_ref() else {
             return Ok(());
         };
         for (i, piece) in bytes.chunks(index(self.grain)).enumerate() {
             let at = offset + i as u64 * self.grain;
             let g = index(at / self.grain);
-            let allowed = snapshot.grains.get(g).map_or(&[][..], Vec::as_slice);
+            let allowed = kept
+                .grains
+                .get(g)
+                .map_or(&[][..], |(values, _)| values.as_slice());
             let wrong = match seen(piece, at, &source.cuts, self.grain) {
+                // Nobody knows what it held.
                 _ if allowed.is_empty() => None,
                 Seen::Skip => None,
                 Seen::Value(value) if allowed.contains(&value) => None,
@@ -332,7 +323,7 @@ fn leads_through(world: &World, node: NodeId, filter: NodeId) -> bool {
 impl Disk {
     /// A backup begins to fill the disk: each copy is a write that takes effect sometime before the end. `shows`: the grain
     /// shows the source, which is below, so that the copy changes nothing.
-    fn hold(&mut self, grains: &[(Vec<Value>, Copied)], shows: impl Fn(usize) -> bool) -> Vec<Option<OpId>> {
+    fn hold(&mut self, grains: &[Grain], shows: impl Fn(usize) -> bool) -> Vec<Option<OpId>> {
         let mut copies = Vec::with_capacity(grains.len());
         for (g, (values, copied)) in grains.iter().enumerate().take(self.initial.len()) {
             copies.push(None);
@@ -358,7 +349,7 @@ impl Disk {
     }
 
     /// It is over: what was to be copied is there, or, if it was not `well`, may be.
-    fn release(&mut self, grains: &[(Vec<Value>, Copied)], copies: &[Option<OpId>], well: bool) {
+    fn release(&mut self, grains: &[Grain], copies: &[Option<OpId>], well: bool) {
         for (g, (grain, copy)) in grains.iter().zip(copies).enumerate().take(self.initial.len()) {
             if let Some(copy) = copy {
                 self.registers.end(*copy, well && grain.1 == Copied::Surely);
@@ -373,3 +364,7 @@ impl Disk {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "data_backup_tests.rs"]
+mod tests;

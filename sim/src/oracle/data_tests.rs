@@ -33,9 +33,9 @@ fn guest_step(op: &str, offset: u64, length: u64, export: &str) -> String {
     format!(r#"{{"actor":"g","export":"{export}","do":{{"{op}":{{"offset":{offset},"length":{length}}}}}}}"#)
 }
 
-struct Run {
-    scenario: Scenario,
-    oracle: Modelled,
+pub(super) struct Run {
+    pub(super) scenario: Scenario,
+    pub(super) oracle: Modelled,
     now: u64,
 }
 
@@ -47,12 +47,7 @@ impl Run {
     }
 
     fn of(scenario: Scenario) -> Run {
-        let mut run = Run {
-            oracle: Modelled::layer(),
-            scenario,
-            now: 0,
-        };
-        run.oracle.reset(&run.scenario);
+        let mut run = Run::unopened(scenario);
         for step in 0..6 {
             run.record(&Record::Issued(StepId(step))).expect("opens");
             let what = if step < 4 {
@@ -67,7 +62,18 @@ impl Run {
         run
     }
 
-    fn record(&mut self, record: &Record) -> Result<(), Violation> {
+    /// Nothing happened yet.
+    pub(super) fn unopened(scenario: Scenario) -> Run {
+        let mut run = Run {
+            oracle: Modelled::layer(),
+            scenario,
+            now: 0,
+        };
+        run.oracle.reset(&run.scenario);
+        run
+    }
+
+    pub(super) fn record(&mut self, record: &Record) -> Result<(), Violation> {
         let view = View {
             scenario: &self.scenario,
             now: self.now,

@@ -9,8 +9,7 @@ use blkcheck_impl::event::Event;
 use blkcheck_impl::graph::inspect::GraphView;
 use blkcheck_impl::jobs::JobStatus;
 use blkcheck_impl::types::NodeId as LayerNode;
-use blkcheck_model::bitmap::Spans;
-use blkcheck_model::job::{Backup, Sync, Work};
+use blkcheck_model::job::{Sync, Work};
 use blkcheck_model::{NodeId, Outcome as JobOutcome};
 
 use super::bitmap::Bitmaps;
@@ -35,7 +34,7 @@ pub struct Modelled {
     bottom: Bottom,
     bitmaps: Bitmaps,
     errors: Errors,
-    /// A guest's write ended while the command under way was: before the instant of its backup, maybe, or after.
+    /// A request that marks bitmaps ended while the command under way was: before the instant of its backup, maybe, or after.
     disturbed: bool,
     /// Images that copy-before-write filters fill.
     targets: BTreeMap<LayerNode, usize>,
@@ -122,16 +121,18 @@ impl Modelled {
         let bottom = &self.bottom;
         let copied = |start: u64, end: u64| match (job, kept) {
             (Some((_, backup)), _) => {
-                let copied = copied_by(backup, source, bottom, start, end);
+                let copied = Copied::by(backup, source, bottom, start, end);
                 // A bitmap may have got more marks by then.
                 let more = copied == Copied::Not && self.disturbed && backup.sync == Sync::Bitmap;
                 if more { Copied::Perhaps } else { copied }
             }
-            (None, Some(kept)) => copied_of(kept.initial.as_ref(), kept.cluster, start, Copied::WhenWritten),
+            (None, Some(kept)) => {
+                Copied::among(kept.initial.as_ref(), kept.cluster, start, Copied::WhenWritten)
+            }
             (None, None) => Copied::Perhaps,
         };
         self.data
-            .snapshot_begins(id, (source, target), bottom, (job.map(|(id, _)| id), copied));
+            .copying_begins(id, (source, target), bottom, (job.map(|(id, _)| id), copied));
     }
 
     /// What a copy-before-write filter does to its target.
@@ -139,7 +140,7 @@ impl Modelled {
         match *event {
             Event::CopyBeforeWrite { filter, .. } => self.begins_to_copy(scenario, filter),
             Event::MainBegin { .. } => self.disturbed = false,
-            Event::RequestEnd { .. } => self.disturbed = true,
+            Event::RequestEnd { request, .. } => self.disturbed |= self.bitmaps.watches(request),
             Event::CopyBegin {
                 filter,
                 offset,
@@ -316,32 +317,5 @@ impl Oracle for Modelled {
 
     fn closed(&mut self, view: &View<'_>, contents: &[FinalContent<'_>]) -> Result<(), Violation> {
         self.data.closed(view, &self.follower, contents)
-    }
-}
-
-/// Whether a grain is among these clusters.
-fn copied_of(clusters: Option<&Spans>, cluster: u64, at: u64, there: Copied) -> Copied {
-    match clusters {
-        None => Copied::Perhaps,
-        Some(spans) if spans.contains(at / cluster) => there,
-        Some(_) => Copied::Not,
-    }
-}
-
-/// Whether a backup of this image copies a grain.
-fn copied_by(backup: &Backup, source: Option<usize>, bottom: &Bottom, start: u64, end: u64) -> Copied {
-    let among = |there| copied_of(backup.initial.as_ref(), backup.cluster, start, there);
-    match backup.sync {
-        Sync::Full | Sync::Bitmap => among(Copied::Surely),
-        Sync::None => among(Copied::WhenWritten),
-        Sync::Top => {
-            // A cluster that the layer holds in part is held; what it does not hold now, guests may write to.
-            let held = source.is_some_and(|source| {
-                let from = start / backup.cluster * backup.cluster;
-                let to = (from + backup.cluster).min(backup.length).max(end);
-                bottom.holds_any(source, from, to)
-            });
-            among(if held { Copied::Surely } else { Copied::Perhaps })
-        }
     }
 }

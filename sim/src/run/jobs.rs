@@ -5,9 +5,10 @@ use std::rc::Rc;
 
 use blkcheck_impl::jobs::JobStatus;
 use blkcheck_impl::types::JobId;
+use serde_json::Value;
 
 use crate::finish;
-use crate::scenario::WaitJob;
+use crate::scenario::{Action, Scenario, WaitJob};
 
 /// How often a job is pushed on from the same status before that counts as hanging.
 const PUSHES: u8 = 2;
@@ -92,8 +93,9 @@ impl Jobs {
         live.map(|j| format!("job '{}' is {}", j.id, finish::status_name(j.status)))
     }
 
-    /// The next job that stands and can be moved on, and the command that does it; counted as done.
-    pub(super) fn push_on(&mut self) -> Option<(Rc<str>, &'static str)> {
+    /// The next job that stands and can be moved on, and the command that does it; counted as done. `endless`: it runs until
+    /// somebody cancels it.
+    pub(super) fn push_on(&mut self, endless: impl Fn(&str) -> bool) -> Option<(Rc<str>, &'static str)> {
         for job in &mut self.jobs {
             // What stops at the same error again and again is not to be helped by going on.
             let parked = matches!(job.status, JobStatus::Paused | JobStatus::Standby);
@@ -102,7 +104,12 @@ impl Jobs {
             } else {
                 job.pushes
             };
-            if let Some(command) = push(job.status, pushes) {
+            let command = if job.status == JobStatus::Running && pushes < PUSHES && endless(&job.id) {
+                Some("job-cancel")
+            } else {
+                push(job.status, pushes)
+            };
+            if let Some(command) = command {
                 job.pushes += 1;
                 job.all_pushes = job.all_pushes.saturating_add(1);
                 return Some((Rc::clone(&job.id), command));
@@ -129,6 +136,22 @@ fn push(status: JobStatus, pushes: u8) -> Option<&'static str> {
         ) => Some("job-cancel"),
         _ => None,
     }
+}
+
+/// Whether a step starts a job of this id that runs until it is cancelled.
+pub(super) fn is_endless(scenario: &Scenario, id: &str) -> bool {
+    let starts = |data: &Value| data["job-id"] == id && data["sync"] == "none";
+    scenario.steps.iter().any(|step| match &step.action {
+        Action::Command { execute, arguments } if execute == "blockdev-backup" => {
+            starts(&Value::Object(arguments.clone()))
+        }
+        Action::Command { arguments, .. } => {
+            let actions = arguments.get("actions").and_then(Value::as_array);
+            let mut actions = actions.into_iter().flatten();
+            actions.any(|action| action["type"] == "blockdev-backup" && starts(&action["data"]))
+        }
+        _ => false,
+    })
 }
 
 #[cfg(test)]
@@ -166,10 +189,18 @@ mod tests {
     fn a_standing_job_is_pushed_gently_then_cancelled_then_left() {
         let (mut jobs, id): (Jobs, Rc<str>) = (Jobs::default(), "j".into());
         jobs.status(JobId(0), &id, JobStatus::Paused);
-        let mut next = || jobs.push_on().map(|(_, command)| command);
+        let mut next = || jobs.push_on(|_| false).map(|(_, command)| command);
         assert_eq!(
             (next(), next(), next()),
             (Some("job-resume"), Some("job-cancel"), None)
         );
+    }
+
+    #[test]
+    fn a_job_that_never_ends_is_cancelled() {
+        let (mut jobs, id): (Jobs, Rc<str>) = (Jobs::default(), "j".into());
+        jobs.status(JobId(0), &id, JobStatus::Running);
+        assert_eq!(jobs.push_on(|_| false), None);
+        assert_eq!(jobs.push_on(|id| id == "j"), Some((id, "job-cancel")));
     }
 }
