@@ -7,14 +7,13 @@
 mod peers;
 
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
-use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use blkcheck_impl::real::{Engine, RealOptions};
+use peers::daemon::Daemon;
 use peers::{MIB, blockdev, chain, layer, median, places, run, seconds, settle, tools};
-use serde_json::{Value, json};
+use serde_json::json;
 
 const LAYERS: [&str; 3] = ["base.qcow2", "mid.qcow2", "work.qcow2"];
 const COPIED: f64 = 683.0 / 1024.0;
@@ -43,32 +42,12 @@ fn ours(directory: &Path, options: RealOptions) -> f64 {
 
 /// The daemon's time from the command to BLOCK_JOB_COMPLETED.
 fn daemon(directory: &Path, aio: &str) -> f64 {
-    let mut child = Command::new("qemu-storage-daemon")
-        .args(["--blockdev", &blockdev(directory, &LAYERS, Some(aio)).to_string()])
-        .args(["--chardev", "stdio,id=qmp", "--monitor", "qmp"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .expect("checked to be there");
-    let mut to = child.stdin.take().expect("piped");
-    let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
-    let mut until = |wanted: &dyn Fn(&Value) -> bool| loop {
-        let line = lines.next().expect("the daemon lives").expect("text");
-        let message: Value = serde_json::from_str(&line).expect("JSON");
-        assert!(message.get("error").is_none(), "{message}");
-        if wanted(&message) {
-            return;
-        }
-    };
-    writeln!(to, "{}", json!({ "execute": "qmp_capabilities" })).expect("it reads");
-    until(&|m| m.get("return").is_some());
+    let mut daemon = Daemon::start(&[blockdev(directory, &LAYERS, Some(aio))]);
     let start = Instant::now();
-    let stream = json!({ "execute": "block-stream", "arguments": { "job-id": "job", "device": "top" } });
-    writeln!(to, "{stream}").expect("it reads");
-    until(&|m| m["event"] == "BLOCK_JOB_COMPLETED");
+    daemon.send("block-stream", &json!({ "job-id": "job", "device": "top" }));
+    daemon.until(|m| m["event"] == "BLOCK_JOB_COMPLETED");
     let seconds = start.elapsed().as_secs_f64();
-    writeln!(to, "{}", json!({ "execute": "quit" })).expect("it reads");
-    assert!(child.wait().expect("it ends").success());
+    daemon.quit();
     seconds
 }
 

@@ -3,6 +3,8 @@
 
 #![allow(dead_code)]
 
+pub(crate) mod daemon;
+
 use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -40,6 +40,8 @@ pub(crate) const SMALLEST_CLUSTER: u64 = 64 * 1024;
 pub(crate) const MEMORY: u64 = 128 * 1024 * 1024;
 /// Largest stretch of one task, unless a cluster is larger, bytes.
 const LARGEST_TASK: u64 = 1024 * 1024;
+/// Buffers kept for the next tasks, each of [`LARGEST_TASK`] at most: a new one costs as much as a copy.
+const SPARE_BUFFERS: usize = 8;
 
 /// An error, and on which side it happened.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -87,6 +89,7 @@ pub(crate) struct BlockCopy {
     /// Bytes taken by tasks.
     in_flight: Cell<u64>,
     memory: Cell<u64>,
+    spare: RefCell<Vec<Vec<u8>>>,
     /// A task ended or became shorter, or memory came back.
     changed: WaitQueue,
     /// What the source node itself does not hold is not copied.
@@ -170,6 +173,7 @@ impl BlockCopy {
             next_task: Cell::new(0),
             in_flight: Cell::new(0),
             memory: Cell::new(0),
+            spare: RefCell::default(),
             changed: WaitQueue::default(),
             skip_unallocated: Cell::new(false),
             watcher: RefCell::default(),

@@ -4,7 +4,7 @@
 //! `discard_source` what was copied is discarded before the task ends (QEMU: after): a guest's write that waits for the task
 //! must not be discarded.
 
-use super::{BlockCopy, Failure, MEMORY, attached, ends_within};
+use super::{BlockCopy, Failure, LARGEST_TASK, MEMORY, SPARE_BUFFERS, attached, ends_within};
 use crate::Layer;
 use crate::error::Errno;
 use crate::event::Event;
@@ -185,14 +185,30 @@ impl BlockCopy {
             let zeroed = layer.write_zeroes(self.target, at, bytes, self.write_flags);
             return zeroed.await.map_err(failed(false));
         }
-        let mut data = vec![0; size(bytes)];
-        layer
-            .read(self.source, at, &mut data, ReqFlags::empty())
-            .await
-            .map_err(failed(true))?;
-        layer
-            .write(self.target, at, &data, self.write_flags)
-            .await
-            .map_err(failed(false))
+        let mut data = self.take_buffer(size(bytes));
+        let read = layer.read(self.source, at, &mut data, ReqFlags::empty()).await;
+        let copied = match read {
+            Ok(()) => {
+                let written = layer.write(self.target, at, &data, self.write_flags);
+                written.await.map_err(failed(false))
+            }
+            Err(errno) => Err(failed(true)(errno)),
+        };
+        self.give_buffer(data);
+        copied
+    }
+
+    /// A buffer for a read that fills it: what it holds is of no account.
+    fn take_buffer(&self, bytes: usize) -> Vec<u8> {
+        let mut buffer = self.spare.borrow_mut().pop().unwrap_or_default();
+        buffer.resize(bytes, 0);
+        buffer
+    }
+
+    fn give_buffer(&self, buffer: Vec<u8>) {
+        let mut spare = self.spare.borrow_mut();
+        if spare.len() < SPARE_BUFFERS && buffer.capacity() <= size(LARGEST_TASK) {
+            spare.push(buffer);
+        }
     }
 }
