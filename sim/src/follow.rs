@@ -12,7 +12,11 @@
 //! Not here: comparing. [`crate::oracle`] does that.
 
 mod drained;
+mod marks;
 
+pub use marks::Marked;
+
+use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use blkcheck_impl::error::Errno;
@@ -54,6 +58,7 @@ enum Entry {
     /// Last: the node made writable for the job stays so.
     Completed(Rc<str>, Outcome, bool),
     Stopped(Rc<str>),
+    Marked(Marked, std::ops::Range<u64>),
 }
 
 /// An entry of the journal that may have been another one.
@@ -74,8 +79,10 @@ struct Operation {
     faults: u32,
     /// Node names that the layer made up meanwhile.
     auto_names: u32,
-    /// How often a job went on that it had paused: so many of its drains are over.
-    drains: u32,
+    /// How often each job went on that it had paused: so many of its drains are over.
+    resumed: BTreeMap<Rc<str>, u32>,
+    /// Jobs that it has made.
+    made: Vec<Rc<str>>,
 }
 
 /// The model beside a run.
@@ -336,8 +343,12 @@ impl Follower {
     }
 
     fn status(&mut self, id: &Rc<str>, from: Seen, to: Seen, followed: &mut Followed) {
-        if let (Some(operation), Seen::Paused, Seen::Running) = (&mut self.operation, from, to) {
-            operation.drains += 1;
+        if let Some(operation) = &mut self.operation {
+            match (from, to) {
+                (Seen::Paused, Seen::Running) => *operation.resumed.entry(Rc::clone(id)).or_default() += 1,
+                (_, Seen::Created) => operation.made.push(Rc::clone(id)),
+                _ => {}
+            }
         }
         let to = model_status(to);
         followed.changed = true;
@@ -358,7 +369,7 @@ impl Follower {
                 self.journal.push(Entry::Stopped(id.into()));
             }
             "BLOCK_JOB_CANCELLED" | "BLOCK_JOB_COMPLETED" => {
-                self.postpone(scenario);
+                self.postpone(scenario, id);
                 let error = data.get("error").and_then(Value::as_str);
                 let outcome = match name {
                     "BLOCK_JOB_CANCELLED" => Outcome::Cancelled,
@@ -508,6 +519,7 @@ impl Follower {
                     drop(self.world.job_completed_leaving(id, *outcome, *writable));
                 }
                 Entry::Stopped(id) => drop(self.world.job_stopped_on_error(id)),
+                Entry::Marked(what, bytes) => marks::mark(&mut self.world, *what, bytes.clone()),
             }
         }
     }

@@ -127,6 +127,7 @@ type Matcher = fn(&Found<'_>) -> bool;
 
 const MATCHERS: &[(&str, Matcher)] = &[
     ("null-co-size", null_co_size),
+    ("enable-of-missing-bitmap", enables_missing),
     ("cor-bottom-outside-chain", bottom_outside_chain),
     ("cor-bottom-crash", bottom_crash),
     ("cor-copies-below-bottom", copies_below_bottom),
@@ -285,6 +286,11 @@ fn text<'a>(arguments: &'a Map<String, Value>, key: &str) -> Option<&'a str> {
 fn null_co_size(found: &Found<'_>) -> bool {
     let negative = |(_, arguments): Given<'_>| known::has_negative_null_co(arguments);
     found.says(&[OracleName::Daemon], "SIGABRT") && found.unanswered().any(negative)
+}
+
+fn enables_missing(found: &Found<'_>) -> bool {
+    let missing = |(execute, arguments): Given<'_>| known::enables_missing(&found.world, execute, arguments);
+    found.says(&[OracleName::Daemon], "SIGSEGV") && found.unanswered().any(missing)
 }
 
 fn bottom_outside_chain(found: &Found<'_>) -> bool {

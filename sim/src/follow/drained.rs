@@ -3,16 +3,18 @@
 //!
 //! Rules: the model executes a command when the layer begins it. Where a job's end is told while one of these is under way,
 //! the command is taken back, the job completes and concludes, and the command is executed again. Not so once a job has been
-//! resumed after the last drain: the command is over then. A snapshot drains everything, and then once more what it is
-//! about. A layer whose main operations are totally ordered never tells such an end.
+//! resumed after the last drain: the command is over then; nor where the command itself made the job. A snapshot and a backup drain
+//! everything, and then once more what they are about. A layer whose main operations are totally ordered never tells such an end.
 //! Not covered: a list of nodes to reopen of which some were queued before the job ended and some after it.
 
 use blkcheck_impl::event::Event;
+use blkcheck_impl::jobs::JobStatus;
 
 use super::{Entry, Followed, Follower, Record, Scenario, command_name, execute};
 
 /// Commands that begin with drains, and how many.
-const DRAIN_FIRST: [(&str, u32); 3] = [
+const DRAIN_FIRST: [(&str, u32); 4] = [
+    ("blockdev-backup", 2),
     ("blockdev-reopen", 1),
     ("blockdev-snapshot", 2),
     ("transaction", 2),
@@ -20,10 +22,14 @@ const DRAIN_FIRST: [(&str, u32); 3] = [
 
 impl Follower {
     /// A job ends: takes the command under way back if it was to wait for that.
-    pub(super) fn postpone(&mut self, scenario: &Scenario) {
-        let Some((step, over)) = self.operation.as_ref().and_then(|o| Some((o.step?, o.drains))) else {
+    pub(super) fn postpone(&mut self, scenario: &Scenario, job: &str) {
+        let Some((operation, step)) = self.operation.as_ref().and_then(|o| Some((o, o.step?))) else {
             return;
         };
+        let over = operation.resumed.values().max().copied().unwrap_or(0);
+        if operation.made.iter().any(|made| **made == *job) {
+            return;
+        }
         let name = command_name(scenario, step);
         if !DRAIN_FIRST
             .iter()
@@ -43,10 +49,15 @@ impl Follower {
         self.postponed = Some(step);
     }
 
-    /// Executes what was postponed, when jobs have no more to say.
+    /// Executes what was postponed, when jobs have no more to say, or the command makes one.
     pub(super) fn catch_up(&mut self, scenario: &Scenario, record: &Record, followed: &mut Followed) {
-        if matches!(record, Record::Layer(Event::Qmp { .. } | Event::JobStatus { .. })) {
-            return;
+        match record {
+            Record::Layer(Event::JobStatus {
+                to: JobStatus::Created,
+                ..
+            }) => {}
+            Record::Layer(Event::Qmp { .. } | Event::JobStatus { .. }) => return,
+            _ => {}
         }
         let Some(step) = self.postponed.take() else {
             return;
@@ -62,7 +73,6 @@ impl Follower {
 mod tests {
     use std::rc::Rc;
 
-    use blkcheck_impl::jobs::JobStatus;
     use serde_json::json;
 
     use super::*;
@@ -154,5 +164,52 @@ mod tests {
             frozen.starts_with("Cannot change frozen 'backing' link"),
             "{frozen}"
         );
+    }
+
+    #[test]
+    fn a_job_that_the_command_itself_made_ends_after_it() {
+        let scenario = scenario_of(
+            r#"{"version":1,"grain":512,"images":[{"file":"a","format":"qcow2","size":4096},
+            {"file":"t","format":"qcow2","size":4096}],"steps":[
+            {"actor":"m","execute":"blockdev-add","arguments":{"driver":"qcow2","node-name":"a",
+                "file":{"driver":"file","filename":"a"}}},
+            {"actor":"m","execute":"blockdev-add","arguments":{"driver":"qcow2","node-name":"t",
+                "file":{"driver":"file","filename":"t"}}},
+            {"actor":"m","execute":"blockdev-backup","arguments":{"job-id":"j","device":"a","target":"t","sync":"full",
+                "auto-dismiss":false}}]}"#,
+        );
+        let mut follower = Follower::default();
+        follower.reset(&scenario);
+        let mut tell = |record: Record| {
+            let followed = follower.record(&scenario, &record);
+            assert_eq!(followed.wrong, None, "{record:?}");
+        };
+        for (step, what) in [(0, "blockdev-add"), (1, "blockdev-add"), (2, "blockdev-backup")] {
+            use JobStatus::{Concluded, Created, Pending, Running, Undefined, Waiting};
+            tell(Record::Issued(StepId(step)));
+            tell(Record::Layer(Event::MainBegin { what }));
+            let statuses: &[JobStatus] = match step {
+                2 => &[Undefined, Created, Running, Waiting, Pending, Concluded],
+                _ => &[],
+            };
+            for pair in statuses.windows(2) {
+                if pair[1] == Concluded {
+                    let data = Rc::new(json!({"device": "j"}));
+                    tell(Record::Layer(Event::Qmp {
+                        name: "BLOCK_JOB_COMPLETED",
+                        data,
+                    }));
+                }
+                tell(Record::Layer(Event::JobStatus {
+                    job: blkcheck_impl::types::JobId(0),
+                    id: "j".into(),
+                    from: pair[0],
+                    to: pair[1],
+                }));
+            }
+            tell(Record::Layer(Event::MainEnd { what }));
+            tell(Record::Ended(StepId(step), Outcome::Command(Ok(json!({})))));
+        }
+        assert!(follower.world.job("j").is_some(), "it waits to be dismissed");
     }
 }

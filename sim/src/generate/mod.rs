@@ -22,7 +22,7 @@ pub use faults::add_faults;
 pub use swarm::{Profile, Swarm};
 
 use crate::rng::{Rng, Stream};
-use crate::scenario::{Action, Disk, Scenario, Step, VERSION};
+use crate::scenario::{Action, Disk, Scenario, Step, Stored, VERSION};
 
 /// What a target can do, as far as the generator cares.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -139,14 +139,35 @@ pub fn without_rates(steps: &mut [Step]) {
         let Action::Command { execute, arguments } = &mut step.action else {
             continue;
         };
-        if matches!(
-            &**execute,
-            "block-stream" | "blockdev-backup" | "block-job-set-speed"
-        ) && let Some(speed) = arguments.get_mut("speed")
-            && speed.as_i64().is_none_or(|s| s > 0)
-        {
-            *speed = serde_json::Value::from(0);
+        without_rate(execute, arguments);
+        let actions = arguments
+            .get_mut("actions")
+            .and_then(serde_json::Value::as_array_mut);
+        for action in actions.into_iter().flatten() {
+            let kind = action["type"].as_str().unwrap_or_default().to_owned();
+            if let Some(data) = action.get_mut("data").and_then(serde_json::Value::as_object_mut) {
+                without_rate(&kind, data);
+            }
         }
+    }
+}
+
+fn without_rate(command: &str, arguments: &mut serde_json::Map<String, serde_json::Value>) {
+    if matches!(
+        command,
+        "block-stream" | "blockdev-backup" | "block-job-set-speed"
+    ) && let Some(speed) = arguments.get_mut("speed")
+        && speed.as_i64().is_none_or(|s| s > 0)
+    {
+        *speed = serde_json::Value::from(0);
+    }
+}
+
+/// Stores compressed clusters as they are: for targets that unpack them in an order of their own.
+pub fn without_compression(scenario: &mut Scenario) {
+    let fills = scenario.images.iter_mut().flat_map(|image| &mut image.fill);
+    for fill in fills.filter(|fill| fill.stored == Stored::Compressed) {
+        fill.stored = Stored::Data;
     }
 }
 
@@ -304,6 +325,22 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn jobs_of_transactions_have_no_speed_either() {
+        let backup = |speed: u32| json!({"job-id": "k", "device": "n", "target": "t", "speed": speed});
+        let clear = json!({"type": "block-dirty-bitmap-clear", "data": {"node": "n", "name": "b"}});
+        let steps = |speed| {
+            let action = json!({"type": "blockdev-backup", "data": backup(speed)});
+            vec![
+                command("m", "blockdev-backup", backup(speed)),
+                command("m", "transaction", json!({"actions": [clear, action]})),
+            ]
+        };
+        let mut limited = steps(65536);
+        without_rates(&mut limited);
+        assert_eq!(limited, steps(0));
+    }
 
     #[test]
     fn inline_backing_nodes_are_opened_first_wherever_they_are() {

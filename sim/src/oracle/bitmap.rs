@@ -5,6 +5,8 @@
 //! and commands on bitmaps do with them in the model what they should. Looked at with a command's answer (nothing is
 //! missing: the layer may be ahead of what it has told) and when everything is at rest (nothing more).
 //! A closed image holds what the model says that it holds.
+//! From outside no requests are told: guests' own mark, on the node that they are for and what it passes them on to, unless something
+//! else of the main context came in between; only closed images are looked at.
 //! Not judged: what requests left that failed, or that ended while a command on bitmaps was under way (a transaction drains
 //! first); anything once storage failed; where qcow2 writes in its file; zeroing of less than whole blocks of the storage,
 //! which may or may not be padded to them.
@@ -20,8 +22,10 @@ use blkcheck_model::{Bitmap, World};
 
 use super::mirror::Mirror;
 use super::{OracleName, Violation, violation};
+use crate::follow::Marked;
+use crate::history::{Outcome, StepId};
 use crate::image::bitmaps::Stored;
-use crate::scenario::Scenario;
+use crate::scenario::{GuestOp, Scenario};
 
 /// A request that marks bitmaps when it ends.
 #[derive(Debug)]
@@ -31,9 +35,23 @@ struct Marking {
     bytes: Range<u64>,
 }
 
+/// A guest's request, where nothing else is told.
+#[derive(Debug)]
+struct Flying {
+    step: StepId,
+    op: GuestOp,
+    /// What it is for.
+    node: blkcheck_model::NodeId,
+    /// Operations of the main context before it.
+    operations: u64,
+}
+
 /// Follows requests for the model's bitmaps.
 #[derive(Debug, Default)]
 pub(super) struct Bitmaps {
+    flying: Vec<Flying>,
+    /// Operations of the main context: they have begun, and are over.
+    operations: (u64, u64),
     requests: BTreeMap<RequestId, Marking>,
     /// What requests to the storage are aligned to, bytes.
     alignment: u64,
@@ -84,12 +102,53 @@ impl Bitmaps {
                 }
             }
             Event::MainBegin { what } => {
+                self.operations.0 += 1;
                 self.command = matches!(*what, "transaction" | "blockdev-backup")
                     || what.starts_with("block-dirty-bitmap-");
             }
-            Event::MainEnd { .. } => self.command = false,
+            Event::MainEnd { .. } => {
+                self.operations.1 = self.operations.0;
+                self.command = false;
+            }
             _ => {}
         }
+    }
+
+    /// Outside: a guest asks for something.
+    pub(super) fn guest_asks(&mut self, world: &World, step: StepId, export: &str, op: GuestOp) {
+        let mut exports = world.exports.iter();
+        let Some(export) = exports.find(|e| &*e.name == export || &*e.id == export) else {
+            return;
+        };
+        self.flying.push(Flying {
+            step,
+            op,
+            node: world.graph.edge(export.root).child,
+            operations: self.operations.1,
+        });
+    }
+
+    /// Outside: it was answered; what it has marked, and where.
+    pub(super) fn guest_ended(&mut self, step: StepId, outcome: &Outcome) -> Option<(Marked, Range<u64>)> {
+        let at = self.flying.iter().position(|f| f.step == step)?;
+        let flying = self.flying.swap_remove(at);
+        let (range, discard) = match flying.op {
+            GuestOp::Write(r)
+            | GuestOp::WriteFua(r)
+            | GuestOp::WriteZeroes(r)
+            | GuestOp::WriteZeroesUnmap(r) => (r, false),
+            GuestOp::Discard(r) => (r, true),
+            GuestOp::Read(_) | GuestOp::BlockStatus(_) | GuestOp::Flush => return None,
+        };
+        let bytes = range.offset..range.offset + range.length;
+        let what = match outcome {
+            // What it was for may have moved while something else was done.
+            _ if flying.operations != self.operations.0 => Marked::Perhaps,
+            Outcome::Done(Ok(())) if discard => Marked::Discarded(flying.node),
+            Outcome::Done(Ok(())) => Marked::Written(flying.node),
+            _ => Marked::Perhaps,
+        };
+        Some((what, bytes))
     }
 
     /// The request is under way, and marks bitmaps when it ends.

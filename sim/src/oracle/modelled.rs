@@ -2,7 +2,7 @@
 //! name in verdicts: `refusals`, `graph`, `permissions` and `frozen` (settled comparison), `jobs` (what the model says a
 //! job cannot do), `data`, `status`, `transparency`, `point-in-time`, `bottom`, `bitmap`, `errors`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use blkcheck_impl::Layer;
 use blkcheck_impl::event::Event;
@@ -10,7 +10,7 @@ use blkcheck_impl::graph::inspect::GraphView;
 use blkcheck_impl::jobs::JobStatus;
 use blkcheck_impl::types::NodeId as LayerNode;
 use blkcheck_model::job::{Sync, Work};
-use blkcheck_model::{NodeId, Outcome as JobOutcome};
+use blkcheck_model::{Driver, NodeId, Outcome as JobOutcome};
 
 use super::bitmap::Bitmaps;
 use super::bottom::Bottom;
@@ -20,9 +20,18 @@ use super::graph::{self, Comparison};
 use super::mirror::Mirror;
 use super::{FinalContent, Oracle, OracleName, View, Violation, refusals, violation};
 use crate::follow::Follower;
-use crate::history::{Outcome, Record};
+use crate::history::{Outcome, Record, StepId};
 use crate::image::bitmaps::Stored;
 use crate::scenario::Scenario;
+
+/// What stands in for the events of copy-before-write filters.
+#[derive(Debug, Default)]
+struct Untold {
+    /// Filters that are there.
+    filters: BTreeSet<NodeId>,
+    /// Guests' requests in flight.
+    flying: usize,
+}
 
 /// See the module.
 #[derive(Debug, Default)]
@@ -38,6 +47,8 @@ pub struct Modelled {
     disturbed: bool,
     /// Images that copy-before-write filters fill.
     targets: BTreeMap<LayerNode, usize>,
+    /// Outside: copies are not told; what the filters may do is taken for done when they are there.
+    untold: Option<Untold>,
     /// Something may have changed since the layer's books were last looked at.
     changed: bool,
     /// The layer's books when everything was settled last. Records come in batches, after the fact, so that books can
@@ -59,6 +70,7 @@ impl Modelled {
         Modelled {
             comparison: Comparison::outside(),
             bottom: Bottom::outside(),
+            untold: Some(Untold::default()),
             ..Modelled::default()
         }
     }
@@ -102,29 +114,31 @@ impl Modelled {
         books.map_or(Ok(()), |books| self.comparison.books(&self.follower.world, books))
     }
 
-    /// A copy-before-write filter is there: from now on it keeps what its source holds.
-    fn begins_to_copy(&mut self, scenario: &Scenario, filter: LayerNode) {
+    /// A copy-before-write filter is there: from now on it keeps what its source holds. Returns the image that it fills.
+    fn begins_to_copy(&mut self, scenario: &Scenario, id: NodeId) -> Option<usize> {
         let graph = &self.follower.world.graph;
-        let Some(id) = graph.find(self.mirror.name(filter)) else {
-            return;
-        };
         let disk = |child: Option<NodeId>| Data::disk_of(scenario, &self.follower.world, child?);
         let target = graph.children(id).find(|(_, edge)| edge.name == "target");
         let target = disk(target.map(|(_, edge)| edge.child));
         let source = disk(graph.filter_child(id));
-        self.targets.extend(target.map(|target| (filter, target)));
         let job = self.follower.world.jobs.iter().find_map(|job| match &job.work {
             Work::Backup(backup) if backup.filter == Some(id) => Some((&job.id, backup)),
             _ => None,
         });
         let kept = graph.node(id).kept.as_ref();
         let bottom = &self.bottom;
+        // QEMU's job says what is to be copied when it first runs: a write that comes before has all of its clusters copied.
+        let early = self.untold.as_ref().is_some_and(|untold| untold.flying > 0);
         let copied = |start: u64, end: u64| match (job, kept) {
             (Some((_, backup)), _) => {
                 let copied = Copied::by(backup, source, bottom, start, end);
                 // A bitmap may have got more marks by then.
-                let more = copied == Copied::Not && self.disturbed && backup.sync == Sync::Bitmap;
-                if more { Copied::Perhaps } else { copied }
+                let more = self.disturbed && backup.sync == Sync::Bitmap;
+                if copied == Copied::Not && (more || early) {
+                    Copied::Perhaps
+                } else {
+                    copied
+                }
             }
             (None, Some(kept)) => {
                 Copied::among(kept.initial.as_ref(), kept.cluster, start, Copied::WhenWritten)
@@ -133,12 +147,44 @@ impl Modelled {
         };
         self.data
             .copying_begins(id, (source, target), bottom, (job.map(|(id, _)| id), copied));
+        target
+    }
+
+    /// A command was answered: filters that came with it copy from now on, and nobody tells what.
+    fn filters_came(&mut self, scenario: &Scenario) {
+        let Some(untold) = &mut self.untold else { return };
+        let nodes = self.follower.world.graph.nodes();
+        let filters = nodes.filter(|(_, node)| node.driver == Driver::CopyBeforeWrite);
+        let now: BTreeSet<NodeId> = filters.map(|(id, _)| id).collect();
+        let new: Vec<NodeId> = now.difference(&untold.filters).copied().collect();
+        untold.filters = now;
+        for filter in new {
+            if let Some(target) = self.begins_to_copy(scenario, filter) {
+                self.bottom.filled(target, 0, u64::MAX);
+            }
+        }
+    }
+
+    fn guest_ended(&mut self, step: StepId, outcome: &Outcome) {
+        if let Some(untold) = &mut self.untold {
+            if let Some((what, bytes)) = self.bitmaps.guest_ended(step, outcome) {
+                self.follower.marked(what, bytes);
+            }
+            untold.flying = untold.flying.saturating_sub(1);
+            // Only a bitmap that nobody wrote to meanwhile is known to the bit.
+            self.disturbed = true;
+        }
     }
 
     /// What a copy-before-write filter does to its target.
     fn copies(&mut self, scenario: &Scenario, event: &Event) {
         match *event {
-            Event::CopyBeforeWrite { filter, .. } => self.begins_to_copy(scenario, filter),
+            Event::CopyBeforeWrite { filter, .. } => {
+                if let Some(id) = self.follower.world.graph.find(self.mirror.name(filter)) {
+                    let target = self.begins_to_copy(scenario, id);
+                    self.targets.extend(target.map(|target| (filter, target)));
+                }
+            }
             Event::MainBegin { .. } => self.disturbed = false,
             Event::RequestEnd { request, .. } => self.disturbed |= self.bitmaps.watches(request),
             Event::CopyBegin {
@@ -156,7 +202,7 @@ impl Modelled {
     }
 
     /// A refused command left everything as it was.
-    fn refused(&mut self, view: &View<'_>, step: crate::history::StepId) -> Result<(), Violation> {
+    fn refused(&mut self, view: &View<'_>, step: StepId) -> Result<(), Violation> {
         let (Some(before), Some(layer), false) = (&self.books, view.layer, self.changed) else {
             return Ok(());
         };
@@ -189,6 +235,9 @@ impl Oracle for Modelled {
         self.bitmaps.reset(scenario);
         self.errors.reset(scenario);
         self.targets.clear();
+        if let Some(untold) = &mut self.untold {
+            *untold = Untold::default();
+        }
         self.disturbed = false;
         self.changed = false;
         self.books = None;
@@ -230,6 +279,10 @@ impl Oracle for Modelled {
         match record {
             Record::Issued(step) => {
                 if let Some((export, op)) = guest(view.scenario, *step) {
+                    if let Some(untold) = &mut self.untold {
+                        untold.flying += 1;
+                        self.bitmaps.guest_asks(&self.follower.world, *step, export, *op);
+                    }
                     let beside = (&self.follower, &self.bottom);
                     self.data.issued(view, beside, *step, export, op);
                     if let Some(disk) = self.data.disk_under(*step) {
@@ -240,12 +293,16 @@ impl Oracle for Modelled {
             }
             Record::Ended(step, Outcome::Command(got)) if followed.answered.is_some() => {
                 refusals::judge(view.scenario, *step, self.follower.prediction(), got)?;
+                self.filters_came(view.scenario);
                 // What failing storage may leave is settled below.
                 if got.is_err() && followed.settled && !self.follower.in_doubt() {
                     self.refused(view, *step)?;
                 }
             }
             Record::Ended(step, outcome) => {
+                if guest(view.scenario, *step).is_some() {
+                    self.guest_ended(*step, outcome);
+                }
                 self.bottom.ended(*step, outcome);
                 self.data.ended(view, *step, outcome)?;
             }

@@ -29,7 +29,11 @@ pub(super) fn merges_nothing(execute: &str, arguments: &Map<String, Value>) -> b
 }
 
 /// A transaction that is refused and has an action that enables a bitmap which is not there before.
-pub(super) fn enables_missing(world: &World, execute: &str, arguments: &Map<String, Value>) -> bool {
+pub(in crate::compare) fn enables_missing(
+    world: &World,
+    execute: &str,
+    arguments: &Map<String, Value>,
+) -> bool {
     enables(world, execute, arguments, |bitmap| bitmap.is_none())
 }
 
