@@ -50,16 +50,12 @@ fn unusable(arguments: &[&str], says: &[&str]) {
 
 #[test]
 fn requests_that_make_no_sense() {
-    for faults in ["crash", "all"] {
+    for faults in ["errors", "crash", "all"] {
         unusable(
-            &["run", "--seeds", "0..1", "--faults", faults],
-            &["power loss is not built yet", "--faults errors"],
+            &["run", "--seeds", "0..1", "--faults", faults, "--on", "file"],
+            &["only storage of ours fails on demand", "--on memory", "--on qemu"],
         );
     }
-    unusable(
-        &["run", "--seeds", "0..1", "--faults", "errors", "--on", "file"],
-        &["only storage of ours fails on demand"],
-    );
     unusable(
         &[
             "run", "--seeds", "0..1", "--faults", "errors", "--on", "qemu", "--tier", "stress",

@@ -80,6 +80,44 @@ fn faults_are_recorded_choices() {
     );
 }
 
+/// A power cut ends a run; what survives is choices of its file, and without them nothing is lost that was carried out.
+#[test]
+fn a_power_cut_loses_what_was_not_flushed_and_nothing_else() {
+    let mut harness = Harness::new(&Setup {
+        faults: Faults::Crash,
+        ..Setup::default()
+    })
+    .expect("memory is always there");
+    let cuts = |records: &[Record]| {
+        let (mut files, mut volatile, mut kept) = (0, 0, 0);
+        for record in records {
+            if let Record::PowerCut {
+                volatile: v, kept: k, ..
+            } = record
+            {
+                (files, volatile, kept) = (files + 1, volatile + v, kept + k);
+            }
+        }
+        (files, volatile, kept)
+    };
+    let (mut cut, mut lossy) = (0, 0);
+    for seed in 0..300 {
+        let run = harness.seed(seed, true).expect("memory is always there");
+        assert_eq!(run.violation, None, "seed {seed}");
+        let scenario = harness.recorded(seed).expect("memory is always there");
+        let replayed = harness.replay(&scenario).expect("memory is always there");
+        assert_eq!(replayed.trace_hash, run.trace_hash, "seed {seed}");
+        let (files, volatile, kept) = cuts(&replayed.records);
+        cut += usize::from(files > 0);
+        lossy += usize::from(kept < volatile);
+        assert!(files == 0 || files == scenario.images.len(), "seed {seed}");
+    }
+    assert!(
+        cut > 150 && lossy > 75,
+        "the power failed in {cut} runs and something was lost in {lossy}"
+    );
+}
+
 /// Without faults nothing is drawn: the same runs as ever, and no job meets an error.
 #[test]
 fn without_faults_nothing_fails() {

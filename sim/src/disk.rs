@@ -5,10 +5,12 @@
 //! waits. Requests must respect [`DiskOptions::alignment`], or it is a bug of the layer and panics.
 //! Buffers and request slots are reused from run to run.
 //! A pending request may also be made to fail ([`Disk::fail`]), with a prefix of its sectors carried out or not.
-//! Not here: which requests fail, and power cuts; every write is as good as durable.
+//! With [`DiskOptions::power`] it keeps what is durable apart ([`Disk::power_cut`]); otherwise every write is as good as durable.
+//! Not here: which requests fail, and when the power does.
 
 mod file;
 mod op;
+pub(crate) mod volatile;
 
 use std::cell::RefCell;
 use std::future::Future;
@@ -24,6 +26,8 @@ use crate::owner::Owners;
 
 use file::{File, to_usize};
 pub use op::{BadEnd, Op};
+pub use volatile::Remains;
+use volatile::{Change, Volatile};
 
 /// Unit in which holes are tracked, bytes.
 const SECTOR: u64 = 512;
@@ -45,6 +49,8 @@ pub struct DiskOptions {
     pub alignment: u64,
     /// Zero writes and discards work; otherwise they end with ENOTSUP at once.
     pub unmap: bool,
+    /// The power may fail.
+    pub power: bool,
 }
 
 impl Default for DiskOptions {
@@ -52,6 +58,7 @@ impl Default for DiskOptions {
         DiskOptions {
             alignment: 1,
             unmap: true,
+            power: false,
         }
     }
 }
@@ -71,6 +78,8 @@ struct Request {
     progress: Progress,
     number: u64,
     key: Key,
+    /// Changes of the file that a flush found.
+    found: u64,
 }
 
 #[derive(Debug, Default)]
@@ -129,6 +138,7 @@ impl Disk {
             }
             file.data.clear();
             file.allocated.clear();
+            file.volatile = None;
         }
         inner.pending.clear();
         inner.free.clear();
@@ -158,6 +168,7 @@ impl Disk {
         let length = file.data.len();
         file.set_length(length);
         file.mark(0, file.sectors() as u64, true);
+        file.volatile = inner.options.power.then(|| Volatile::new(&file.data));
         FileId(u32::try_from(at).expect("few files"))
     }
 
@@ -314,6 +325,25 @@ impl Disk {
         bad
     }
 
+    /// The power fails: what is left of each file. `choose` picks one of so many. The files themselves stay as they are.
+    pub fn power_cut(&self, choose: &mut dyn FnMut(u32) -> u32) -> Vec<(FileId, Remains)> {
+        let inner = self.inner.borrow();
+        let files = (0u32..)
+            .map(FileId)
+            .zip(&inner.files)
+            .filter(|(_, file)| file.exists);
+        files
+            .map(|(id, file)| {
+                let volatile = file.volatile.as_ref().expect("files are followed from the start");
+                let pending = inner.pending.iter().map(|slot| &inner.requests[*slot as usize]);
+                let under_way = pending
+                    .filter(|request| request.file == id)
+                    .filter_map(|request| change(request.op, &request.buffer));
+                (id, volatile.power_cut(under_way, choose))
+            })
+            .collect()
+    }
+
     /// A read.
     pub(crate) fn read<'a>(&self, file: FileId, offset: u64, buf: &'a mut [u8]) -> DiskIo<'a> {
         let op = Op::Read {
@@ -408,12 +438,15 @@ impl Inner {
                 progress,
                 number: 0,
                 key: Key::request(0, 0),
+                found: 0,
             });
             u32::try_from(self.requests.len() - 1).expect("few requests")
         });
         let request = &mut self.requests[slot as usize];
         (request.file, request.op, request.number) = (file, op, self.submitted);
         request.key = self.owners.request();
+        let followed = self.files[file.0 as usize].volatile.as_ref();
+        request.found = followed.map_or(0, Volatile::so_far);
         request.buffer.clear();
         request.buffer.extend_from_slice(data);
         request.progress = Progress::Pending(waker);
@@ -437,7 +470,11 @@ impl Inner {
                 done = end - start;
             }
             Op::Write { offset, .. } => file.write(offset, &request.buffer),
-            Op::Flush => {}
+            Op::Flush => {
+                if let Some(volatile) = &mut file.volatile {
+                    volatile.flushed(request.found);
+                }
+            }
             Op::WriteZeroes {
                 offset,
                 bytes,
@@ -446,6 +483,7 @@ impl Inner {
             Op::Discard { offset, bytes } => file.zero(offset, bytes, false, true),
             Op::Truncate { length } => file.set_length(to_usize(length)),
         }
+        file.follow(change(request.op, &request.buffer));
         match std::mem::replace(&mut request.progress, Progress::Over(Ok(done))) {
             Progress::Pending(waker) => waker,
             Progress::Free | Progress::Over(_) => unreachable!("pending requests are pending"),
@@ -468,6 +506,10 @@ impl Inner {
             Op::Discard { offset, .. } => file.zero(offset, bad.done, false, true),
             Op::Write { .. } | Op::Flush | Op::Truncate { .. } => {}
         }
+        if bad.done > 0 {
+            let done = to_usize(bad.done).min(request.buffer.len());
+            file.follow(change(request.op.first(bad.done), &request.buffer[..done]));
+        }
         match std::mem::replace(&mut request.progress, Progress::Over(Err(bad.errno))) {
             Progress::Pending(waker) => (bad, waker),
             Progress::Free | Progress::Over(_) => unreachable!("pending requests are pending"),
@@ -481,6 +523,28 @@ impl Inner {
             request.buffer = Vec::new();
         }
         self.free.push(slot);
+    }
+}
+
+/// What a request changes.
+fn change(op: Op, data: &[u8]) -> Option<Change> {
+    match op {
+        Op::Read { .. } | Op::Flush => None,
+        Op::Write { offset, .. } => Some(Change::Write {
+            offset,
+            data: data.into(),
+        }),
+        Op::WriteZeroes { offset, bytes, .. } => Some(Change::Zero {
+            offset,
+            bytes,
+            grow: true,
+        }),
+        Op::Discard { offset, bytes } => Some(Change::Zero {
+            offset,
+            bytes,
+            grow: false,
+        }),
+        Op::Truncate { length } => Some(Change::Length(length)),
     }
 }
 

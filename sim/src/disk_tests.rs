@@ -134,6 +134,7 @@ fn holes_come_and_go() {
 fn what_the_disk_cannot_do_it_says_at_once() {
     let (disk, file) = disk_with("a", 512);
     disk.inner.borrow_mut().options = DiskOptions {
+        power: false,
         alignment: 512,
         unmap: false,
     };

@@ -160,6 +160,77 @@ pub(crate) fn closed(
         .collect())
 }
 
+/// Checks what a power cut left of every image, reads it through its chain and shows it to the oracles. Space may have leaked.
+pub(crate) fn after_power_cut(
+    files: &[ClosedFile],
+    view: &View<'_>,
+    oracles: &mut [Box<dyn Oracle>],
+) -> Result<(), Violation> {
+    let exposed = exposed(view.scenario);
+    let sound = |f: &&ClosedFile| !f.contested && !exposed.contains(f.name.as_str());
+    for file in files.iter().filter(sound).filter(|f| f.format == Format::Qcow2) {
+        let problems = check(&file.bytes);
+        let mut corruptions = problems.iter().filter(|p| p.severity == Severity::Corruption);
+        if let Some(worst) = corruptions.next() {
+            return Err(Violation {
+                oracle: OracleName::Image,
+                message: format!(
+                    "image '{}' is corrupt after a power cut: {}",
+                    file.name, worst.text
+                ),
+                step: None,
+                evidence: corruptions.map(|p| p.text.clone()).collect(),
+            });
+        }
+    }
+    let all = Closed(files);
+    let mut reader = Reader::new(&all);
+    let contents: Vec<_> = files
+        .iter()
+        .filter(sound)
+        .filter_map(|file| {
+            let below = chain_below(view.scenario, files, file)?;
+            Some((
+                file.name.as_str(),
+                reader.content(&file.name).ok()?.clone(),
+                below,
+            ))
+        })
+        .collect();
+    let shown: Vec<(FinalContent<'_>, Vec<usize>)> = contents
+        .iter()
+        .map(|(name, c, below)| {
+            let content = FinalContent {
+                name,
+                bytes: &c.bytes,
+                allocated: &c.allocated,
+                zeroes: &[],
+            };
+            (content, below.clone())
+        })
+        .collect();
+    oracles
+        .iter_mut()
+        .try_for_each(|oracle| oracle.after_power_cut(view, &shown))
+}
+
+/// The images below a file by the headers, by their places in the scenario; none when one leads nowhere.
+fn chain_below(scenario: &Scenario, files: &[ClosedFile], file: &ClosedFile) -> Option<Vec<usize>> {
+    let mut below = Vec::new();
+    let mut at = file;
+    while at.format == Format::Qcow2 {
+        let Some(name) = Qcow2::parse(&at.bytes).ok()?.backing_file else {
+            break;
+        };
+        at = files.iter().find(|f| f.name == name)?;
+        below.push(scenario.images.iter().position(|image| image.file == name)?);
+        if below.len() > files.len() {
+            return None;
+        }
+    }
+    Some(below)
+}
+
 /// Files of qcow2 images whose protocol node something else than a qcow2 node uses: its bytes are then open to guests.
 pub(crate) fn exposed(scenario: &Scenario) -> BTreeSet<&str> {
     let mut exposed = BTreeSet::new();

@@ -246,7 +246,7 @@ impl Follower {
             }
             Record::Layer(event) => self.event(scenario, event, &mut followed),
             Record::Fault(fault) => self.fault(fault),
-            Record::Ended(..) => {}
+            Record::Ended(..) | Record::PowerCut { .. } => {}
         }
         followed
     }

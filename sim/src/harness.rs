@@ -7,7 +7,7 @@ use crate::choice::{Chooser, Pct, Random, Recorded, Recording};
 use crate::cli::{CliError, Faults, On, Scheduler, Tier};
 use crate::compare::known::Defect;
 use crate::compare::known_run;
-use crate::generate::{Profile, Reach, add_faults, generate, without_compression};
+use crate::generate::{Profile, Reach, add_faults, add_power_cut, generate, without_compression};
 use crate::guide::{Path, Tracking};
 use crate::history::Record;
 use crate::marks::{Counts, Detector};
@@ -99,6 +99,10 @@ impl Setup {
         }
     }
 
+    fn loses_power(&self) -> bool {
+        matches!(self.faults, Faults::Crash | Faults::All)
+    }
+
     fn reach(&self) -> Reach {
         let backups = self.profile == Profile::Backup && self.faults == Faults::None;
         match self.on {
@@ -108,6 +112,8 @@ impl Setup {
                 bitmaps: matches!(self.faults, Faults::None),
                 snapshot_access: matches!(self.faults, Faults::None),
                 backup: matches!(self.faults, Faults::None),
+                // Lengths that are lost are not judged.
+                resize: !self.loses_power(),
                 ..Reach::all()
             },
             On::File => Reach {
@@ -166,7 +172,7 @@ impl Setup {
                 reopen: true,
                 // As in memory.
                 snapshots: matches!(self.faults, Faults::None),
-                resize: true,
+                resize: !self.loses_power(),
                 // The daemon throttles by the real clock.
                 throttle: false,
                 bitmaps: backups,
@@ -197,12 +203,15 @@ impl Setup {
     #[must_use]
     pub fn scenario(&self, seed: u64) -> Scenario {
         let mut scenario = generate(seed, self.profile, self.reach());
-        if self.faults == Faults::Errors {
+        if matches!(self.faults, Faults::Errors | Faults::All) {
             add_faults(&mut scenario, seed);
         }
         if self.on == On::Qemu && self.profile == Profile::Backup {
             // QEMU unpacks in threads, and which of two is done first is nobody's choice; clusters are large here.
             without_compression(&mut scenario);
+        }
+        if self.loses_power() {
+            add_power_cut(&mut scenario, seed);
         }
         // Some meet the known defects all the same: they should still be there.
         scenario.steer = self.on == On::Qemu && !self.is_stress() && !seed.is_multiple_of(UNSTEERED);

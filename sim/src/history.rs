@@ -61,6 +61,15 @@ pub enum Record {
     Layer(Event),
     /// Storage failed a request because the run said so. Whoever waits for it is told after this.
     Fault(Fault),
+    /// The power failed, and this is how an image's file came out of it. Nothing follows but the same for other images.
+    PowerCut {
+        /// Its place in the scenario.
+        image: u32,
+        /// Changes that were not durable.
+        volatile: u32,
+        /// How many of them are there all the same, as a whole.
+        kept: u32,
+    },
 }
 
 /// What kind of storage request failed.

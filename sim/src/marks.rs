@@ -139,6 +139,7 @@ impl Detector {
             Record::Ended(step, outcome) => self.ended(scenario, *step, outcome),
             Record::Layer(event) => self.event(event),
             Record::Fault(fault) => self.fault(fault),
+            Record::PowerCut { .. } => {}
         }
     }
 

@@ -40,6 +40,8 @@ pub enum Stream {
     Faults,
     /// What may fail at all.
     FaultPlan,
+    /// When the power fails.
+    PowerCut,
     /// Dirty bitmaps between the other steps.
     Bitmaps,
     /// Copy-before-write filters between them.
@@ -57,6 +59,7 @@ impl Rng {
             Stream::Schedule => 0x7363_6865_6475_6c65,
             Stream::Faults => 0x6661_756c_7473_0000,
             Stream::FaultPlan => 0x6661_756c_7470_6c61,
+            Stream::PowerCut => 0x706f_7765_7200_0000,
             Stream::Bitmaps => 0x6269_746d_6170_7300,
             Stream::Kept => 0x6b65_7074_0000_0000,
             Stream::Backups => 0x6261_636b_7570_7300,

@@ -5,6 +5,7 @@
 //! all along is a fully sequential run. When nothing can happen and the scenario itself is to blame (a paused job, a
 //! backup that never ends, an open drained section), the runner clears it away with steps of its own, which are appended to
 //! the scenario that oracles see; actors then go on. When that does not help, something hangs.
+//! Where the scenario says that the power fails, the run ends there, and what is left of the images is judged.
 //! After the last step: every node is read, the layer is shut down, every image is read and checked independently.
 //! Everything is reused from run to run.
 
@@ -66,6 +67,9 @@ pub struct Runner {
     /// Drained sections that are open: (begun by step).
     sections: Vec<StepId>,
     unfinished: u32,
+    /// Storage requests that ended after the setup.
+    ended_storage: u32,
+    power_failed: bool,
     /// Images on whose files a request failed.
     faulted: Vec<u32>,
     incoming: Vec<Record>,
@@ -139,6 +143,11 @@ impl Runner {
     ) -> Result<RunResult, String> {
         let adapted = target.adapt(scenario);
         let scenario = adapted.as_ref().unwrap_or(scenario);
+        if scenario.disk.power_cut.is_some() && !target.capabilities().power_cut {
+            let text =
+                "the scenario has a power cut, and this storage has power: use --on memory, or --on qemu";
+            return Err(text.to_owned());
+        }
         self.reset(scenario);
         chooser.begin(64 + 16 * u32::try_from(scenario.steps.len()).expect("validated"));
         for oracle in &mut *oracles {
@@ -149,6 +158,9 @@ impl Runner {
             .map_err(|t| Runner::trouble(t, target, None))
             .and_then(|()| {
                 self.actors_act(chooser, target, oracles)?;
+                if self.power_failed {
+                    return Ok(self.after_power_cut(chooser, target, oracles)?);
+                }
                 self.finish(target, oracles)
             });
         let violation = match outcome {
@@ -198,7 +210,7 @@ impl Runner {
         self.incoming.clear();
         self.records.clear();
         self.trace.clear();
-        self.unfinished = 0;
+        (self.unfinished, self.ended_storage, self.power_failed) = (0, 0, false);
         self.hash = Fold::default();
         (self.now, self.steps, self.operations) = (0, 0, 0);
     }
@@ -263,6 +275,9 @@ impl Runner {
             } else if chosen < can.ready + can.storage {
                 waited = 0;
                 let storage = chosen - can.ready;
+                if self.power_fails() {
+                    return Ok(());
+                }
                 if self.fails(storage, chooser, target) {
                     self.digest(target, oracles)?;
                     continue;
@@ -288,6 +303,44 @@ impl Runner {
             };
             self.happen(next, target, oracles)?;
         }
+    }
+
+    /// Whether the power fails instead of a storage request's end. It does not during the setup.
+    fn power_fails(&mut self) -> bool {
+        let Some(after) = self.scenario.disk.power_cut else {
+            return false;
+        };
+        if self.barrier() == u32::MAX {
+            self.power_failed = self.ended_storage == after;
+            self.ended_storage += 1;
+        }
+        self.power_failed
+    }
+
+    /// Nothing runs any more: what is left of the images is judged.
+    fn after_power_cut(
+        &mut self,
+        chooser: &mut dyn Chooser,
+        target: &mut dyn Target,
+        oracles: &mut [Box<dyn Oracle>],
+    ) -> Result<(), Violation> {
+        let left = target.power_cut(&mut |n| pick(chooser, ChoiceKind::Fault, n));
+        let mut files = Vec::with_capacity(left.len());
+        for (image, (file, remains)) in (0..).zip(left) {
+            self.incoming.push(Record::PowerCut {
+                image,
+                volatile: remains.volatile,
+                kept: remains.kept,
+            });
+            files.push(file);
+        }
+        self.digest(target, oracles)?;
+        let view = View {
+            scenario: &self.scenario,
+            now: self.now,
+            layer: None,
+        };
+        finish::after_power_cut(&files, &view, oracles)
     }
 
     /// Whether this storage request ends badly; it then has.
@@ -459,7 +512,7 @@ impl Runner {
                 self.jobs.chunk(*job, offset + bytes);
                 self.end_job_waits();
             }
-            Record::Layer(_) => {}
+            Record::Layer(_) | Record::PowerCut { .. } => {}
             Record::Fault(fault) => {
                 if !self.faulted.contains(&fault.image) {
                     self.faulted.push(fault.image);

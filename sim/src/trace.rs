@@ -103,6 +103,15 @@ impl Fold {
                 self.outcome(outcome);
             }
             Record::Layer(event) => self.event(event),
+            Record::PowerCut {
+                image,
+                volatile,
+                kept,
+            } => {
+                self.word(5);
+                self.pair(*image, *volatile);
+                self.word(u64::from(*kept));
+            }
             Record::Fault(fault) => {
                 self.pair(3, fault.image);
                 self.pair(fault.kind as u32, fault.errno.unsigned_abs());

@@ -128,7 +128,7 @@ impl Oracle for Witness {
                     _ => {}
                 }
             }
-            Record::Issued(_) | Record::Fault(_) => {}
+            Record::Issued(_) | Record::Fault(_) | Record::PowerCut { .. } => {}
         }
         Ok(())
     }

@@ -205,9 +205,9 @@ pub enum Faults {
     None,
     /// Storage requests may fail, with part of their work done or not.
     Errors,
-    /// Power loss (not built yet).
+    /// The power fails at some point: what no flush had made durable may be lost, in part or as a whole.
     Crash,
-    /// Everything (not built yet).
+    /// Both.
     All,
 }
 

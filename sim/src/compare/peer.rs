@@ -173,7 +173,7 @@ impl Peer {
         running.scenarios += 1;
         running.patience = self.patience;
         running.client.reset();
-        running.server.reset();
+        running.server.reset(false);
         let before = if names { running.next_made_up()? } else { 0 };
         self.first = running.monitor.answered();
         self.names.reset(Daemon::STORAGE, before);

@@ -3,6 +3,7 @@
 use blkcheck_impl::env::Extent;
 
 use super::SECTOR;
+use super::volatile::{Change, Volatile};
 
 #[derive(Debug, Default)]
 pub(super) struct File {
@@ -16,9 +17,18 @@ pub(super) struct File {
     /// Two writers were open at once: its content is nobody's responsibility.
     pub(super) contested: bool,
     pub(super) exists: bool,
+    /// What is durable, where the power may fail.
+    pub(super) volatile: Option<Volatile>,
 }
 
 impl File {
+    /// A change was carried out.
+    pub(super) fn follow(&mut self, change: Option<Change>) {
+        if let (Some(volatile), Some(change)) = (&mut self.volatile, change) {
+            volatile.changed(change, false);
+        }
+    }
+
     pub(super) fn sectors(&self) -> usize {
         to_usize((self.data.len() as u64).div_ceil(SECTOR))
     }

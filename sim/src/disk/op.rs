@@ -69,6 +69,23 @@ impl Op {
         }
     }
 
+    /// The first so many bytes of it.
+    pub(crate) fn first(self, done: u64) -> Op {
+        match self {
+            Op::Read { offset, .. } => Op::Read { offset, bytes: done },
+            Op::Write { offset, .. } => Op::Write { offset, bytes: done },
+            Op::WriteZeroes {
+                offset, may_unmap, ..
+            } => Op::WriteZeroes {
+                offset,
+                bytes: done,
+                may_unmap,
+            },
+            Op::Discard { offset, .. } => Op::Discard { offset, bytes: done },
+            Op::Flush | Op::Truncate { .. } => self,
+        }
+    }
+
     /// In how many ways it can end, well included.
     pub(crate) fn endings(self) -> u32 {
         let cuts = u32::try_from(self.cuts().min(MOST_CUTS)).expect("few");

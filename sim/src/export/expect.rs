@@ -73,7 +73,7 @@ pub(super) fn expected(scenario: &Scenario) -> Result<Expected, ExportError> {
             Record::Ended(step, outcome) => {
                 expected.outcomes.insert(step, outcome);
             }
-            Record::Layer(_) | Record::Fault(_) => {}
+            Record::Layer(_) | Record::Fault(_) | Record::PowerCut { .. } => {}
         }
     }
     Ok(expected)

@@ -94,6 +94,11 @@ pub fn is_sequential(scenario: &Scenario) -> bool {
 /// # Errors
 /// When there can be none.
 pub fn export(scenario: &Scenario, options: &Options<'_>) -> Result<String, ExportError> {
+    if scenario.disk.power_cut.is_some() {
+        return Err(ExportError::Request(
+            "a script cannot cut the power: replay this scenario with --on qemu".to_owned(),
+        ));
+    }
     let (adapted, notes) = adapted(scenario);
     let storage = options.storage.unwrap_or(if is_sequential(&adapted) {
         Storage::File

@@ -223,7 +223,7 @@ impl Oracle for Watcher {
                 watched.bottom.ended(*step, outcome);
                 let _ = watched.data.ended(view, *step, outcome);
             }
-            Record::Layer(_) | Record::Fault(_) => {}
+            Record::Layer(_) | Record::Fault(_) | Record::PowerCut { .. } => {}
         }
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! What may fail in a run with `--faults errors`: which requests, and what the monitor does about it.
+//! When the power fails with `--faults crash`; and what may fail in a run with `--faults errors`: which requests, and what the monitor does about it.
 //!
 //! Swarm style: mostly a short window in which the next few requests fail, so that a run sees one or two faults and goes
 //! on; sometimes a low rate all along, sometimes a file that fails for good. Draws from a stream of its own, so a seed's
@@ -16,6 +16,14 @@ pub fn add_faults(scenario: &mut Scenario, seed: u64) {
     let rng = &mut Rng::stream(seed, Stream::FaultPlan);
     scenario.disk.faults = Some(plan(rng, scenario.images.len()));
     look_after_streams(rng, &mut scenario.steps);
+}
+
+/// Lets the power fail in this scenario.
+pub fn add_power_cut(scenario: &mut Scenario, seed: u64) {
+    let rng = &mut Rng::stream(seed, Stream::PowerCut);
+    // A run has tens to hundreds of requests; whichever has fewer ends in an orderly way.
+    let scale = *rng.pick(&[8, 32, 64, 128, 256]);
+    scenario.disk.power_cut = Some(rng.below(scale));
 }
 
 fn plan(rng: &mut Rng, images: usize) -> Faults {

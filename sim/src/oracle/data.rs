@@ -75,6 +75,8 @@ struct Disk {
     flushed: u64,
     /// Nothing can be said.
     unknown: bool,
+    /// A command has put it on something else since it was opened.
+    moved: bool,
     /// Per grain: a backup keeps it as it was, whatever is written below.
     kept: Vec<bool>,
     /// A backup filled it.
@@ -305,6 +307,7 @@ impl Data {
                     if command {
                         changed.push(disk);
                         d.cuts.extend(tails);
+                        d.moved = true;
                     } else {
                         // A stream leaves layers out; anything else shows another content.
                         let mut old = d.chain.iter();
@@ -405,6 +408,7 @@ impl Data {
             former: Vec::new(),
             flushed: 0,
             unknown,
+            moved: false,
             kept: vec![false; grains],
             target: false,
         }

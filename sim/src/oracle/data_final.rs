@@ -69,7 +69,7 @@ impl Data {
         ))
     }
 
-    /// A closed image, of which (or of a layer below) a flush failed.
+    /// An image, of which (or of a layer below) what was not flushed may be lost.
     fn at_least_flushed(
         &self,
         view: &View<'_>,
@@ -152,6 +152,29 @@ impl Data {
     }
 }
 
+impl Data {
+    /// The power failed: what a good flush had found is there, and nothing that was never written. Judged are images that stand
+    /// on what they always stood on, but for what streams took out, as long as they were.
+    pub(crate) fn after_power_cut(
+        &mut self,
+        view: &View<'_>,
+        contents: &[(FinalContent<'_>, Vec<usize>)],
+    ) -> Result<(), Violation> {
+        self.lost = (0..self.disks.len()).collect();
+        for (content, below) in contents {
+            let image = view.scenario.images.iter().position(|i| i.file == content.name);
+            let Some((disk, d)) = image.and_then(|at| Some((at, self.disks[at].as_ref()?))) else {
+                continue;
+            };
+            let length = (content.bytes.len() as u64).next_multiple_of(SECTOR);
+            if d.chain == *below && !d.moved && d.length == length {
+                self.at_least_flushed(view, disk, content)?;
+            }
+        }
+        Ok(())
+    }
+}
+
 impl Disk {
     /// Whether a grain may hold this after everything since the last good flush was lost in part.
     fn may_be_left(&self, grain: usize, value: Value) -> bool {
@@ -176,7 +199,7 @@ impl Disk {
 
 fn lost_text(scenario: &Scenario, d: &Disk, grain: usize, disk: usize, content: Content) -> Violation {
     let message = format!(
-        "after a failed flush, {} at {:#x} holds {}, which a flush before had made impossible",
+        "after a failed flush or a power cut, {} at {:#x} holds {}, which a flush before had made impossible",
         scenario.images[disk].file,
         grain as u64 * u64::from(scenario.grain),
         content_text(scenario, content)

@@ -310,12 +310,12 @@ fn a_refusal_that_should_not_be_is_reported() {
     );
 }
 
-/// After a failed flush a closed image may be as old as the last flush that succeeded, and no older.
+/// After a failed flush a closed image, or what a power cut left of one, may be as old as the last flush that succeeded, and no older.
 #[test]
-fn a_failed_flush_may_lose_what_was_not_flushed_before() {
+fn a_failed_flush_or_a_power_cut_may_lose_what_was_not_flushed_before() {
     let flush = r#"{"actor":"g","export":"x","do":"flush"}"#.to_owned();
     let write = |offset| guest_step("write", offset, 64, "x");
-    let closed = |lost: bool, holds: [Source; 2]| {
+    let left = |lost: bool, cut: bool, holds: [Source; 2]| {
         // 0x200 is written, flushed, written again; 0x240 only before the flush.
         let steps = [write(512), write(576), flush.clone(), write(512)];
         let mut run = Run::of(scenario(&steps.each_ref().map(String::as_str)));
@@ -350,8 +350,12 @@ fn a_failed_flush_may_lose_what_was_not_flushed_before() {
             allocated: &[],
             zeroes: &[],
         };
+        if cut {
+            return run.oracle.after_power_cut(&view, &[(content, vec![0])]);
+        }
         run.oracle.closed(&view, &[content])
     };
+    let closed = |lost, holds| left(lost, false, holds);
     assert_eq!(closed(false, [step(3), step(1)]), Ok(()));
     assert!(
         closed(false, [step(0), step(1)]).is_err(),
@@ -370,5 +374,10 @@ fn a_failed_flush_may_lose_what_was_not_flushed_before() {
     ] {
         let v = closed(true, holds).expect_err(why);
         assert!(v.message.contains("after a failed flush"), "{}", v.message);
+        let v = left(false, true, holds).expect_err(why);
+        assert!(v.message.contains("or a power cut"), "{}", v.message);
+    }
+    for holds in [[step(3), step(1)], [step(0), step(1)]] {
+        assert_eq!(left(false, true, holds), Ok(()), "a power cut loses as much");
     }
 }

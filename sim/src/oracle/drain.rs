@@ -237,7 +237,7 @@ impl Oracle for Drain {
                 self.throttled.event(event)?;
                 self.event(event)
             }
-            Record::Issued(_) | Record::Ended(..) | Record::Fault(_) => Ok(()),
+            Record::Issued(_) | Record::Ended(..) | Record::Fault(_) | Record::PowerCut { .. } => Ok(()),
         }
     }
 

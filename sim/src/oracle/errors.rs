@@ -56,6 +56,7 @@ impl Errors {
     ) -> Result<(), Violation> {
         match record {
             Record::Issued(step) => self.issued(scenario, follower, *step),
+            Record::PowerCut { .. } => {}
             Record::Fault(fault) => {
                 self.flush_lost |= fault.kind == FaultKind::Flush;
                 for flying in &mut self.flying {

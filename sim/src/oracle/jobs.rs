@@ -421,7 +421,7 @@ impl Oracle for Jobs {
                     self.groups.push(group.into_iter().map(|id| (id, None)).collect());
                 }
             }
-            Record::Ended(..) => {}
+            Record::Ended(..) | Record::PowerCut { .. } => {}
         }
         Ok(())
     }

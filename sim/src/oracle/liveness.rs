@@ -211,7 +211,7 @@ impl Oracle for Liveness {
             Record::Issued(step) => self.open.push(*step),
             Record::Ended(step, _) => self.open.retain(|s| s != step),
             Record::Layer(event) => self.event(event),
-            Record::Fault(_) => {}
+            Record::Fault(_) | Record::PowerCut { .. } => {}
         }
         Ok(())
     }

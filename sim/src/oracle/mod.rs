@@ -182,6 +182,15 @@ pub trait Oracle: std::fmt::Debug {
     fn bitmaps(&mut self, _view: &View<'_>, _file: &str, _stored: &[Stored]) -> Result<(), Violation> {
         Ok(())
     }
+    /// The power failed. `contents`: every image file that is left and can be read, with the images below it by its header,
+    /// by their places in the scenario.
+    fn after_power_cut(
+        &mut self,
+        _view: &View<'_>,
+        _contents: &[(FinalContent<'_>, Vec<usize>)],
+    ) -> Result<(), Violation> {
+        Ok(())
+    }
     /// The layer was shut down. `contents`: every image file, read independently.
     fn closed(&mut self, _view: &View<'_>, _contents: &[FinalContent<'_>]) -> Result<(), Violation> {
         Ok(())

@@ -246,7 +246,7 @@ impl Oracle for Modelled {
     fn record(&mut self, view: &View<'_>, record: &Record) -> Result<(), Violation> {
         let graph_event = match record {
             Record::Layer(event) => graph::follow(&mut self.mirror, event),
-            Record::Issued(_) | Record::Ended(..) | Record::Fault(_) => Ok(()),
+            Record::Issued(_) | Record::Ended(..) | Record::Fault(_) | Record::PowerCut { .. } => Ok(()),
         };
         graph_event?;
         self.errors.record(view.scenario, &self.follower, record)?;
@@ -306,6 +306,7 @@ impl Oracle for Modelled {
                 self.bottom.ended(*step, outcome);
                 self.data.ended(view, *step, outcome)?;
             }
+            Record::PowerCut { .. } => {}
             Record::Fault(fault) => {
                 self.bitmaps.fault();
                 self.data.fault(fault);
@@ -370,6 +371,14 @@ impl Oracle for Modelled {
 
     fn bitmaps(&mut self, _view: &View<'_>, file: &str, stored: &[Stored]) -> Result<(), Violation> {
         self.bitmaps.stored(&self.follower.world, file, stored)
+    }
+
+    fn after_power_cut(
+        &mut self,
+        view: &View<'_>,
+        contents: &[(FinalContent<'_>, Vec<usize>)],
+    ) -> Result<(), Violation> {
+        self.data.after_power_cut(view, contents)
     }
 
     fn closed(&mut self, view: &View<'_>, contents: &[FinalContent<'_>]) -> Result<(), Violation> {

@@ -146,7 +146,7 @@ impl Oracle for PointInTime {
     fn record(&mut self, _view: &View<'_>, record: &Record) -> Result<(), Violation> {
         match record {
             Record::Layer(event) => self.event(event),
-            Record::Issued(_) | Record::Ended(..) | Record::Fault(_) => Ok(()),
+            Record::Issued(_) | Record::Ended(..) | Record::Fault(_) | Record::PowerCut { .. } => Ok(()),
         }
     }
 }

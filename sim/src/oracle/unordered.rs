@@ -80,7 +80,7 @@ impl Oracle for Unordered {
                 self.data.fault(fault);
                 Ok(())
             }
-            Record::Layer(_) => Ok(()),
+            Record::Layer(_) | Record::PowerCut { .. } => Ok(()),
         }
     }
 

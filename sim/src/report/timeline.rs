@@ -64,6 +64,20 @@ pub fn lines(scenario: &Scenario, records: &[Record]) -> Vec<Line> {
                     });
                 }
             }
+            Record::PowerCut {
+                image,
+                volatile,
+                kept,
+            } => out.push(Line {
+                at,
+                lane: "storage".to_owned(),
+                text: format!(
+                    "POWER FAILS {}: of {volatile} changes that are not durable {kept} survive as a whole",
+                    file_name(scenario, *image)
+                ),
+                step: None,
+                detail: false,
+            }),
             Record::Fault(fault) => out.push(Line {
                 at,
                 lane: "storage".to_owned(),
@@ -76,11 +90,13 @@ pub fn lines(scenario: &Scenario, records: &[Record]) -> Vec<Line> {
     out
 }
 
+fn file_name(scenario: &Scenario, image: u32) -> &str {
+    let image = scenario.images.get(image as usize);
+    image.map_or("?", |image| &image.file)
+}
+
 fn describe_fault(scenario: &Scenario, fault: &Fault) -> String {
-    let file = scenario
-        .images
-        .get(fault.image as usize)
-        .map_or("?", |image| &image.file);
+    let file = file_name(scenario, fault.image);
     let Fault {
         offset, bytes, done, ..
     } = fault;

@@ -53,6 +53,9 @@ pub fn listing(scenario: &Scenario) -> String {
         "grain {}, disk alignment {}{unmap}{seed}",
         scenario.grain, disk.alignment
     );
+    if let Some(after) = disk.power_cut {
+        let _ = writeln!(out, "the power fails after {after} storage requests");
+    }
     if let Some(faults) = disk.faults {
         let _ = writeln!(out, "{}", faults_line(scenario, faults));
     }

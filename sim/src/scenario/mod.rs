@@ -90,6 +90,9 @@ pub struct Disk {
     /// Which requests may fail; absent: none. Whether one does is a choice.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub faults: Option<Faults>,
+    /// The power fails when so many storage requests have ended after the setup; absent: it does not. What survives is a choice.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub power_cut: Option<u32>,
     /// The images are block devices. Set by the target that runs the scenario, never by a file.
     #[serde(skip)]
     pub devices: bool,
@@ -109,6 +112,7 @@ impl Default for Disk {
             job_parallelism: 1,
             unmap: true,
             faults: None,
+            power_cut: None,
             devices: false,
         }
     }

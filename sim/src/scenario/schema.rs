@@ -60,7 +60,11 @@ fn defs() -> Value {
                 "alignment": {"enum": [1, 512, 4096]},
                 "job-parallelism": {"type": "integer", "minimum": 1, "maximum": 64},
                 "unmap": {"type": "boolean"},
-                "faults": {"$ref": "#/$defs/faults"}
+                "faults": {"$ref": "#/$defs/faults"},
+                "power-cut": {
+                    "description": "The power fails when so many storage requests have ended after the setup; what of the changes survives that no flush had made durable is a choice. Absent: it does not.",
+                    "type": "integer", "minimum": 0, "maximum": u32::MAX
+                }
             }
         },
         "faults": {

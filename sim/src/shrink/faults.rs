@@ -1,4 +1,4 @@
-//! Shrinking the faults: none at all, else as few requests as possible that may fail.
+//! Shrinking the faults: none at all, else as few requests as possible that may fail, and the power as early as possible.
 
 use super::Search;
 use crate::scenario::{Faults, Scenario};
@@ -8,16 +8,18 @@ const ENDLESS: u32 = 4096;
 
 /// How much may fail.
 pub(super) fn weight(scenario: &Scenario) -> u64 {
+    let power = scenario.disk.power_cut.map_or(0, |after| 1 + u64::from(after));
     let Some(faults) = scenario.disk.faults else {
-        return 0;
+        return power;
     };
     let until = faults.until.unwrap_or(ENDLESS).min(ENDLESS);
     let window = u64::from(until.saturating_sub(faults.from));
     let kinds = u64::from(faults.reads) + u64::from(faults.writes) + u64::from(faults.flushes);
-    1 + window + 16 * kinds + u64::from(faults.setup) + u64::from(faults.one_in.min(ENDLESS))
+    power + 1 + window + 16 * kinds + u64::from(faults.setup) + u64::from(faults.one_in.min(ENDLESS))
 }
 
 pub(super) fn pass(search: &mut Search<'_>) {
+    power_cut(search);
     let mut candidate = search.best.clone();
     candidate.disk.faults = None;
     search.offer(candidate);
@@ -43,6 +45,27 @@ pub(super) fn pass(search: &mut Search<'_>) {
         let ends = narrow(search, |f| f.until = f.until.map(|until| until.saturating_sub(1)));
         let starts = narrow(search, |f| f.from += 1);
         if !(halved || later || ends || starts) {
+            break;
+        }
+    }
+}
+
+fn power_cut(search: &mut Search<'_>) {
+    let mut without = search.best.clone();
+    without.disk.power_cut = None;
+    search.offer(without);
+    while let Some(after) = search
+        .best
+        .disk
+        .power_cut
+        .filter(|after| *after > 0 && !search.spent())
+    {
+        let earlier = |search: &mut Search<'_>, to| {
+            let mut candidate = search.best.clone();
+            candidate.disk.power_cut = Some(to);
+            search.offer(candidate)
+        };
+        if !(earlier(search, after / 2) || earlier(search, after - 1)) {
             break;
         }
     }

@@ -22,6 +22,7 @@ pub mod stress;
 use blkcheck_impl::Layer;
 
 use crate::choice::Key;
+use crate::disk::Remains;
 use crate::history::{Record, StepId};
 use crate::oracle::Violation;
 use crate::panics::PanicReport;
@@ -48,6 +49,8 @@ pub struct Capabilities {
     pub block_status: bool,
     /// Direct I/O with `Disk::alignment`, and disks without cheap zeroes.
     pub disk_options: bool,
+    /// [`Target::power_cut`].
+    pub power_cut: bool,
 }
 
 /// How many things of each kind can happen next.
@@ -191,6 +194,12 @@ pub trait Target: std::fmt::Debug {
     /// Lets this storage request end badly, in one of those ways (1 on), and records the fault.
     fn fail(&mut self, _storage: u32, _ending: u32) {
         unreachable!("no request of this target can fail");
+    }
+
+    /// The power fails: what is left of each image file, by its place in the scenario. `choose` picks one of so many ways, of
+    /// which 0 loses nothing. The target then only takes [`Target::prepare`].
+    fn power_cut(&mut self, _choose: &mut dyn FnMut(u32) -> u32) -> Vec<(ClosedFile, Remains)> {
+        unreachable!("the storage of this target has power");
     }
 
     /// Moves what happened since the last call to the end of `into`, in order.

@@ -17,7 +17,7 @@ use serde_json::Value;
 use super::faults::{Ordered, failed};
 use super::{Alternatives, Capabilities, ClosedFile, Leftovers, Move, NodeContent, Target, Trouble};
 use crate::choice::Key;
-use crate::disk::{Disk, DiskOptions};
+use crate::disk::{Disk, DiskOptions, Remains};
 use crate::env::SimEnv;
 use crate::exec::{Clock, Executor, Polled, Spawner};
 use crate::history::{Outcome, Record, Refusal, StatusRun, StepId};
@@ -235,6 +235,7 @@ impl Target for SimTarget {
             deterministic: true,
             block_status: true,
             disk_options: true,
+            power_cut: true,
         }
     }
 
@@ -244,6 +245,7 @@ impl Target for SimTarget {
         self.disk.reset(DiskOptions {
             alignment: u64::from(disk.alignment),
             unmap: disk.unmap,
+            power: disk.power_cut.is_some(),
         });
         self.files.clear();
         self.ordered = Ordered::new(disk.faults);
@@ -390,6 +392,24 @@ impl Target for SimTarget {
             storage,
             graph,
         })
+    }
+
+    fn power_cut(&mut self, choose: &mut dyn FnMut(u32) -> u32) -> Vec<(ClosedFile, Remains)> {
+        let mut left = self.disk.power_cut(choose);
+        let mut files = Vec::with_capacity(left.len());
+        for (name, format) in &self.files {
+            let file = self.disk.find(name).expect("files are never deleted");
+            let at = left.iter().position(|(id, _)| *id == file);
+            let (_, mut remains) = left.swap_remove(at.expect("every file has remains"));
+            let closed = ClosedFile {
+                name: name.clone(),
+                format: *format,
+                bytes: std::mem::take(&mut remains.bytes),
+                contested: self.disk.contested(file),
+            };
+            files.push((closed, remains));
+        }
+        files
     }
 
     fn closed_files(&mut self) -> Vec<ClosedFile> {

@@ -379,6 +379,7 @@ impl Target for StressTarget {
             deterministic: false,
             block_status: true,
             disk_options: false,
+            power_cut: false,
         }
     }
 

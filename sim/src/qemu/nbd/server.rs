@@ -11,7 +11,9 @@ use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 
-use super::wire::{self, Command, Reader, Request, index, info, option, reply, transmission};
+use super::wire::{self, Command, Reader, Request, flag, index, info, option, reply, transmission};
+use crate::disk::Remains;
+use crate::disk::volatile::{Change, Volatile};
 use crate::qemu::Broken;
 
 /// What a disk of ours can do.
@@ -34,6 +36,8 @@ pub struct Disk {
     /// As the daemon sees it; zeroes behind the bytes.
     length: usize,
     contested: bool,
+    /// What is durable, where the power may fail.
+    volatile: Option<Volatile>,
 }
 
 impl Disk {
@@ -89,6 +93,32 @@ impl Disk {
             Command::Read | Command::Flush | Command::Disconnect | Command::Status => {}
         }
     }
+
+    /// The same was carried out.
+    fn follow(&mut self, held: &Held, data: &[u8], bytes: u64) {
+        let forced = held.request.flags & flag::FUA != 0;
+        if let (Some(volatile), Some(change)) = (&mut self.volatile, change(&held.request, data, bytes)) {
+            volatile.changed(change, forced);
+        }
+    }
+}
+
+/// What the first `bytes` of a request change.
+fn change(request: &Request, data: &[u8], bytes: u64) -> Option<Change> {
+    let zero = |grow| Change::Zero {
+        offset: request.offset,
+        bytes,
+        grow,
+    };
+    match request.command {
+        Command::Write => Some(Change::Write {
+            offset: request.offset,
+            data: data.into(),
+        }),
+        Command::WriteZeroes => Some(zero(true)),
+        Command::Trim => Some(zero(false)),
+        Command::Read | Command::Flush | Command::Disconnect | Command::Status => None,
+    }
 }
 
 /// A request that the daemon waits for.
@@ -102,6 +132,8 @@ pub struct Held {
     pub request: Request,
     connection: u64,
     data: Vec<u8>,
+    /// Changes of the disk that a flush found.
+    found: u64,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -135,6 +167,7 @@ pub struct Server {
     /// The last name that was asked for in vain.
     missing: String,
     scratch: Vec<u8>,
+    power: bool,
 }
 
 impl Server {
@@ -154,11 +187,13 @@ impl Server {
             asked: BTreeMap::new(),
             missing: String::new(),
             scratch: vec![0; 1 << 18],
+            power: false,
         })
     }
 
-    /// Forgets all disks. The daemon has none of them open.
-    pub fn reset(&mut self) {
+    /// Forgets all disks. The daemon has none of them open. `power`: the power may fail of those to come.
+    pub fn reset(&mut self, power: bool) {
+        self.power = power;
         self.disks.clear();
         self.held.clear();
         self.asked.clear();
@@ -169,9 +204,25 @@ impl Server {
         self.disks.push(Disk {
             name: name.to_owned(),
             length: bytes.len() + index(room),
+            volatile: self.power.then(|| Volatile::new(&bytes)),
             bytes,
             contested: false,
         });
+    }
+
+    /// The power fails: what is left of each disk's file. `choose` picks one of so many. The disks themselves stay as they are.
+    pub fn power_cut(&self, choose: &mut dyn FnMut(u32) -> u32) -> Vec<Remains> {
+        let cut = |(at, disk): (usize, &Disk)| {
+            let of_disk = self.held.iter().enumerate().filter(|(_, held)| held.disk == at);
+            let under_way = of_disk
+                .filter(|(place, _)| self.is_inside(*place))
+                .filter_map(|(_, held)| change(&held.request, &held.data, u64::from(held.request.length)));
+            let volatile = disk.volatile.as_ref();
+            volatile
+                .expect("disks are followed from the start")
+                .power_cut(under_way, choose)
+        };
+        self.disks.iter().enumerate().map(cut).collect()
     }
 
     /// The disks, in the order in which they were added.
@@ -370,12 +421,14 @@ impl Server {
         }
         if request.command != Command::Disconnect {
             let identity = self.identity(disk, &request);
+            let found = self.disks[disk].volatile.as_ref().map_or(0, Volatile::so_far);
             self.held.push(Held {
                 identity,
                 disk,
                 request,
                 connection: id,
                 data,
+                found,
             });
         }
         Ok(size)
@@ -419,10 +472,15 @@ impl Server {
         let mut error = 0;
         let mut data: (&[u8], usize) = (&[], 0);
         match request.command {
-            Command::Flush => {}
+            Command::Flush => {
+                if let Some(volatile) = &mut disk.volatile {
+                    volatile.flushed(held.found);
+                }
+            }
             Command::Read if inside => data = (disk.stored(start, end), end - start),
             Command::Write | Command::WriteZeroes | Command::Trim if inside => {
                 disk.change(request.command, start, end, &held.data);
+                disk.follow(&held, &held.data, u64::from(request.length));
             }
             Command::Write | Command::WriteZeroes => error = ENOSPC,
             Command::Read | Command::Trim | Command::Disconnect | Command::Status => error = EINVAL,
@@ -446,13 +504,11 @@ impl Server {
         let request = held.request;
         assert!(done <= u64::from(request.length), "more than all");
         if done > 0 {
-            let (start, done) = (index(request.offset), index(done));
-            self.disks[held.disk].change(
-                request.command,
-                start,
-                start + done,
-                &held.data[..done.min(held.data.len())],
-            );
+            let (start, bytes) = (index(request.offset), index(done));
+            let data = &held.data[..bytes.min(held.data.len())];
+            let disk = &mut self.disks[held.disk];
+            disk.change(request.command, start, start + bytes, data);
+            disk.follow(&held, data, done);
         }
         Server::answer(&mut self.connections, &held, errno, (&[], 0));
     }

@@ -29,7 +29,7 @@ use super::{
     Alternatives, Capabilities, ClosedFile, Leftovers, Move, NodeContent, Steering, Target, Trouble,
 };
 use crate::choice::Key;
-use crate::disk::{BadEnd, Op};
+use crate::disk::{BadEnd, Op, Remains};
 use crate::history::{Outcome, Record, StepId};
 use crate::image::build::build;
 use crate::lack::Share;
@@ -215,6 +215,7 @@ impl Target for QemuTarget {
             deterministic: true,
             block_status: true,
             disk_options: false,
+            power_cut: true,
         }
     }
 
@@ -222,6 +223,7 @@ impl Target for QemuTarget {
         let mut scenario = scenario.clone();
         scenario.disk = Disk {
             faults: scenario.disk.faults,
+            power_cut: scenario.disk.power_cut,
             ..Disk::default()
         };
         crate::generate::without_rates(&mut scenario.steps);
@@ -258,7 +260,7 @@ impl Target for QemuTarget {
         running.runs += 1;
         running.client.reset();
         running.client.forgive(scenario.steer);
-        running.server.reset();
+        running.server.reset(scenario.disk.power_cut.is_some());
         running.settle()?;
         running.daemon.forget_words();
         let before = running.next_made_up()?;
@@ -377,6 +379,19 @@ impl Target for QemuTarget {
         let errno = bad.errno.0.cast_unsigned();
         self.running().server.fail(storage as usize, errno, bad.done);
         self.act();
+    }
+
+    fn power_cut(&mut self, choose: &mut dyn FnMut(u32) -> u32) -> Vec<(ClosedFile, Remains)> {
+        // Nobody tells the daemon; it is never clean again, and so the next run has another one.
+        let left = self.running().server.power_cut(choose);
+        let mut files: Vec<_> = self.closed_files().into_iter().zip(left).collect();
+        for (file, remains) in &mut files {
+            file.bytes = std::mem::take(&mut remains.bytes);
+            if file.format == Format::Qcow2 {
+                name_backing(&mut file.bytes, &mut self.names);
+            }
+        }
+        files
     }
 
     fn take_records(&mut self, into: &mut Vec<Record>) {

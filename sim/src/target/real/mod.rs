@@ -223,6 +223,7 @@ impl Target for RealTarget {
         Capabilities {
             deterministic: false,
             disk_options: false,
+            power_cut: false,
             ..inner
         }
     }
