@@ -11,6 +11,9 @@ use serde_json::Value;
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Hash)]
 pub struct StepId(pub u32);
 
+/// The errno of a guest's request whose connection was closed under it (ESHUTDOWN).
+pub const ESHUTDOWN: i32 = 108;
+
 /// How an operation ended.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Outcome {
@@ -28,6 +31,19 @@ pub enum Outcome {
     Passed,
     /// A drained section was asked on a node that does not exist.
     NoNode,
+}
+
+impl Outcome {
+    /// With which errno a guest's request failed.
+    #[must_use]
+    pub fn errno(&self) -> Option<i32> {
+        match self {
+            Outcome::Read(Err(errno)) | Outcome::Done(Err(errno)) | Outcome::Status(Err(errno)) => {
+                Some(*errno)
+            }
+            _ => None,
+        }
+    }
 }
 
 /// One run of equal block status.

@@ -16,9 +16,8 @@ use serde_json::{Map, Value};
 use self::causes::Causes;
 use super::known::{self, DEFECTS, Defect, Strayed, Sure};
 use crate::follow::Follower;
-use crate::history::{FaultKind, Outcome, Record, Refusal, StepId};
+use crate::history::{ESHUTDOWN, FaultKind, Outcome, Record, Refusal, StepId};
 use crate::oracle::{OracleName, Violation};
-use crate::qemu::nbd::client::ESHUTDOWN;
 use crate::scenario::{Action, Format, GuestOp, Range, Scenario};
 
 /// Defects that need an order of storage requests to show, or storage over NBD.
@@ -266,7 +265,7 @@ impl<'a> Found<'a> {
                     }
                 }
                 // One whose connection was closed may still be under way.
-                Record::Ended(_, Outcome::Read(Err(ESHUTDOWN)) | Outcome::Done(Err(ESHUTDOWN))) => {}
+                Record::Ended(_, outcome) if outcome.errno() == Some(ESHUTDOWN) => {}
                 Record::Ended(step, _) => flying.retain(|(s, _)| s != step),
                 _ => {}
             }

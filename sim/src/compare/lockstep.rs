@@ -573,15 +573,7 @@ impl<'a> Run<'a> {
 
     /// A connection that was lost may be that of a daemon that died.
     fn is_alive(&mut self, answer: &Answer) -> Result<(), Stop> {
-        const ESHUTDOWN: i32 = 108;
-        let lost = matches!(
-            answer,
-            Answer::NoExport
-                | Answer::Read(Err(ESHUTDOWN))
-                | Answer::Done(Err(ESHUTDOWN))
-                | Answer::Status(Err(ESHUTDOWN))
-        );
-        if lost {
+        if answer.is_lost() {
             self.peer.rest()?;
             self.peer
                 .ask("query-jobs", &Map::new())?

@@ -397,15 +397,7 @@ impl Watch<'_> {
 
     /// A connection that was lost may be that of a daemon that died.
     pub(super) fn is_alive(&mut self, answer: &Answer) -> Result<(), Stop> {
-        const ESHUTDOWN: i32 = 108;
-        let lost = matches!(
-            answer,
-            Answer::NoExport
-                | Answer::Read(Err(ESHUTDOWN))
-                | Answer::Done(Err(ESHUTDOWN))
-                | Answer::Status(Err(ESHUTDOWN))
-        );
-        if lost {
+        if answer.is_lost() {
             self.peer.rest()?;
             let answer = self.peer.ask("query-jobs", &Map::new())?;
             answer.map_err(|e| Broken::Nonsense(e.1))?;

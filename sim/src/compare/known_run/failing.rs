@@ -4,9 +4,9 @@
 
 use super::{Defect, Found, Matcher, Sure, text};
 use crate::compare::known;
-use crate::history::{FaultKind, Outcome, Record, StepId};
+use crate::history::{ESHUTDOWN, FaultKind, Outcome, Record, StepId};
 use crate::oracle::OracleName;
-use crate::qemu::nbd::client::ESHUTDOWN;
+
 use crate::scenario::{Action, GuestOp};
 
 /// See the module.

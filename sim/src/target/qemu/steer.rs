@@ -7,8 +7,7 @@
 
 use crate::compare::known_run::{collide, largest_cluster, meets, takes_back};
 use crate::follow::Follower;
-use crate::history::{Outcome, Record, StepId};
-use crate::qemu::nbd::client::ESHUTDOWN;
+use crate::history::{ESHUTDOWN, Record, StepId};
 use crate::scenario::{Action, GuestOp, Scenario};
 use crate::target::Steering;
 
@@ -88,22 +87,13 @@ impl Steerer {
         for record in records {
             self.follower.record(&self.scenario, record);
             if let Record::Ended(step, outcome) = record {
-                let gone = self.flying.iter().filter(|(s, _)| s == step && is_lost(outcome));
-                self.lost.extend(gone.map(|(_, op)| *op));
+                if outcome.errno() == Some(ESHUTDOWN) {
+                    let gone = self.flying.iter().filter(|(s, _)| s == step);
+                    self.lost.extend(gone.map(|(_, op)| *op));
+                }
                 self.flying.retain(|(s, _)| s != step);
                 self.taken_back.retain(|s| s != step);
             }
         }
     }
-}
-
-/// The connection of a request was closed under it.
-fn is_lost(outcome: &Outcome) -> bool {
-    let errno = match outcome {
-        Outcome::Read(result) => result.as_ref().err(),
-        Outcome::Done(result) => result.as_ref().err(),
-        Outcome::Status(result) => result.as_ref().err(),
-        _ => None,
-    };
-    errno == Some(&ESHUTDOWN)
 }
