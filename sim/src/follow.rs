@@ -25,6 +25,7 @@ use blkcheck_impl::jobs::JobStatus as Seen;
 use blkcheck_model::command::failing::Left;
 use blkcheck_model::graph::BackingHeader;
 use blkcheck_model::job::Work;
+use blkcheck_model::world::Export;
 use blkcheck_model::{Command, FileFacts, FileKind, JobStatus, NodeId, Outcome, Qcow2Facts, Refusal, World};
 use serde_json::Value;
 
@@ -208,24 +209,29 @@ impl Follower {
         self.operation.as_ref()?.prediction.as_ref()?.as_ref().err()
     }
 
+    fn export(&self, export: &str) -> Option<&Export> {
+        let mut exports = self.world.exports.iter();
+        exports.find(|e| &*e.name == export || &*e.id == export)
+    }
+
     /// The node that an export of this name or id shows now.
     #[must_use]
     pub fn export_node(&self, export: &str) -> Option<NodeId> {
-        let found = self
-            .world
-            .exports
-            .iter()
-            .find(|e| &*e.name == export || &*e.id == export)?;
+        let found = self.export(export)?;
         Some(self.world.graph.edge(found.root).child)
+    }
+
+    /// The id of an export of this name or id.
+    #[must_use]
+    pub fn export_id(&self, export: &str) -> Option<Rc<str>> {
+        Some(Rc::clone(&self.export(export)?.id))
     }
 
     /// Whether guests may write through an export.
     #[must_use]
     pub fn export_writable(&self, export: &str) -> bool {
-        self.world
-            .exports
-            .iter()
-            .any(|e| (&*e.name == export || &*e.id == export) && e.writable)
+        let mut exports = self.world.exports.iter();
+        exports.any(|e| (&*e.name == export || &*e.id == export) && e.writable)
     }
 
     /// Follows one record.
@@ -323,7 +329,7 @@ impl Follower {
                 if let Some(refusal) = refused
                     && operation.failed_io
                     && !is_predicted(operation.prediction.as_ref(), refusal)
-                    && speaks_of_storage(&refusal.desc)
+                    && self.speaks_of_storage(&refusal.desc)
                 {
                     self.take_back(scenario, step, &operation);
                     followed.changed = true;
@@ -397,11 +403,18 @@ impl Follower {
         // The effect is refused, as the model then says too, or storage failed.
         let expected = self.world.clone().job_completed(id, Outcome::Success);
         let refused = matches!(&expected, Ok(Some(e)) if e == error);
-        if !refused && self.storage_failed() && speaks_of_storage(error) {
+        if !refused && self.storage_failed() && self.speaks_of_storage(error) {
             Outcome::Failed
         } else {
             Outcome::Success
         }
+    }
+
+    /// Whether a text names an errno that failing storage gives, or is the daemon's for a reopen that a format refuses without
+    /// saying why: qcow2 then could not store what it held back.
+    fn speaks_of_storage(&self, text: &str) -> bool {
+        let reopen = "failed while preparing to reopen image ";
+        names_storage(text) || (!self.layered && text.starts_with(reopen))
     }
 
     /// Whether storage failed under the operation that is under way.
@@ -530,13 +543,10 @@ fn is_predicted(prediction: Option<&Result<Value, Refusal>>, got: &history::Refu
     matches!(prediction, Some(Err(p)) if p.class.name() == got.class && p.desc == got.desc)
 }
 
-/// Whether a text names an errno that failing storage gives, or is the daemon's for a reopen that a format refuses without
-/// saying why: qcow2 then could not store what it held back.
-fn speaks_of_storage(text: &str) -> bool {
-    [Errno::EIO, Errno::ENOSPC]
-        .iter()
-        .any(|errno| text.contains(errno.text()))
-        || text.starts_with("failed while preparing to reopen image ")
+/// Whether a text names an errno that failing storage gives.
+fn names_storage(text: &str) -> bool {
+    let mut errors = [Errno::EIO, Errno::ENOSPC].iter();
+    errors.any(|errno| text.contains(errno.text()))
 }
 
 fn action(scenario: &Scenario, step: StepId) -> &Action {
@@ -607,189 +617,4 @@ fn model_status(status: Seen) -> JobStatus {
 }
 
 #[cfg(test)]
-mod tests {
-    use serde_json::json;
-
-    use super::*;
-    use crate::oracle::tests::scenario_of;
-
-    fn scenario() -> Scenario {
-        scenario_of(
-            r#"{"version":1,"grain":512,"images":[{"file":"a.img","format":"raw","size":4096}],"steps":[
-            {"actor":"m","execute":"blockdev-add","arguments":{"driver":"file","node-name":"f","filename":"a.img"}},
-            {"actor":"m","execute":"block-export-add","arguments":{"type":"nbd","id":"e","node-name":"f"}}]}"#,
-        )
-    }
-
-    fn main(what: &'static str, end: bool) -> Record {
-        Record::Layer(if end {
-            Event::MainEnd { what }
-        } else {
-            Event::MainBegin { what }
-        })
-    }
-
-    #[test]
-    fn commands_take_effect_at_the_main_lock_and_settle_with_their_answer() {
-        let scenario = scenario();
-        let mut follower = Follower::default();
-        follower.reset(&scenario);
-        follower.record(&scenario, &Record::Issued(StepId(0)));
-        assert_eq!(follower.world.graph.find("f"), None);
-        assert_eq!(
-            follower.record(&scenario, &main("blockdev-add", false)).executed,
-            Some(StepId(0))
-        );
-        assert!(follower.world.graph.find("f").is_some());
-        assert!(!follower.record(&scenario, &main("blockdev-add", true)).settled);
-        let ended = Record::Ended(StepId(0), history::Outcome::Command(Ok(json!({}))));
-        let followed = follower.record(&scenario, &ended);
-        assert!(followed.settled && followed.answered == Some(StepId(0)));
-        assert!(matches!(follower.prediction(), Some(Ok(_))));
-    }
-
-    #[test]
-    fn a_refusal_by_failing_storage_is_taken_back() {
-        let scenario = scenario();
-        let mut follower = Follower::default();
-        follower.reset(&scenario);
-        let refusal = history::Refusal {
-            class: "GenericError".into(),
-            desc: "Input/output error".into(),
-        };
-        for record in [
-            Record::Issued(StepId(0)),
-            main("blockdev-add", false),
-            Record::Fault(history::Fault {
-                image: 0,
-                kind: FaultKind::Read,
-                offset: 0,
-                bytes: 512,
-                done: 0,
-                errno: Errno::EIO.0,
-            }),
-            main("blockdev-add", true),
-            Record::Ended(StepId(0), history::Outcome::Command(Err(refusal))),
-        ] {
-            assert!(follower.record(&scenario, &record).wrong.is_none());
-        }
-        assert_eq!(follower.world.graph.find("f"), None);
-        assert_eq!(follower.prediction(), None);
-    }
-
-    fn fault(kind: FaultKind) -> Record {
-        Record::Fault(history::Fault {
-            image: 0,
-            kind,
-            offset: 0,
-            bytes: 512,
-            done: 0,
-            errno: Errno::EIO.0,
-        })
-    }
-
-    fn refused(step: u32, desc: &str) -> Record {
-        let refusal = history::Refusal {
-            class: "GenericError".into(),
-            desc: desc.into(),
-        };
-        Record::Ended(StepId(step), history::Outcome::Command(Err(refusal)))
-    }
-
-    #[test]
-    fn a_refusal_is_storages_only_if_storage_failed_and_the_text_says_so() {
-        let scenario = scenario();
-        let predicted = |records: &[Record]| {
-            let mut follower = Follower::default();
-            follower.reset(&scenario);
-            follower.ordered = true;
-            for record in records {
-                follower.record(&scenario, record);
-            }
-            follower.prediction().is_some()
-        };
-        let (begin, end) = (main("blockdev-add", false), main("blockdev-add", true));
-        let issued = Record::Issued(StepId(0));
-        let eio = refused(0, "Could not open: Input/output error");
-        let run = |at: usize, answer: Record| {
-            let mut records = vec![issued.clone(), begin.clone(), end.clone(), answer];
-            records.insert(at, fault(FaultKind::Read));
-            predicted(&records)
-        };
-        assert!(!run(2, eio.clone()), "a fault in the middle of it explains it");
-        assert!(run(1, eio.clone()), "one before it does not");
-        assert!(
-            run(2, refused(0, "no reason")),
-            "nor does it explain just any text"
-        );
-    }
-
-    #[test]
-    fn what_failing_storage_left_is_one_of_a_short_list() {
-        let scenario = scenario_of(
-            r#"{"version":1,"grain":512,"images":[
-            {"file":"b","format":"qcow2","size":4096},
-            {"file":"a","format":"qcow2","size":4096,"backing-file":"b","backing-format":"qcow2"}],"steps":[
-            {"actor":"m","execute":"blockdev-add","arguments":{"driver":"qcow2","node-name":"a","read-only":true,
-                "file":{"driver":"file","filename":"a"}}},
-            {"actor":"m","execute":"change-backing-file","arguments":{
-                "device":"a","image-node-name":"a","backing-file":"c"}}]}"#,
-        );
-        let run = |faults: usize| {
-            let mut follower = Follower::default();
-            follower.reset(&scenario);
-            follower.ordered = true;
-            let mut records = vec![
-                Record::Issued(StepId(0)),
-                main("blockdev-add", false),
-                main("blockdev-add", true),
-                Record::Ended(StepId(0), history::Outcome::Command(Ok(json!({})))),
-                Record::Issued(StepId(1)),
-                main("change-backing-file", false),
-            ];
-            records.extend(std::iter::repeat_n(fault(FaultKind::Write), faults));
-            records.push(main("change-backing-file", true));
-            records.push(refused(1, "Could not change: Input/output error"));
-            for record in &records {
-                assert_eq!(follower.record(&scenario, record).wrong, None);
-            }
-            assert!(follower.in_doubt());
-            let mut states = Vec::new();
-            loop {
-                let a = follower.world.graph.find("a").expect("open");
-                let header = follower.world.header(a).and_then(|h| h.backing.as_ref());
-                states.push((
-                    follower.world.graph.node(a).writable,
-                    header.is_some_and(|b| &*b.file == "c"),
-                ));
-                if !follower.reconsider(&scenario) {
-                    break;
-                }
-            }
-            assert!(!follower.in_doubt());
-            states
-        };
-        assert_eq!(run(1), [(false, false), (true, true)]);
-        assert_eq!(run(2), [(false, false), (true, false), (true, true)]);
-    }
-
-    #[test]
-    fn an_unknown_job_is_wrong() {
-        let scenario = scenario();
-        let mut follower = Follower::default();
-        follower.reset(&scenario);
-        let status = Event::JobStatus {
-            job: blkcheck_impl::types::JobId(0),
-            id: "j".into(),
-            from: Seen::Undefined,
-            to: Seen::Created,
-        };
-        assert!(
-            follower
-                .record(&scenario, &Record::Layer(status))
-                .wrong
-                .expect("wrong")
-                .contains("no such job")
-        );
-    }
-}
+mod tests;
