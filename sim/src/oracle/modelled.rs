@@ -233,7 +233,7 @@ impl Oracle for Modelled {
         self.data.reset(scenario);
         self.bottom.reset(scenario);
         self.bitmaps.reset(scenario);
-        self.errors.reset(scenario);
+        self.errors.reset();
         self.targets.clear();
         if let Some(untold) = &mut self.untold {
             *untold = Untold::default();
