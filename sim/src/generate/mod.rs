@@ -21,8 +21,13 @@ mod throttle;
 pub use faults::{add_faults, add_power_cut};
 pub use swarm::{Profile, Swarm};
 
+use serde_json::{Map, Value};
+
 use crate::rng::{Rng, Stream};
 use crate::scenario::{Action, Disk, Scenario, Step, Stored, VERSION};
+
+/// The options of a node, with those of its children inside.
+type Options = Map<String, Value>;
 
 /// What a target can do, as far as the generator cares.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -140,26 +145,24 @@ pub fn without_rates(steps: &mut [Step]) {
             continue;
         };
         without_rate(execute, arguments);
-        let actions = arguments
-            .get_mut("actions")
-            .and_then(serde_json::Value::as_array_mut);
+        let actions = arguments.get_mut("actions").and_then(Value::as_array_mut);
         for action in actions.into_iter().flatten() {
             let kind = action["type"].as_str().unwrap_or_default().to_owned();
-            if let Some(data) = action.get_mut("data").and_then(serde_json::Value::as_object_mut) {
+            if let Some(data) = action.get_mut("data").and_then(Value::as_object_mut) {
                 without_rate(&kind, data);
             }
         }
     }
 }
 
-fn without_rate(command: &str, arguments: &mut serde_json::Map<String, serde_json::Value>) {
+fn without_rate(command: &str, arguments: &mut Options) {
     if matches!(
         command,
         "block-stream" | "blockdev-backup" | "block-job-set-speed"
     ) && let Some(speed) = arguments.get_mut("speed")
         && speed.as_i64().is_none_or(|s| s > 0)
     {
-        *speed = serde_json::Value::from(0);
+        *speed = Value::from(0);
     }
 }
 
@@ -194,10 +197,8 @@ pub fn without_inline_backing(steps: &mut Vec<Step>) {
 
 /// Puts the name of the first inline backing node in place of its description, which is the result; it may have inline
 /// backing nodes of its own. One without a name stays.
-fn take_inline_backing(
-    options: &mut serde_json::Map<String, serde_json::Value>,
-) -> Option<serde_json::Value> {
-    if let Some(backing @ serde_json::Value::Object(_)) = options.get_mut("backing")
+fn take_inline_backing(options: &mut Options) -> Option<Value> {
+    if let Some(backing @ Value::Object(_)) = options.get_mut("backing")
         && let Some(name) = backing.get("node-name").cloned()
     {
         return Some(std::mem::replace(backing, name));
@@ -208,32 +209,64 @@ fn take_inline_backing(
         .find_map(take_inline_backing)
 }
 
-/// Takes resizes of raw and protocol nodes out: for targets where a file has the length that it has.
+/// Takes resizes of raw and protocol nodes, and of filters over such, out: for targets where a file has the length that it has.
 fn without_raw_resizes(steps: &mut Vec<Step>) {
-    let mut names = Vec::new();
+    let mut fixed = Vec::new();
     for step in &*steps {
-        if let Action::Command { execute, arguments } = &step.action
-            && execute == "blockdev-add"
-        {
-            raw_nodes(arguments, &mut names);
+        let Action::Command { execute, arguments } = &step.action else {
+            continue;
+        };
+        let reopened = arguments.get("options").and_then(Value::as_array);
+        let opened: Vec<&Options> = match &**execute {
+            "blockdev-add" => vec![arguments],
+            "blockdev-reopen" => reopened
+                .into_iter()
+                .flatten()
+                .filter_map(Value::as_object)
+                .collect(),
+            _ => continue,
+        };
+        let mut found = Vec::new();
+        opened
+            .into_iter()
+            .for_each(|options| descriptions(options, &mut found));
+        for options in found {
+            if is_as_long_as_a_file(options, &fixed) {
+                fixed.extend(node_name(options));
+            }
         }
     }
+    let fixed: Vec<String> = fixed.into_iter().map(str::to_owned).collect();
     steps.retain(|step| match &step.action {
         Action::Command { execute, arguments } if execute == "block_resize" => {
-            let node = arguments.get("node-name").and_then(serde_json::Value::as_str);
-            !names.iter().any(|name| Some(&**name) == node)
+            node_name(arguments).is_none_or(|name| fixed.iter().all(|f| f != name))
         }
         _ => true,
     });
 }
 
-fn raw_nodes(options: &serde_json::Map<String, serde_json::Value>, names: &mut Vec<String>) {
-    let text = |key: &str| options.get(key).and_then(serde_json::Value::as_str);
-    if let (Some("raw" | "file" | "host_device"), Some(name)) = (text("driver"), text("node-name")) {
-        names.push(name.to_owned());
+/// Whether a node of this description has the length of a file; `fixed`: the ones that have, by name.
+fn is_as_long_as_a_file(options: &Options, fixed: &[&str]) -> bool {
+    match options.get("driver").and_then(Value::as_str) {
+        Some("raw" | "file" | "host_device") => true,
+        Some("copy-on-read" | "throttle" | "copy-before-write") => match options.get("file") {
+            Some(Value::String(name)) => fixed.contains(&&**name),
+            Some(Value::Object(file)) => is_as_long_as_a_file(file, fixed),
+            _ => false,
+        },
+        _ => false,
     }
-    let inner = options.values().filter_map(serde_json::Value::as_object);
-    inner.for_each(|inner| raw_nodes(inner, names));
+}
+
+/// The descriptions of nodes in the options of one, those further in first; its own is the last.
+fn descriptions<'a>(options: &'a Options, found: &mut Vec<&'a Options>) {
+    let inner = options.values().filter_map(Value::as_object);
+    inner.for_each(|inner| descriptions(inner, found));
+    found.push(options);
+}
+
+fn node_name(options: &Options) -> Option<&str> {
+    options.get("node-name").and_then(Value::as_str)
 }
 
 /// The name of the actor whose steps are barriers: they run alone, in file order.
@@ -241,27 +274,24 @@ pub const SETUP: &str = "setup";
 
 /// Nodes that are opened with a name.
 fn names(steps: &[Step]) -> Vec<String> {
-    fn note(options: &serde_json::Map<String, serde_json::Value>, names: &mut Vec<String>) {
-        let inner = options.values().filter_map(serde_json::Value::as_object);
-        inner.for_each(|inner| note(inner, names));
-        if let Some(name) = options.get("node-name").and_then(serde_json::Value::as_str) {
-            names.push(name.to_owned());
-        }
-    }
     let mut found = Vec::new();
     for step in steps.iter().filter(|step| step.actor == SETUP) {
         match &step.action {
             Action::Command { execute, arguments } if execute == "blockdev-add" => {
-                note(arguments, &mut found);
+                descriptions(arguments, &mut found);
             }
             _ => {}
         }
     }
     found
+        .into_iter()
+        .filter_map(node_name)
+        .map(str::to_owned)
+        .collect()
 }
 
-fn command(actor: &str, execute: &str, arguments: serde_json::Value) -> Step {
-    let serde_json::Value::Object(arguments) = arguments else {
+fn command(actor: &str, execute: &str, arguments: Value) -> Step {
+    let Value::Object(arguments) = arguments else {
         unreachable!("arguments are an object")
     };
     Step {
@@ -376,6 +406,33 @@ mod tests {
         steps.extend(["n0", "n1", "f0", "nope"].map(resize));
         without_raw_resizes(&mut steps);
         assert_eq!(steps, kept);
+    }
+
+    #[test]
+    fn a_filter_is_as_long_as_what_it_filters() {
+        let add = |options| command("m", "blockdev-add", options);
+        let raw = json!({"driver": "raw", "file": {"driver": "file", "filename": "i0"}});
+        let named = json!({"driver": "raw", "node-name": "n0", "file": "f0"});
+        let image = json!({"driver": "qcow2", "node-name": "n1", "file": "f1"});
+        let opened = [
+            add(json!({"driver": "throttle", "node-name": "t0", "throttle-group": "g", "file": raw})),
+            add(named),
+            add(image),
+            add(json!({"driver": "copy-on-read", "node-name": "c0", "file": "n0"})),
+            add(json!({"driver": "throttle", "node-name": "t1", "throttle-group": "g", "file": "c0"})),
+            add(json!({"driver": "copy-on-read", "node-name": "c1", "file": "n1"})),
+            add(json!({"driver": "throttle", "node-name": "t2", "throttle-group": "g", "file": "n1"})),
+            command(
+                "m",
+                "blockdev-reopen",
+                json!({"options": [
+                {"driver": "throttle", "node-name": "t2", "throttle-group": "g", "file": "n0"}]}),
+            ),
+        ];
+        let resize = |node: &str| command("m", "block_resize", json!({"node-name": node, "size": 512}));
+        let mut steps = [&opened[..], &["t0", "c0", "t1", "c1", "t2"].map(resize)].concat();
+        without_raw_resizes(&mut steps);
+        assert_eq!(steps, [&opened[..], &[resize("c1")]].concat());
     }
 
     #[test]
