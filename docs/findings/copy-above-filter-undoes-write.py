@@ -707,7 +707,7 @@ class GatedRun(Run):
     def __init__(self, daemon, history):
         super().__init__(daemon)
         self.history, self.waiting, self.deviates = history, [], 0
-        self.given = set()  # errors of storage
+        self.given = []  # errors of storage, and when
 
     def settle(self):
         """The daemon at rest. Commands go one at a time, the next one when the last is answered."""

@@ -678,7 +678,7 @@ class GatedRun(Run):
     def __init__(self, daemon, history):
         super().__init__(daemon)
         self.history, self.waiting, self.deviates = history, [], 0
-        self.given = set()  # errors of storage
+        self.given = []  # errors of storage, and when
 
     def settle(self):
         """The daemon at rest. Commands go one at a time, the next one when the last is answered."""
@@ -723,7 +723,7 @@ class GatedRun(Run):
             if str(held) == text:
                 self.daemon.held.remove(held)
                 part = f", {done:#x} bytes of it done" if done else ""
-                self.given.add(error)
+                self.given.append((error, self.history.tick()))
                 say(f"    failed: {text}: {os.strerror(error)}{part}")
                 return held.fail(error, done)
         self.deviates += 1

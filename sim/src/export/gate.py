@@ -22,7 +22,7 @@ class GatedRun(Run):
     def __init__(self, daemon, history):
         super().__init__(daemon)
         self.history, self.waiting, self.deviates = history, [], 0
-        self.given = set()  # errors of storage
+        self.given = []  # errors of storage, and when
 
     def settle(self):
         """The daemon at rest. Commands go one at a time, the next one when the last is answered."""
@@ -74,7 +74,7 @@ class GatedRun(Run):
             if str(held) == text:
                 self.daemon.held.remove(held)
                 part = f", {done:#x} bytes of it done" if done else ""
-                self.given.add(error)
+                self.given.append((error, self.history.tick()))
                 say(f"    failed: {text}: {os.strerror(error)}{part}")
                 return held.fail(error, done)
         self.deviates += 1
@@ -130,11 +130,11 @@ class GatedRun(Run):
             raise Wrong(f"{request.export}: {request} has to fail; it is done")
 
     def over_in_order(self, request):
-        """It is done, or it fails with an error that storage gave."""
+        """It is done, or it fails with an error that storage gave since it began."""
         error = self.over(request).error
         if error == errno.ESHUTDOWN:
             raise Wrong(f"{request.export}: {request} has to be answered; the daemon closes the connection instead")
-        if error and error not in self.given:
+        if error and not any(error == given and when > request.begun for given, when in self.given):
             raise Wrong(f"{request.export}: {request} fails: {os.strerror(error)}; storage did not")
 
     def answer(self, number, what):
