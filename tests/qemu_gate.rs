@@ -150,6 +150,21 @@ fn what_the_daemon_cannot_do_and_a_missing_daemon_are_refused_with_2() {
         "{}",
         stderr(&output)
     );
+    let quit = r#"{"version": 1, "grain": 512, "images": [], "steps": [{"actor": "m", "execute": "quit"}]}"#;
+    std::fs::write(tmp.path().join("quit.json"), quit).expect("written");
+    for arguments in [
+        &["replay", "--on", "qemu"][..],
+        &["replay", "--on", "qemu", "--tier", "stress"],
+        &["compare"],
+    ] {
+        let output = blkcheck(tmp.path(), &[arguments, &["quit.json"]].concat());
+        assert_eq!(output.status.code(), Some(2), "{}", stdout(&output));
+        let said = stderr(&output);
+        assert!(
+            said.contains("quit is about qemu-storage-daemon itself"),
+            "{said}"
+        );
+    }
 }
 
 #[test]

@@ -21,6 +21,7 @@ use crate::clock::Stopwatch;
 use crate::guide;
 use crate::history::StepId;
 use crate::oracle::{OracleName, Violation};
+use crate::qemu::steps::about_itself;
 use crate::scenario::Scenario;
 use crate::shrink::{Execute, Limits, Trial, shrink};
 
@@ -132,7 +133,7 @@ impl Summary {
 /// Carries it out.
 ///
 /// # Errors
-/// No daemon of the right version that starts, or too little of something of ours.
+/// A scenario that is not about the block layer, no daemon of the right version that starts, or too little of something of ours.
 pub fn run(
     work: &Work,
     program: Option<&Path>,
@@ -141,6 +142,13 @@ pub fn run(
     stop: &AtomicBool,
     progress: &dyn Fn(u64),
 ) -> Result<Summary, CliError> {
+    if let Work::Files(files) = work {
+        let refused =
+            |(name, scenario): &(String, Scenario)| Some(format!("{name}: {}", about_itself(scenario)?));
+        if let Some(why) = files.iter().find_map(refused) {
+            return Err(CliError::Request(why));
+        }
+    }
     let mut peer = Peer::new(program)
         .map_err(|e| CliError::Environment(e.to_string().replace("--on qemu", "compare")))?;
     // One that does not even start says nothing about the scenarios.

@@ -21,6 +21,7 @@ pub mod nbd;
 pub mod process;
 pub mod qmp;
 pub mod settle;
+pub mod steps;
 
 use std::io;
 

@@ -37,6 +37,7 @@ use crate::qemu::Broken;
 use crate::qemu::nbd::client::{Answer, Ask, Extent};
 use crate::qemu::process::{PROGRAM, Unavailable, Version, version};
 use crate::qemu::qmp::Message;
+use crate::qemu::steps::impossible;
 use crate::scenario::{Action, Disk, Format, GuestOp, Range, Scenario};
 use crate::stamp::{self, Source};
 
@@ -398,11 +399,8 @@ impl Target for StressTarget {
     }
 
     fn prepare(&mut self, scenario: &Scenario) -> Result<(), Trouble> {
-        let drained = |a: &Action| matches!(a, Action::DrainBegin { .. } | Action::DrainEnd { .. });
-        if let Some(at) = scenario.steps.iter().position(|s| drained(&s.action)) {
-            return Err(Trouble::Unusable(format!(
-                "step {at}: qemu-storage-daemon has no command for drained sections; --on qemu cannot run this scenario"
-            )));
+        if let Some(why) = impossible(scenario) {
+            return Err(Trouble::Unusable(why));
         }
         self.trouble = None;
         self.queue.clear();

@@ -39,6 +39,7 @@ use crate::qemu::names::Names;
 use crate::qemu::nbd::server::Held;
 use crate::qemu::nbd::wire::{Command, flag};
 use crate::qemu::process::{Daemon, PROGRAM, Unavailable, Version, version};
+use crate::qemu::steps::impossible;
 use crate::scenario::{Action, Disk, Format, Scenario};
 use images::{name_backing, room};
 use link::Running;
@@ -196,15 +197,6 @@ fn asked(held: &Held) -> (u32, Op) {
         Command::Disconnect | Command::Status => unreachable!("never held"),
     };
     (u32::try_from(held.disk).expect("few images"), op)
-}
-
-/// The first step that this target cannot take.
-fn impossible(scenario: &Scenario) -> Option<String> {
-    let drained = |action: &Action| matches!(action, Action::DrainBegin { .. } | Action::DrainEnd { .. });
-    let at = scenario.steps.iter().position(|s| drained(&s.action))?;
-    Some(format!(
-        "step {at}: qemu-storage-daemon has no command for drained sections; --on qemu cannot run this scenario"
-    ))
 }
 
 impl Target for QemuTarget {
