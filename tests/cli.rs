@@ -335,9 +335,9 @@ fn the_verdict_and_the_exit_code_agree() {
     }
 }
 
-/// Starts a campaign, waits until it is under way, sends one SIGINT.
+/// Starts a campaign, waits until it is under way, sends one signal.
 #[expect(clippy::disallowed_methods, reason = "how long a person waits is real time")]
-fn interrupted(dir: &Path) -> (Value, Duration, Option<i32>) {
+fn interrupted(dir: &Path, signal: &str) -> (Value, Duration, Option<i32>) {
     let mut child = Command::new(BLKCHECK)
         .current_dir(dir)
         .args(["run", "--for", "60s", "--threads", "2", "--json"])
@@ -352,7 +352,7 @@ fn interrupted(dir: &Path) -> (Value, Duration, Option<i32>) {
     std::thread::sleep(Duration::from_millis(700));
     let sent = Instant::now();
     let kill = Command::new("kill")
-        .args(["-INT", &child.id().to_string()])
+        .args([signal, &child.id().to_string()])
         .status()
         .expect("kill is there");
     assert!(kill.success());
@@ -373,16 +373,19 @@ fn interrupted(dir: &Path) -> (Value, Duration, Option<i32>) {
 
 #[test]
 fn an_interrupt_ends_a_campaign_with_its_summary() {
-    let dir: PathBuf = dir().keep();
-    let (summary, took, code) = interrupted(&dir);
-    fs::remove_dir_all(&dir).expect("nobody uses it");
-    assert!(took < Duration::from_secs(10), "it took {took:?}");
-    assert_eq!(summary["interrupted"], true);
-    assert!(summary["seeds"].as_u64().is_some_and(|n| n > 0), "{summary}");
-    assert!(summary["seconds"].as_f64().is_some_and(|s| s < 30.0), "{summary}");
-    assert_eq!(
-        code,
-        Some(if summary["findings"] == json!([]) { 0 } else { 1 }),
-        "{summary}"
-    );
+    // Whoever presses Ctrl-C, and whoever ends a job.
+    for signal in ["-INT", "-TERM"] {
+        let dir: PathBuf = dir().keep();
+        let (summary, took, code) = interrupted(&dir, signal);
+        fs::remove_dir_all(&dir).expect("nobody uses it");
+        assert!(took < Duration::from_secs(10), "{signal}: it took {took:?}");
+        assert_eq!(summary["interrupted"], true);
+        assert!(summary["seeds"].as_u64().is_some_and(|n| n > 0), "{summary}");
+        assert!(summary["seconds"].as_f64().is_some_and(|s| s < 30.0), "{summary}");
+        assert_eq!(
+            code,
+            Some(if summary["findings"] == json!([]) { 0 } else { 1 }),
+            "{summary}"
+        );
+    }
 }

@@ -118,7 +118,7 @@ pub struct Progress {
     pub findings: AtomicU64,
 }
 
-/// Runs a campaign. `stop` ends it early (Ctrl-C); `progress` is updated as it goes.
+/// Runs a campaign. `stop` ends it early (Ctrl-C, SIGTERM); `progress` is updated as it goes.
 ///
 /// # Errors
 /// When the environment cannot run the target.

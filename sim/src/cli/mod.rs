@@ -107,7 +107,7 @@ pub(crate) fn lasting(path: &Path) -> &'static Path {
     Box::leak(path.to_owned().into_boxed_path())
 }
 
-/// Becomes true with the first Ctrl-C, which asks nicely; whoever presses it again wants out now.
+/// Becomes true with the first Ctrl-C, SIGTERM or SIGHUP, which ask nicely; whoever asks again wants out now.
 fn stop_on_interrupt() -> Arc<AtomicBool> {
     let stop = Arc::new(AtomicBool::new(false));
     let handler = Arc::clone(&stop);
