@@ -25,7 +25,7 @@ use jobs::Jobs;
 
 /// Scheduler steps without any storage completion or passing of time, while one was possible, after which the oldest
 /// is forced: no chooser may starve the disk for ever.
-const PATIENCE: u32 = 20_000;
+pub(crate) const PATIENCE: u32 = 20_000;
 
 /// What a run gave.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -385,6 +385,10 @@ impl Runner {
         oracles: &mut [Box<dyn Oracle>],
     ) -> Result<(), Stop> {
         let moved = target.advance(next);
+        if let Err(trouble @ Trouble::Unusable(_)) = moved {
+            // It may have been told as a refusal.
+            return Err(Runner::trouble(trouble, target, None));
+        }
         // What happened up to a panic is told first: an oracle may know better.
         self.digest(target, oracles)?;
         moved.map_err(|trouble| Runner::trouble(trouble, target, None))
@@ -693,8 +697,11 @@ impl Runner {
             .iter()
             .map(|(name, bytes)| (&name[..], &bytes[..]))
             .collect();
-        target.judge(&sound)?;
-        Ok(())
+        let judged = target.judge(&sound);
+        match judged.map_err(|trouble| Runner::trouble(trouble, target, None))? {
+            Some(violation) => Err(violation.into()),
+            None => Ok(()),
+        }
     }
 }
 

@@ -227,9 +227,9 @@ pub trait Target: std::fmt::Debug {
     /// content, as the independent reader sees it, of those images that the subject answers for.
     ///
     /// # Errors
-    /// The verdict.
-    fn judge(&mut self, _sound: &[(&str, &[u8])]) -> Result<(), Violation> {
-        Ok(())
+    /// They cannot be asked.
+    fn judge(&mut self, _sound: &[(&str, &[u8])]) -> Result<Option<Violation>, Trouble> {
+        Ok(None)
     }
 
     /// What the subject waits for, for people: tasks and requests.

@@ -35,7 +35,7 @@ use super::{
 use crate::choice::Key;
 use crate::history::{Record, StepId};
 use crate::image::build::{build, raw_data};
-use crate::lack::Share;
+use crate::lack::{self, Share};
 use crate::oracle::Violation;
 use crate::scenario::{Action, Format, Image, Scenario};
 
@@ -67,7 +67,7 @@ pub struct RealTarget {
 }
 
 fn unusable(what: &str) -> impl FnOnce(io::Error) -> Trouble {
-    move |e| Trouble::Unusable(format!("{what}: {e}"))
+    move |e| Trouble::Unusable(format!("{what}: {}", lack::with_advice(&e)))
 }
 
 impl RealTarget {
@@ -295,6 +295,9 @@ impl Target for RealTarget {
 
     fn advance(&mut self, next: Move) -> Result<(), Trouble> {
         self.inner.advance(next)?;
+        if let Some(lack) = self.traffic.lack.take() {
+            return Err(Trouble::Unusable(lack));
+        }
         if self.stuck.get() {
             Err(Trouble::Stuck("a storage request of the kernel"))
         } else {
@@ -341,9 +344,9 @@ impl Target for RealTarget {
         self.entries.borrow().iter().map(closed).collect()
     }
 
-    fn judge(&mut self, sound: &[(&str, &[u8])]) -> Result<(), Violation> {
+    fn judge(&mut self, sound: &[(&str, &[u8])]) -> Result<Option<Violation>, Trouble> {
         if !qemu_img_is_there() {
-            return Ok(());
+            return Ok(None);
         }
         let formats: BTreeMap<String, Format> = self
             .entries
@@ -352,9 +355,12 @@ impl Target for RealTarget {
             .map(|e| (e.name.clone(), e.format))
             .collect();
         for (name, expected) in sound.iter().filter(|(name, _)| formats[*name] == Format::Qcow2) {
-            self.qemu_img_judges(name, expected)?;
+            let violation = self.qemu_img_judges(name, expected)?;
+            if violation.is_some() {
+                return Ok(violation);
+            }
         }
-        Ok(())
+        Ok(None)
     }
 
     fn describe(&self) -> Vec<String> {

@@ -13,6 +13,7 @@ use super::super::ranges::Ranges;
 use super::super::simulated::Outside;
 use super::Medium;
 use crate::exec::{Clock, Spawner};
+use crate::lack;
 use crate::scenario::Format;
 
 /// A single request that takes longer than this never ends.
@@ -32,11 +33,12 @@ pub(super) struct Entry {
     pub(super) ranges: Ranges,
 }
 
-/// Counters shared by everything of one run.
+/// Counters shared by everything of one run, and what went wrong that is no doing of the layer.
 #[derive(Debug, Default)]
 pub(super) struct Traffic {
     pub(super) pending: Cell<u32>,
     pub(super) handles: Cell<u32>,
+    pub(super) lack: RefCell<Option<String>>,
 }
 
 /// Adds one to a counter for as long as it lives.
@@ -106,6 +108,10 @@ impl Env for World {
                 ..open.clone()
             })
             .map_err(|refusal| {
+                if lack::is_told(&refusal.desc) {
+                    let text = format!("{}; raise the limit (ulimit -n)", refusal.desc);
+                    self.traffic.lack.replace(Some(text));
+                }
                 // The user named the image, not what stands for it here.
                 QmpError {
                     desc: refusal.desc.replace(&entry.path, &entry.name),
