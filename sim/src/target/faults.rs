@@ -1,6 +1,7 @@
 //! Which storage requests may fail by the scenario: each one that its `faults` name is counted, just before it ends.
 //!
-//! Rules: the same for every target that can fail requests, so that one scenario means the same everywhere.
+//! Rules: one way of counting for every target that can fail requests. The request that fails need not be the same one: which
+//! is the n-th depends on what a target asks of its storage, and in which order.
 
 use crate::disk::{BadEnd, Op};
 use crate::history::{Fault, FaultKind};

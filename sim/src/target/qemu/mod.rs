@@ -11,6 +11,7 @@
 
 mod finish;
 mod images;
+mod limit;
 mod link;
 mod steer;
 mod tell;
@@ -42,6 +43,7 @@ use crate::qemu::process::{Daemon, PROGRAM, Unavailable, Version, version};
 use crate::qemu::steps::impossible;
 use crate::scenario::{Action, Disk, Format, Scenario};
 use images::{name_backing, room};
+use limit::limit;
 use link::Running;
 use steer::Steerer;
 pub(super) use tell::lasting;
@@ -99,6 +101,8 @@ pub struct QemuTarget {
     last: String,
     steering: Option<Steerer>,
     ordered: Ordered,
+    /// Scheduler steps that the run may take.
+    limit: u64,
     /// The next daemon is started under a debugger.
     closely: bool,
 }
@@ -134,6 +138,7 @@ impl QemuTarget {
             last: String::new(),
             steering: None,
             ordered: Ordered::default(),
+            limit: 0,
             closely: false,
         })
     }
@@ -237,6 +242,7 @@ impl Target for QemuTarget {
         self.nodes.clear();
         self.last = "nothing yet".to_owned();
         self.ordered = Ordered::new(scenario.disk.faults);
+        self.limit = limit(scenario);
         self.steering = scenario.steer.then(|| Steerer::new(scenario));
         let used_up = |r: &Running| r.runs >= RUNS;
         if self.closely || !self.clean || self.running.as_ref().is_none_or(used_up) {
@@ -312,9 +318,8 @@ impl Target for QemuTarget {
         self.act();
     }
 
-    /// Each step takes a daemon about a millisecond; whole scenarios take a few thousand at most.
     fn step_limit(&self) -> u64 {
-        8_000
+        self.limit
     }
 
     fn alternatives(&mut self) -> Alternatives {
