@@ -15,6 +15,7 @@
 //! time of day, which other programs use up as well.
 //! On a kernel that shows no `wchan`, state letters have to do, with the gap.
 
+use std::cell::Cell;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -87,9 +88,13 @@ enum Place {
 #[derive(Debug)]
 pub struct Sleepers {
     directory: PathBuf,
+    pid: u32,
     /// The directory, once they were listed; its links count the threads.
     count: Option<File>,
+    /// The first one, then in the order in which they were started.
     threads: Vec<Thread>,
+    /// One of them was seen to be gone; there may be as many as before.
+    outdated: Cell<bool>,
     /// How many threads there were at the start.
     first: usize,
     /// The kernel does not show where threads sleep.
@@ -193,7 +198,9 @@ impl Sleepers {
         Sleepers {
             count: None,
             directory,
+            pid,
             threads: Vec::new(),
+            outdated: Cell::new(false),
             first: 0,
             letters: false,
             before: Vec::new(),
@@ -204,6 +211,7 @@ impl Sleepers {
     /// Lists the threads anew, the oldest first.
     fn list(&mut self) {
         self.threads.clear();
+        self.outdated.set(false);
         self.blind = None;
         if let Err(e) = self.try_list() {
             self.blind = ours(e);
@@ -218,7 +226,8 @@ impl Sleepers {
         let mut numbers: Vec<u32> = entries
             .filter_map(|e| e.ok()?.file_name().to_str()?.parse().ok())
             .collect();
-        numbers.sort_unstable();
+        // The kernel lists them in that order. Their numbers say less: after the highest, the lowest come again.
+        numbers.sort_by_key(|n| *n != self.pid);
         for n in numbers {
             match Thread::open(&self.directory.join(n.to_string()), self.letters) {
                 Ok(thread) => self.threads.push(thread),
@@ -243,7 +252,11 @@ impl Sleepers {
         match self.threads[at].place(self.letters) {
             Some(Place::Polls) => true,
             Some(Place::Sleeps) => at > 0,
-            Some(Place::Busy) | None => false,
+            Some(Place::Busy) => false,
+            None => {
+                self.outdated.set(true);
+                false
+            }
         }
     }
 
@@ -291,7 +304,7 @@ impl Sleepers {
             if self.all_sleep(whom) {
                 return Ok(true);
             }
-            let listed = self.is_listed();
+            let listed = self.is_listed() && !self.outdated.get();
             if !listed {
                 self.list();
             }
