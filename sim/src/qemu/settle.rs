@@ -22,8 +22,9 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::Broken;
+use super::{Broken, FEW};
 use crate::clock::Stopwatch;
+use crate::lack;
 
 /// CPU time of the daemon in one settling, in nanoseconds.
 const CPU_LIMIT: u64 = 2_000_000_000;
@@ -37,6 +38,8 @@ const STILL: Duration = Duration::from_millis(300);
 const ESRCH: i32 = 3;
 /// Looks between two looks at a clock.
 const PATIENCE: u32 = 512;
+/// Looks after which a daemon that may open no more files is taken to wait for one.
+const LONG: u32 = 8 * PATIENCE;
 /// Looks after each of which the processor is given up and no more: the daemon has the same one, so that it goes on at
 /// once, and most of what it does takes no longer.
 const AT_ONCE: u32 = 200;
@@ -310,6 +313,9 @@ impl Sleepers {
             }
             let used = || self.threads.iter().map(|t| t.runs().nanoseconds).sum();
             let still = limits.looked(used)?;
+            if limits.looks.is_multiple_of(LONG) && lack::has_all_open(self.pid) {
+                return Err(Broken::Unusable(format!("it does not come to rest; {FEW}")));
+            }
             if !listed {
                 continue;
             }
@@ -428,7 +434,15 @@ mod tests {
         }
         let mut sleepers = Sleepers::of(over.id());
         while sleepers.wait(Whom::NoMonitor).expect("it ends") {}
+        // One of its threads made room for another: there are as many, but not the same ones.
+        let gone = Thread::open(&sleepers.directory.join(over.id().to_string()), false);
         over.wait().expect("it ended");
+        if let Some(polls) = &polls {
+            let mut sleepers = Sleepers::of(polls.id());
+            sleepers.list();
+            sleepers.threads = vec![gone.expect("not buried yet")];
+            assert_eq!(sleepers.wait(Whom::All), Ok(true));
+        }
         for mut child in [polls, busy].into_iter().flatten() {
             child.kill().expect("it runs");
             child.wait().expect("it ends");
