@@ -27,7 +27,7 @@ use crate::owner::Owners;
 use file::{File, to_usize};
 pub use op::{BadEnd, Op};
 pub use volatile::Remains;
-use volatile::{Change, Volatile};
+use volatile::Volatile;
 
 /// Unit in which holes are tracked, bytes.
 const SECTOR: u64 = 512;
@@ -338,7 +338,7 @@ impl Disk {
                 let pending = inner.pending.iter().map(|slot| &inner.requests[*slot as usize]);
                 let under_way = pending
                     .filter(|request| request.file == id)
-                    .filter_map(|request| change(request.op, &request.buffer));
+                    .filter_map(|request| request.op.change(&request.buffer));
                 (id, volatile.power_cut(under_way, choose))
             })
             .collect()
@@ -483,7 +483,7 @@ impl Inner {
             Op::Discard { offset, bytes } => file.zero(offset, bytes, false, true),
             Op::Truncate { length } => file.set_length(to_usize(length)),
         }
-        file.follow(change(request.op, &request.buffer));
+        file.follow(request.op.change(&request.buffer));
         match std::mem::replace(&mut request.progress, Progress::Over(Ok(done))) {
             Progress::Pending(waker) => waker,
             Progress::Free | Progress::Over(_) => unreachable!("pending requests are pending"),
@@ -508,7 +508,7 @@ impl Inner {
         }
         if bad.done > 0 {
             let done = to_usize(bad.done).min(request.buffer.len());
-            file.follow(change(request.op.first(bad.done), &request.buffer[..done]));
+            file.follow(request.op.first(bad.done).change(&request.buffer[..done]));
         }
         match std::mem::replace(&mut request.progress, Progress::Over(Err(bad.errno))) {
             Progress::Pending(waker) => (bad, waker),
@@ -523,28 +523,6 @@ impl Inner {
             request.buffer = Vec::new();
         }
         self.free.push(slot);
-    }
-}
-
-/// What a request changes.
-fn change(op: Op, data: &[u8]) -> Option<Change> {
-    match op {
-        Op::Read { .. } | Op::Flush => None,
-        Op::Write { offset, .. } => Some(Change::Write {
-            offset,
-            data: data.into(),
-        }),
-        Op::WriteZeroes { offset, bytes, .. } => Some(Change::Zero {
-            offset,
-            bytes,
-            grow: true,
-        }),
-        Op::Discard { offset, bytes } => Some(Change::Zero {
-            offset,
-            bytes,
-            grow: false,
-        }),
-        Op::Truncate { length } => Some(Change::Length(length)),
     }
 }
 

@@ -21,8 +21,8 @@ mod strayed;
 
 pub(super) use bitmaps::enables_missing;
 pub(super) use causes::{
-    actions, bottoms_out, has_bottom_on_top, has_bottom_outside, has_negative_null_co, has_raw_on_overlay,
-    is_uneven, takes_back_a_snapshot,
+    bottoms_out, has_bottom_on_top, has_bottom_outside, has_negative_null_co, has_raw_on_overlay, is_uneven,
+    takes_back_a_snapshot,
 };
 pub(super) use graph::visits_twice;
 pub use list::DEFECTS;

@@ -18,7 +18,7 @@ use super::known::{self, DEFECTS, Defect, Strayed, Sure};
 use crate::follow::Follower;
 use crate::history::{ESHUTDOWN, FaultKind, Outcome, Record, Refusal, StepId};
 use crate::oracle::{OracleName, Violation};
-use crate::scenario::{Action, Format, GuestOp, Range, Scenario};
+use crate::scenario::{Action, Format, GuestOp, Range, Scenario, actions};
 
 /// Defects that need an order of storage requests to show, or storage over NBD.
 static GATED: &[Defect] = &[
@@ -544,7 +544,7 @@ fn past_the_end(found: &Found<'_>) -> bool {
 
 /// A list of actions that goes on after a snapshot, and so can be refused after it.
 fn snapshots(execute: &str, arguments: &Map<String, Value>) -> bool {
-    let mut but_last = known::actions(execute, arguments).rev().skip(1);
+    let mut but_last = actions(execute, arguments).rev().skip(1);
     but_last.any(|(kind, _)| kind == "blockdev-snapshot")
 }
 

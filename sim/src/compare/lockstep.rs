@@ -24,7 +24,7 @@ use super::{Kind, What};
 use crate::follow::world_of;
 use crate::qemu::Broken;
 use crate::qemu::nbd::client::Answer;
-use crate::scenario::{Action, GuestOp, Scenario};
+use crate::scenario::{Action, GuestOp, Scenario, actions};
 
 /// Commands that may make a node read-only, or writable.
 const CHANGES_FLAGS: [&str; 5] = [
@@ -628,7 +628,7 @@ pub(super) fn makes_up_names(scenario: &Scenario) -> bool {
                 unnamed(arguments) || follows_header
             }
             "block-stream" | "blockdev-backup" => !arguments.contains_key("filter-node-name"),
-            "transaction" => known::actions(execute, arguments)
+            "transaction" => actions(execute, arguments)
                 .any(|(kind, data)| kind == "blockdev-backup" && !data.contains_key("filter-node-name")),
             _ => false,
         },

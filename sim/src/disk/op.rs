@@ -3,6 +3,7 @@
 use blkcheck_impl::error::Errno;
 
 use super::SECTOR;
+use super::volatile::Change;
 
 /// What a request does; lengths in bytes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -83,6 +84,28 @@ impl Op {
             },
             Op::Discard { offset, .. } => Op::Discard { offset, bytes: done },
             Op::Flush | Op::Truncate { .. } => self,
+        }
+    }
+
+    /// What it changes, with this data.
+    pub(super) fn change(self, data: &[u8]) -> Option<Change> {
+        match self {
+            Op::Read { .. } | Op::Flush => None,
+            Op::Write { offset, .. } => Some(Change::Write {
+                offset,
+                data: data.into(),
+            }),
+            Op::WriteZeroes { offset, bytes, .. } => Some(Change::Zero {
+                offset,
+                bytes,
+                grow: true,
+            }),
+            Op::Discard { offset, bytes } => Some(Change::Zero {
+                offset,
+                bytes,
+                grow: false,
+            }),
+            Op::Truncate { length } => Some(Change::Length(length)),
         }
     }
 

@@ -17,7 +17,7 @@ use serde_json::{Map, Value};
 use super::{OracleName, Violation, violation};
 use crate::follow::Follower;
 use crate::history::{ESHUTDOWN, FaultKind, Record, StepId};
-use crate::scenario::{Action, GuestOp, Scenario};
+use crate::scenario::{Action, GuestOp, Scenario, actions};
 
 /// A guest's request in flight, and with which errors storage failed since it began.
 #[derive(Debug)]
@@ -181,12 +181,7 @@ fn copies_on_read(world: &World, node: NodeId) -> bool {
 fn changes_lengths(execute: &str, arguments: &Map<String, Value>) -> bool {
     match execute {
         "block_resize" | "blockdev-reopen" | "blockdev-snapshot" => true,
-        "transaction" => {
-            let actions = arguments.get("actions").and_then(Value::as_array);
-            let mut kinds = actions.into_iter().flatten().filter_map(|a| a["type"].as_str());
-            kinds.any(|kind| kind.starts_with("blockdev-snapshot"))
-        }
-        _ => false,
+        _ => actions(execute, arguments).any(|(kind, _)| kind.starts_with("blockdev-snapshot")),
     }
 }
 

@@ -2,6 +2,8 @@
 
 use serde_json::{Map, Value};
 
+use crate::scenario::actions;
+
 /// What a job was asked to do about errors.
 #[derive(Clone, Debug)]
 pub(super) struct Policy {
@@ -11,15 +13,6 @@ pub(super) struct Policy {
     pub(super) what: String,
     /// What is ignored is tried again, so that the job may still end well.
     pub(super) retries: bool,
-}
-
-/// The actions of a transaction.
-fn actions(arguments: &Map<String, Value>) -> impl Iterator<Item = (&str, &Map<String, Value>)> {
-    let all = arguments.get("actions").and_then(Value::as_array);
-    all.into_iter().flatten().filter_map(|action| {
-        let kind = action.get("type").and_then(Value::as_str)?;
-        Some((kind, action.get("data").and_then(Value::as_object)?))
-    })
 }
 
 /// The id of the job that a command starts.
@@ -45,12 +38,11 @@ pub(super) fn policies_of(execute: &str, arguments: &Map<String, Value>, out: &m
             push(Some("read"), "on-source-error", true);
             push(Some("write"), "on-target-error", true);
         }
-        "transaction" => {
-            for (kind, data) in actions(arguments) {
+        _ => {
+            for (kind, data) in actions(execute, arguments) {
                 policies_of(kind, data, out);
             }
         }
-        _ => {}
     }
 }
 
@@ -58,6 +50,6 @@ pub(super) fn policies_of(execute: &str, arguments: &Map<String, Value>, out: &m
 pub(super) fn group_of(execute: &str, arguments: &Map<String, Value>) -> Option<Vec<String>> {
     let mode = arguments.get("properties")?.get("completion-mode")?;
     let grouped = execute == "transaction" && mode == "grouped";
-    let backups = actions(arguments).filter(|(kind, _)| *kind == "blockdev-backup");
+    let backups = actions(execute, arguments).filter(|(kind, _)| *kind == "blockdev-backup");
     grouped.then(|| backups.map(|(_, data)| id_of(data).to_owned()).collect())
 }

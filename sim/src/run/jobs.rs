@@ -5,10 +5,10 @@ use std::rc::Rc;
 
 use blkcheck_impl::jobs::JobStatus;
 use blkcheck_impl::types::JobId;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::finish;
-use crate::scenario::{Action, Scenario, WaitJob};
+use crate::scenario::{Action, Scenario, WaitJob, actions};
 
 /// How often a job is pushed on from the same status before that counts as hanging.
 const PUSHES: u8 = 2;
@@ -140,15 +140,13 @@ fn push(status: JobStatus, pushes: u8) -> Option<&'static str> {
 
 /// Whether a step starts a job of this id that runs until it is cancelled.
 pub(super) fn is_endless(scenario: &Scenario, id: &str) -> bool {
-    let starts = |data: &Value| data["job-id"] == id && data["sync"] == "none";
+    let starts = |(execute, arguments): (&str, &Map<String, Value>)| {
+        let has = |key: &str, text: &str| arguments.get(key).and_then(Value::as_str) == Some(text);
+        execute == "blockdev-backup" && has("job-id", id) && has("sync", "none")
+    };
     scenario.steps.iter().any(|step| match &step.action {
-        Action::Command { execute, arguments } if execute == "blockdev-backup" => {
-            starts(&Value::Object(arguments.clone()))
-        }
-        Action::Command { arguments, .. } => {
-            let actions = arguments.get("actions").and_then(Value::as_array);
-            let mut actions = actions.into_iter().flatten();
-            actions.any(|action| action["type"] == "blockdev-backup" && starts(&action["data"]))
+        Action::Command { execute, arguments } => {
+            starts((execute, arguments)) || actions(execute, arguments).any(starts)
         }
         _ => false,
     })
@@ -198,6 +196,24 @@ mod tests {
 
     #[test]
     fn a_job_that_never_ends_is_cancelled() {
+        let backup = |id: &str, sync: &str| format!(r#"{{"job-id":"{id}","sync":"{sync}"}}"#);
+        let step = |execute: &str, arguments: &str| {
+            format!(r#"{{"actor":"m","execute":"{execute}","arguments":{arguments}}}"#)
+        };
+        let grouped = format!(
+            r#"{{"actions":[{{"type":"blockdev-backup","data":{}}}]}}"#,
+            backup("c", "none")
+        );
+        let steps = [
+            step("blockdev-backup", &backup("a", "none")),
+            step("blockdev-backup", &backup("b", "full")),
+            step("transaction", &grouped),
+        ]
+        .join(",");
+        let text = format!(r#"{{"version":1,"grain":64,"images":[],"steps":[{steps}]}}"#);
+        let scenario: Scenario = serde_json::from_str(&text).expect("a scenario");
+        let endless = ["a", "b", "c", "d"].map(|id| is_endless(&scenario, id));
+        assert_eq!(endless, [true, false, true, false]);
         let (mut jobs, id): (Jobs, Rc<str>) = (Jobs::default(), "j".into());
         jobs.status(JobId(0), &id, JobStatus::Running);
         assert_eq!(jobs.push_on(|_| false), None);

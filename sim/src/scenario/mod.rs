@@ -305,6 +305,17 @@ pub enum GuestOp {
     BlockStatus(Range),
 }
 
+/// The actions of a transaction, with their arguments; nothing for another command.
+pub(crate) fn actions<'a>(
+    execute: &str,
+    arguments: &'a Map<String, Value>,
+) -> impl DoubleEndedIterator<Item = (&'a str, &'a Map<String, Value>)> + use<'a> {
+    let list = arguments.get("actions").and_then(Value::as_array);
+    let list = list.filter(|_| execute == "transaction");
+    let action = |action: &'a Value| Some((action.get("type")?.as_str()?, action.get("data")?.as_object()?));
+    list.into_iter().flatten().filter_map(action)
+}
+
 impl GuestOp {
     /// Where; `None` for a flush.
     #[must_use]

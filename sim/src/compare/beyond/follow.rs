@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 
 use super::cells::{Cell, Disk, overlay};
 use super::watch::Watch;
-use crate::scenario::{Range, Scenario};
+use crate::scenario::{Range, Scenario, actions};
 use crate::stamp::Source;
 
 /// Part of a disk, grains.
@@ -240,17 +240,8 @@ impl Watch<'_> {
                 self.exports.retain(|_, export| export.id != id);
             }
             "transaction" => {
-                for action in arguments
-                    .get("actions")
-                    .and_then(Value::as_array)
-                    .into_iter()
-                    .flatten()
-                {
-                    if let (Some(execute), Some(Value::Object(data))) =
-                        (action["type"].as_str(), action.get("data"))
-                    {
-                        self.accepted(execute, data, &[]);
-                    }
+                for (kind, data) in actions(execute, arguments) {
+                    self.accepted(kind, data, &[]);
                 }
             }
             "blockdev-snapshot" => self.snapshot(&arg("node"), &arg("overlay")),

@@ -4,9 +4,10 @@ use blkcheck_model::job::Job;
 use blkcheck_model::{Command, NodeId, Outcome, Parent, Refusal, World};
 use serde_json::{Map, Value};
 
-use super::causes::{Given, actions, has_bottom, is_refused, past};
+use super::causes::{Given, has_bottom, is_refused, past};
 use super::strayed::words;
 use super::{Around, Case, Kind, What};
+use crate::scenario::actions;
 
 const NO_DRAIN: &str = "bdrv_do_drained_end: Assertion `bs->quiesce_counter > 0'";
 

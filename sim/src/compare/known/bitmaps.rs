@@ -3,8 +3,9 @@
 use blkcheck_model::{Bitmap, Command, Node, NodeId, World};
 use serde_json::{Map, Value};
 
-use super::causes::{Given, actions, happened, is_refused, past};
+use super::causes::{Given, happened, is_refused, past};
 use super::{Case, What, graph};
+use crate::scenario::actions;
 
 const ENABLE: &str = "block-dirty-bitmap-enable";
 const MERGE: &str = "block-dirty-bitmap-merge";
@@ -131,12 +132,31 @@ pub(super) fn freezes_in_use(world: &World, execute: &str, arguments: &Map<Strin
     accepted.is_ok() && nodes.any(freezes)
 }
 
-/// What the backup leaves of its bitmap takes changes, although its node is read-only.
+/// What the backup leaves of its bitmap takes changes, although its node is read-only; or the image holds the frozen half of it.
 pub(super) fn after_a_freeze_in_use(case: &Case<'_>) -> bool {
-    case.what == Some(What::Result)
-        && case.qemu == "accepted"
-        && case.model.contains("is readonly and cannot be modified")
-        && happened(case, freezes_in_use)
+    match case.what {
+        Some(What::Result) => {
+            case.qemu == "accepted"
+                && case.model.contains("is readonly and cannot be modified")
+                && happened(case, freezes_in_use)
+        }
+        Some(What::Bitmaps) => holds_half(case),
+        _ => false,
+    }
+}
+
+/// What an image is said to hold is a bitmap of a read-only node that a backup uses. How it came to be stored does not matter:
+/// a stream that ends makes its read-only device read-only again, too.
+fn holds_half(case: &Case<'_>) -> bool {
+    let in_use = |bitmap: &&Bitmap| bitmap.persistent && bitmap.successor.is_some();
+    let frozen = case.world.graph.nodes().filter(|(_, node)| !node.writable);
+    frozen.into_iter().any(|(id, node)| {
+        let stored = case.world.header(id).map_or(&[][..], |header| &header.bitmaps);
+        node.bitmaps.iter().filter(in_use).any(|bitmap| {
+            let whole = stored.iter().find(|stored| stored.name == bitmap.name);
+            whole.is_some_and(|whole| case.model.ends_with(&format!("holds {whole:?}")))
+        })
+    })
 }
 
 /// Bitmaps are frozen by something that failed before, and so are guests' writes.

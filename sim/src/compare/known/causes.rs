@@ -4,7 +4,7 @@ use blkcheck_model::{Command, Driver, World};
 use serde_json::{Map, Value};
 
 use super::{Case, Past};
-use crate::scenario::{Action, Scenario};
+use crate::scenario::{Action, Scenario, actions};
 
 pub(in crate::compare) fn has_negative_null_co(options: &Map<String, Value>) -> bool {
     let negative = options.get("driver").is_some_and(|d| d == "null-co")
@@ -80,17 +80,6 @@ pub(in crate::compare) fn has_bottom_on_top(world: &World) -> bool {
     graph
         .nodes()
         .any(|(id, node)| node.bottom == Some(graph.skip_filters(id)))
-}
-
-/// The actions of a transaction, with their arguments; nothing for another command.
-pub(in crate::compare) fn actions<'a>(
-    execute: &str,
-    arguments: &'a Map<String, Value>,
-) -> impl DoubleEndedIterator<Item = (&'a str, &'a Map<String, Value>)> + use<'a> {
-    let list = arguments.get("actions").and_then(Value::as_array);
-    let list = list.filter(|_| execute == "transaction");
-    let action = |action: &'a Value| Some((action.get("type")?.as_str()?, action.get("data")?.as_object()?));
-    list.into_iter().flatten().filter_map(action)
 }
 
 /// A transaction that the model refuses has a snapshot to this overlay, and goes on after it.

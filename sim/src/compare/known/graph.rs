@@ -4,9 +4,9 @@ use blkcheck_model::command::failing::Left;
 use blkcheck_model::{Command, Driver, NodeId, World};
 use serde_json::{Map, Value};
 
-use super::causes::{actions, happened, is_refused};
+use super::causes::{happened, is_refused};
 use super::{Case, Kind, What};
-use crate::scenario::{Action, GuestOp};
+use crate::scenario::{Action, GuestOp, actions};
 
 /// An empty list.
 pub(super) fn reopens_nothing(execute: &str, arguments: &Map<String, Value>) -> bool {

@@ -86,6 +86,42 @@ fn writes_stop_after_a_refused_reopen_of_persistent_bitmaps_only() {
     assert_eq!(accepted, None);
 }
 
+/// Of a read-only node, where the bitmap is in use.
+#[test]
+fn an_image_holds_half_of_a_bitmap_in_use_only() {
+    let whole = differs(
+        What::Bitmaps,
+        "t holds StoredBitmap { name: \"x\", granularity: 4096, auto: true, in_use: false, dirty: Some(Spans([])) }",
+        "Some(Stored { auto: false })",
+    );
+    let add = |name: &str| {
+        let mut add = add("t", name, true);
+        add["arguments"]["granularity"] = json!(4096);
+        add
+    };
+    let backup = |bitmap: &str| {
+        command(
+            "blockdev-backup",
+            json!({"job-id": "j", "device": "t", "target": "o", "sync": "full", "bitmap": bitmap,
+                "bitmap-mode": "always", "auto-finalize": false}),
+        )
+    };
+    let query = command("query-jobs", json!({}));
+    let of = |bitmap: &str, frozen: bool| {
+        let steps = [
+            add("x"),
+            add("y"),
+            backup(bitmap),
+            read_only(frozen),
+            query.clone(),
+        ];
+        last(&steps, &whole)
+    };
+    assert_eq!(of("x", true), Some("frozen-bitmap-loses-writes"));
+    assert_eq!(of("y", true), None, "another one is in use");
+    assert_eq!(of("x", false), None, "it is writable");
+}
+
 /// A bitmap that was added while the node was read-only, and a stream that is refused late.
 #[test]
 fn a_refused_stream_stores_the_new_bitmaps_of_its_device() {
