@@ -239,8 +239,7 @@ fn known_defects_that_need_an_order_are_reproduced_and_recognised() {
     assert_eq!(freed["known"], "zeroes-under-write", "{freed}");
 }
 
-/// The profile that has everything in it: graph changes, jobs, filters, guests; compressed clusters too, which
-/// the daemon unpacks in a thread of its own.
+/// The profile that has everything in it: graph changes, jobs, filters, guests.
 #[test]
 fn mixed_seeds_repeat_bit_by_bit_with_any_number_of_threads() {
     if !has_daemon("mixed_seeds_repeat_bit_by_bit_with_any_number_of_threads") {
@@ -273,7 +272,6 @@ fn mixed_seeds_repeat_bit_by_bit_with_any_number_of_threads() {
 }
 
 /// Requests fail as on the simulated disk: by choices, so that runs repeat, and what the daemon makes of it is judged.
-/// OPEN: seed 16 does not repeat. Once in about a hundred runs it takes another course, also on an idle machine.
 #[test]
 fn failing_storage_is_a_choice_too_and_everything_it_shows_is_explained() {
     if !has_daemon("failing_storage_is_a_choice_too_and_everything_it_shows_is_explained") {
@@ -288,7 +286,7 @@ fn failing_storage_is_a_choice_too_and_everything_it_shows_is_explained() {
             "--faults",
             "errors",
             "--seeds",
-            "17..81",
+            "0..64",
             "--json",
             "--threads",
             threads,

@@ -206,8 +206,8 @@ impl Setup {
         if matches!(self.faults, Faults::Errors | Faults::All) {
             add_faults(&mut scenario, seed);
         }
-        if self.on == On::Qemu && self.profile == Profile::Backup {
-            // QEMU unpacks in threads, and which of two is done first is nobody's choice; clusters are large here.
+        if self.on == On::Qemu && !self.is_stress() {
+            // QEMU unpacks in threads, and which of two is done first is nobody's choice.
             without_compression(&mut scenario);
         }
         if self.loses_power() {
