@@ -31,6 +31,8 @@ pub(super) struct Causes {
     pub(super) described: bool,
     /// Streams that succeeded although their last layer had got another backing node, and there was a filter above the old one.
     pub(super) strayed: Vec<Strayed>,
+    /// Images that streams have filled.
+    pub(super) streamed: Vec<Rc<str>>,
     /// Images of streams that failed after storage did not write or flush something of that very image.
     pub(super) unwritten: Vec<Rc<str>>,
     /// Images, by their place in the scenario, that storage failed to write or to flush.
@@ -100,6 +102,11 @@ impl Causes {
             let now = after.job(&job.id).map(|job| job.outcome);
             if now.is_none_or(|outcome| outcome == Some(Outcome::Success)) {
                 self.strayed.extend(Strayed::of(before, &job.id));
+                let device = job
+                    .stream()
+                    .map(|stream| before.graph.skip_filters(stream.device));
+                self.streamed
+                    .extend(device.and_then(|device| before.image_file(device)));
             }
         }
     }
@@ -174,7 +181,7 @@ fn streams_over_raw(world: &World, arguments: &Map<String, Value>) -> bool {
         .is_some_and(|device| chain(graph, device).any(|node| is_over(&node)))
 }
 
-fn chain(graph: &Graph, top: NodeId) -> impl Iterator<Item = NodeId> + '_ {
+pub(super) fn chain(graph: &Graph, top: NodeId) -> impl Iterator<Item = NodeId> + '_ {
     std::iter::successors(Some(top), |node| {
         graph.cow_child(*node).or_else(|| graph.primary_child(*node))
     })

@@ -1,8 +1,8 @@
-//! The known defects that need storage to fail.
+//! The known defects that need storage to fail, or the power.
 //!
-//! Rules: as in [`super`]; a matcher wants a fault in the run as well.
+//! Rules: as in [`super`]; a matcher wants a fault in the run as well, or the power cut.
 
-use super::{Defect, Found, Matcher, Sure, text};
+use super::{Defect, Found, Matcher, Sure, causes, text};
 use crate::compare::known;
 use crate::history::{ESHUTDOWN, FaultKind, Outcome, Record, StepId};
 use crate::oracle::OracleName;
@@ -69,6 +69,19 @@ pub(super) static FAILING: &[Defect] = &[
         matches: |_| false,
         steer: None,
     },
+    Defect {
+        id: "stream-completes-in-cache",
+        title: "a stream reports success while the tables of what it has copied are in memory only: if the daemon is killed then, \
+            all of it is lost",
+        qemu: "the header that drops the layers below is written at once; the tables that say where the copied data are stay in \
+           the cache until somebody flushes",
+        right: "everything that was copied is durable before the header names nothing below any more",
+        sure: Sure::Certain,
+        scenario: include_str!("../../../../docs/findings/stream-completes-in-cache.json"),
+        page: include_str!("../../../../docs/findings/stream-completes-in-cache.md"),
+        matches: |_| false,
+        steer: None,
+    },
 ];
 
 pub(super) const MATCHERS: &[(&str, Matcher)] = &[
@@ -77,7 +90,26 @@ pub(super) const MATCHERS: &[(&str, Matcher)] = &[
     ("failed-stream-changes-graph", changes_graph),
     ("change-backing-file-aborts", aborts),
     ("stream-ignores-for-ever", ignores_for_ever),
+    ("stream-completes-in-cache", stays_in_cache),
 ];
+
+/// The power failed, and what is wrong is in an image that a stream had filled, or in one above it.
+fn stays_in_cache(found: &Found<'_>) -> bool {
+    let is_cut = |record: &Record| matches!(record, Record::PowerCut { .. });
+    if !found.says(&[OracleName::Transparency], "or a power cut") || !found.records.iter().any(is_cut) {
+        return false;
+    }
+    let world = &found.world;
+    let file = |node| world.image_file(node);
+    let named = |file: &str| found.violation.message.contains(&format!(" {file} at "));
+    let mut wrong = world.graph.nodes().map(|(id, _)| id);
+    wrong.any(|node| {
+        file(node).is_some_and(|file| named(&file))
+            && causes::chain(&world.graph, node)
+                .filter_map(file)
+                .any(|file| found.causes.streamed.contains(&file))
+    })
+}
 
 impl<'a> Found<'a> {
     /// Storage failed a request of one of these kinds.

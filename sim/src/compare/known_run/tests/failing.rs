@@ -2,6 +2,8 @@
 
 use super::*;
 use crate::history::{Fault, FaultKind};
+use blkcheck_impl::jobs::JobStatus::{Created, Pending, Running, Undefined, Waiting};
+use blkcheck_impl::types::JobId;
 
 /// Storage fails this of image `a` (or `b`).
 fn fault(kind: FaultKind) -> Record {
@@ -291,4 +293,76 @@ fn a_header_that_storage_failed_may_have_the_new_name_with_the_wrong_format() {
         "the model has it then"
     );
     assert_eq!(of("b", &[issued(2), accepted]), format);
+}
+
+/// Only of what a stream has filled, and only with the power.
+#[test]
+fn what_a_stream_has_copied_is_lost_with_the_power_only() {
+    let node = |name: &str, backing: &Value| {
+        let file = json!({"driver": "file", "node-name": format!("f{name}"), "filename": name});
+        monitor(
+            "blockdev-add",
+            &json!({"driver": "qcow2", "node-name": name, "file": file, "backing": backing}),
+        )
+    };
+    let stream = monitor("block-stream", &json!({"job-id": "j", "device": "b"}));
+    let steps = [node("a", &Value::Null), node("b", &json!("a")), stream];
+    let done = |step| ended(step, Outcome::Command(Ok(json!({}))));
+    let accepted = |step: u32, what: &'static str| {
+        let begin = Record::Layer(Event::MainBegin { what });
+        [
+            issued(step),
+            begin,
+            Record::Layer(Event::MainEnd { what }),
+            done(step),
+        ]
+    };
+    let status = |from, to| {
+        Record::Layer(Event::JobStatus {
+            job: JobId(0),
+            id: "j".into(),
+            from,
+            to,
+        })
+    };
+    let completed = Record::Layer(Event::Qmp {
+        name: "BLOCK_JOB_COMPLETED",
+        data: json!({"device": "j", "type": "stream", "len": 4096, "offset": 4096, "speed": 0}).into(),
+    });
+    let cut = Record::PowerCut {
+        image: 1,
+        volatile: 0,
+        kept: 0,
+    };
+    let lost = |file: &str| {
+        let text = format!(
+            "after a failed flush or a power cut, {file} at 0x0 holds zeroes, which a flush before had made impossible"
+        );
+        Violation {
+            oracle: OracleName::Transparency,
+            message: text,
+            step: None,
+            evidence: Vec::new(),
+        }
+    };
+    let of = |file: &str, over: bool, power: bool| {
+        let mut records = Vec::new();
+        records.extend(accepted(0, "blockdev-add"));
+        records.extend(accepted(1, "blockdev-add"));
+        records.extend(accepted(2, "block-stream"));
+        records.extend([status(Undefined, Created), status(Created, Running)]);
+        if over {
+            records.extend([
+                status(Running, Waiting),
+                status(Waiting, Pending),
+                completed.clone(),
+            ]);
+        }
+        records.extend(power.then(|| cut.clone()));
+        ran(&steps, &lost(file), &records)
+    };
+    assert_eq!(of("b", true, true), Some("stream-completes-in-cache"));
+    assert_eq!(of("b", false, true), None, "it is not over");
+    assert_eq!(of("b", true, false), None, "no power cut");
+    assert_eq!(of("a", true, true), None, "below it");
 }
