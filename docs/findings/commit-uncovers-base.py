@@ -5,7 +5,7 @@ A stand-alone reproducer: python3 (standard library) and qemu-utils. The scenari
 command that blkcheck's own block layer does not have is in it, so that this script was written by hand.
 Ends with code 1 and a line REPRODUCED when the defect is there, with 0 when everything is as it should be.
 """
-import argparse, json, os, socket, struct, subprocess, sys, tempfile
+import argparse, json, os, socket, struct, subprocess, sys, tempfile, time
 
 SCENARIO = json.loads(r"""
 {
@@ -158,8 +158,9 @@ class Monitor:
                 return answer
 
     def wait_for_job(self, job):
+        # Not for its event: that may have come before the last answer.
         while any(j['id'] == job for j in self.command('query-jobs', {})['return']):
-            self.line()
+            time.sleep(0.05)
 
 
 def exactly(sock, n):
