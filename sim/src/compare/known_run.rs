@@ -6,6 +6,8 @@
 
 mod causes;
 mod failing;
+mod kept;
+mod streams;
 
 use std::rc::Rc;
 
@@ -14,7 +16,7 @@ use blkcheck_model::{Command, Driver, JobStatus, NodeId, Outcome as JobOutcome, 
 use serde_json::{Map, Value};
 
 use self::causes::Causes;
-use super::known::{self, DEFECTS, Defect, Strayed, Sure};
+use super::known::{self, DEFECTS, Defect, Sure};
 use crate::follow::Follower;
 use crate::history::{ESHUTDOWN, FaultKind, Outcome, Record, Refusal, StepId};
 use crate::oracle::{OracleName, Violation};
@@ -130,20 +132,22 @@ const MATCHERS: &[(&str, Matcher)] = &[
     ("cor-bottom-outside-chain", bottom_outside_chain),
     ("cor-bottom-crash", bottom_crash),
     ("cor-copies-below-bottom", copies_below_bottom),
-    ("refused-stream-keeps-root", keeps_root),
+    ("refused-stream-keeps-root", streams::keeps_root),
     ("backing-format-of-overlay", backing_format),
-    ("stream-uncovers-base", uncovers_base),
+    ("stream-uncovers-base", streams::uncovers_base),
     ("aborted-snapshot-loses-writes", loses_writes),
     ("discard-under-read", discard_under_read),
     ("zeroes-under-write", zeroes_under_write),
     ("copy-above-filter-undoes-write", undoes_write),
-    ("stream-records-description", records_description),
+    ("stream-records-description", streams::records_description),
     ("snapshot-over-shorter-overlay", snapshot_shortens),
     ("reopen-shortens-export", reopen_shortens),
     ("filter-keeps-length", keeps_length),
     ("reopen-drains-for-ever", drains_for_ever),
-    ("stream-over-raw-loses-data", loses_over_raw),
-    ("stream-undoes-reopen", undoes_reopen),
+    ("stream-over-raw-loses-data", streams::loses_over_raw),
+    ("stream-undoes-reopen", streams::undoes_reopen),
+    ("cor-bottom-garbage", kept::unfilled),
+    ("frozen-bitmap-loses-writes", kept::stored_by_half),
 ];
 
 /// The reviewed defect that explains a finding.
@@ -166,6 +170,7 @@ pub fn explain(scenario: &Scenario, violation: &Violation, records: &[Record]) -
             causes.succeeded(&before, &follower.world);
         }
     }
+    causes.look(&follower.world);
     let found = Found {
         scenario,
         records,
@@ -350,26 +355,6 @@ fn copies_below_bottom(found: &Found<'_>) -> bool {
         && found.scenario.steps.iter().any(|step| filters(&step.action))
 }
 
-/// One parent more than expected on the device of a stream that was refused last, because of a writer below.
-fn keeps_root(found: &Found<'_>) -> bool {
-    let node = found.violation.message.split('\'').nth(1).unwrap_or_default();
-    let count = |with: &str| {
-        found
-            .violation
-            .evidence
-            .iter()
-            .filter(|l| l.starts_with(with))
-            .count()
-    };
-    let refused = |((execute, arguments), refusal): (Given<'_>, Option<&str>)| {
-        let conflict = refusal.is_some_and(|desc| desc.starts_with("Permission conflict on node"));
-        execute == "block-stream" && conflict && text(arguments, "device") == Some(node)
-    };
-    found.says(&[OracleName::Graph], "has other parents than it should have")
-        && count("found: a backend") == count("expected: a backend") + 1
-        && found.last_answer().is_some_and(refused)
-}
-
 /// The name on record is right and the format is not, by a command that was accepted. Or the name is that of a command which storage
 /// failed: the header may have been written before, and would be right if the format were.
 fn backing_format(found: &Found<'_>) -> bool {
@@ -398,14 +383,6 @@ fn failed_by_storage(found: &Found<'_>, step: StepId) -> bool {
     let fails = |r: &Record| matches!(r, Record::Fault(fault) if matches!(fault.kind, FaultKind::Write | FaultKind::Flush));
     let span = found.span(step);
     span.is_some_and(|(from, to)| found.records[from..to].iter().any(fails))
-}
-
-fn uncovers_base(found: &Found<'_>) -> bool {
-    let oracles = [OracleName::Data, OracleName::Transparency];
-    found.says(&oracles, "holds fill")
-        && found.says(&oracles, "expected zeroes")
-        && known::is_uneven(found.scenario)
-        && found.issued("block-stream")
 }
 
 /// A guest's request was in flight beside a transaction with a snapshot that was refused or is still to be, and then data are
@@ -486,49 +463,6 @@ fn drains_for_ever(found: &Found<'_>) -> bool {
     found.causes.drained_twice
         && (found.says(&[OracleName::Liveness], "nothing can happen any more")
             || found.says(&[OracleName::Daemon], "without coming to rest"))
-}
-
-/// Zeroes where data were, after such a stream; or such a node is there, and block status calls data zeroes.
-fn loses_over_raw(found: &Found<'_>) -> bool {
-    let oracles = [OracleName::Data, OracleName::Transparency];
-    let lost = found.says(&oracles, "holds zeroes")
-        && !found.says(&oracles, "expected zeroes")
-        && found.causes.over_raw;
-    let called_zero = found.says(&[OracleName::Status], "block status says ZERO at")
-        && known::has_raw_on_overlay(&found.world);
-    lost || called_zero
-}
-
-/// A stream fails at its end, to a base whose name is a description; or one finds its base by a file's name, or does not, where
-/// nodes have descriptions for names.
-fn records_description(found: &Found<'_>) -> bool {
-    let is_stream = |((execute, _), _): (Given<'_>, Option<&str>)| execute == "block-stream";
-    let no_room = found.says(
-        &[OracleName::Jobs],
-        "ends with 'No space left on device', expected no error",
-    ) && found.causes.described;
-    let other_base = found.says(&[OracleName::Refusals], "block-stream is ")
-        && found.causes.looked
-        && found.last_answer().is_some_and(is_stream);
-    no_room || other_base
-}
-
-/// Graph, header or content of a stream's device, of what it stands on or of who reads it, after the stream succeeded although its last
-/// layer had got another backing node.
-fn undoes_reopen(found: &Found<'_>) -> bool {
-    let oracles = [
-        OracleName::Graph,
-        OracleName::Permissions,
-        OracleName::Image,
-        OracleName::Data,
-        OracleName::Transparency,
-    ];
-    let told = |strayed: &Strayed| {
-        let shown = found.violation.step.and_then(|step| found.asked(step));
-        strayed.is_told(&found.world, &found.violation.message)
-            || shown.is_some_and(|node| strayed.is_below(&found.world, node))
-    };
-    oracles.contains(&found.violation.oracle) && found.causes.strayed.iter().any(told)
 }
 
 /// One of the assertions that a request past the end of a node meets.

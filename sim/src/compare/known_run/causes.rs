@@ -3,6 +3,7 @@
 //! Rules: everything is told of a command that was carried out, with the graph that it met; a matcher asks for it later.
 //! Steering asks the same of a command that is still to be sent, on a copy of the model.
 
+use std::collections::BTreeSet;
 use std::rc::Rc;
 
 use blkcheck_impl::event::Event;
@@ -39,6 +40,10 @@ pub(super) struct Causes {
     lost: Vec<u32>,
     /// A stream looked for its base by a file's name among nodes that have a description for a name.
     pub(super) looked: bool,
+    /// Where reads through a copy-on-read filter with `bottom` end early: behind the end of the layer below the one that it filters.
+    pub(super) unfilled: BTreeSet<(u64, u64)>,
+    /// Images and bitmaps that a backup used while the node was read-only: what is stored is what the backup froze.
+    pub(super) halved: BTreeSet<(Rc<str>, Rc<str>)>,
 }
 
 impl Causes {
@@ -71,6 +76,8 @@ impl Causes {
     /// What the model is like now.
     pub(super) fn look(&mut self, world: &World) {
         self.described |= has_described_base(world);
+        self.unfilled.extend(unfilled(world));
+        self.halved.extend(halved(world));
     }
 
     /// This is about to be followed.
@@ -185,6 +192,32 @@ pub(super) fn chain(graph: &Graph, top: NodeId) -> impl Iterator<Item = NodeId> 
     std::iter::successors(Some(top), |node| {
         graph.cow_child(*node).or_else(|| graph.primary_child(*node))
     })
+}
+
+/// From where to where reads through copy-on-read filters with `bottom` end early.
+fn unfilled(world: &World) -> impl Iterator<Item = (u64, u64)> + '_ {
+    let graph = &world.graph;
+    let filters = graph.nodes().filter(|(_, node)| node.bottom.is_some());
+    filters.filter_map(|(id, _)| {
+        let first = graph.skip_filters(id);
+        let next = graph.skip_filters(graph.cow_child(first)?);
+        let (short, long) = (graph.node(next).length, graph.node(first).length);
+        (short < long).then_some((short, long))
+    })
+}
+
+/// Images, and persistent bitmaps of theirs that a backup uses although the node is read-only.
+fn halved(world: &World) -> impl Iterator<Item = (Rc<str>, Rc<str>)> + '_ {
+    let frozen = world.graph.nodes().filter(|(_, node)| !node.writable);
+    frozen
+        .filter_map(|(id, node)| Some((world.image_file(id)?, node)))
+        .flat_map(|(file, node)| {
+            let used = node
+                .bitmaps
+                .iter()
+                .filter(|bitmap| bitmap.persistent && bitmap.successor.is_some());
+            used.map(move |bitmap| (Rc::clone(&file), Rc::clone(&bitmap.name)))
+        })
 }
 
 /// Some running stream has a base that opens otherwise by its name: below it is not what its header says.

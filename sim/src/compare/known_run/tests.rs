@@ -1,6 +1,7 @@
 //! Every entry is complete, and a finding is explained only with its cause in the run.
 
 mod failing;
+mod kept;
 mod streams;
 
 use blkcheck_impl::event::Event;
@@ -75,7 +76,7 @@ fn a_finding_needs_its_cause_in_the_run() {
     assert_eq!(of(OracleName::Graph, &together), None);
 }
 
-/// Images b, t over it, and o that is shorter, one node each; and then these steps. All the commands are carried out, the last
+/// Images b, t over it, and o that is shorter, one node each (and l without); and then these steps. All the commands are carried out, the last
 /// one without an answer if `open`.
 fn after(more: &[(&'static str, Value)], open: bool, violation: &Violation) -> Option<&'static str> {
     let qcow2 = |name: &str, backing: Value| {
@@ -96,7 +97,12 @@ fn after(more: &[(&'static str, Value)], open: bool, violation: &Violation) -> O
     commands.extend_from_slice(more);
     let step = |(execute, arguments): &(&str, Value)| json!({"actor": "m", "execute": execute, "arguments": arguments});
     let steps: Vec<Value> = commands.iter().map(step).collect();
-    let images = [image("b", 4096), image("t", 4096), image("o", 2048)];
+    let images = [
+        image("b", 4096),
+        image("t", 4096),
+        image("o", 2048),
+        image("l", 4096),
+    ];
     let scenario = json!({"version": 1, "grain": 512, "images": images, "steps": steps});
     let scenario: Scenario = serde_json::from_value(scenario).expect("a scenario");
     let mut world = crate::follow::world_of(&scenario);

@@ -98,3 +98,51 @@ fn a_stream_undoes_a_reopen_only_below_its_own_device_and_when_it_succeeds() {
     let jobs = found(OracleName::Jobs, "node 'n2'");
     assert_eq!(strayed(None, ends(None).as_ref(), &jobs), None);
 }
+
+/// A filter `c` over `b`, a writer on `b`, and a stream that is refused for it; what is said of `b`.
+#[test]
+fn a_root_that_stays_on_a_filter_is_seen_below_it() {
+    let filter = |bottom: &str| json!({"driver": "copy-on-read", "node-name": "c", "file": bottom});
+    let writer = json!({"type": "nbd", "id": "w", "node-name": "b", "writable": true});
+    let steps = |stream: &str| {
+        [
+            ("blockdev-add", filter("b")),
+            ("block-export-add", writer.clone()),
+            ("block-stream", json!({"job-id": "j", "device": stream})),
+        ]
+    };
+    let line = |what: &str, parent: &str, may: &str, lets: &str| {
+        format!("{what}: node '{parent}' (Role(0x0)) may '{may}', shares '{lets}'")
+    };
+    let of = |node: &str, (parent, may, lets): (&str, &str, &str), stream: &str| {
+        let mut wrong = found(
+            OracleName::Permissions,
+            &format!("node '{node}' has other permissions than it should have"),
+        );
+        let writer = "a backend (Role(0x0)) may 'write', shares 'write'";
+        wrong.evidence = vec![
+            line("expected", parent, "write unchanged", "write, resize"),
+            format!("expected: {writer}"),
+            line("found", parent, may, lets),
+            format!("found: {writer}"),
+        ];
+        after(&steps(stream), false, &wrong)
+    };
+    let more = ("c", "consistent read, write unchanged", "write");
+    let keeps = Some("refused-stream-keeps-root");
+    assert_eq!(of("b", more, "c"), keeps);
+    assert_eq!(of("b", ("c", "write unchanged", "write"), "c"), keeps);
+    assert_eq!(of("o", more, "c"), None, "it is not below the filter");
+    assert_eq!(of("b", ("t", more.1, more.2), "c"), None, "another parent");
+    assert_eq!(
+        of("b", ("c", "consistent read", "write"), "c"),
+        None,
+        "it may less"
+    );
+    assert_eq!(
+        of("b", ("c", "write unchanged", "write, graph"), "c"),
+        None,
+        "it lets more"
+    );
+    assert_eq!(of("b", more, "o"), None, "nobody refuses that stream");
+}

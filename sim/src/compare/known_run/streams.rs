@@ -1,0 +1,127 @@
+//! The known defects of streams, as they show in gated runs.
+//!
+//! Rules: as in [`super`].
+
+use blkcheck_model::NodeId;
+
+use super::{Found, Given, known, text};
+use crate::compare::known::Strayed;
+use crate::oracle::OracleName;
+
+/// One parent more than expected on the device of a stream that was refused last, because of a writer below. Or the device is a filter,
+/// and what is below it was looked at first: the filter may more there, and lets others less.
+pub(super) fn keeps_root(found: &Found<'_>) -> bool {
+    let node = found.violation.message.split('\'').nth(1).unwrap_or_default();
+    let Some(((execute, arguments), Some(refusal))) = found.last_answer() else {
+        return false;
+    };
+    let Some(device) = text(arguments, "device").and_then(|name| found.world.graph.find(name)) else {
+        return false;
+    };
+    let graph = &found.world.graph;
+    let name = |id: NodeId| &*graph.node(id).name;
+    let at_the_device =
+        found.says(&[OracleName::Graph], "has other parents than it should have") && one_backend_more(found);
+    let mut filters = std::iter::successors(Some(device), |id| graph.filter_child(*id));
+    let below_it = found.says(
+        &[OracleName::Permissions],
+        "has other permissions than it should have",
+    ) && filters.any(|id| {
+        let child = graph.filter_child(id);
+        child.is_some_and(|child| name(child) == node) && stricter(found, name(id))
+    });
+    execute == "block-stream"
+        && refusal.starts_with("Permission conflict on node")
+        && ((at_the_device && name(device) == node) || below_it)
+}
+
+/// The lines of evidence that begin so, without that.
+fn evidence<'a>(found: &Found<'a>, with: &str) -> Vec<&'a str> {
+    let lines = found.violation.evidence.iter();
+    lines.filter_map(|line| line.strip_prefix(with)).collect()
+}
+
+fn one_backend_more(found: &Found<'_>) -> bool {
+    let count = |with: &str| evidence(found, with).len();
+    count("found: a backend") == count("expected: a backend") + 1
+}
+
+/// Of a node's parents this one alone is not as expected: it may more, or lets others less.
+fn stricter<'a>(found: &Found<'a>, parent: &str) -> bool {
+    let only = |these: &str, those: &str| -> Vec<&'a str> {
+        let those = evidence(found, those);
+        let mut lines = evidence(found, these);
+        lines.retain(|line| !those.contains(line));
+        lines
+    };
+    let ([was], [is]) = (
+        &only("expected: ", "found: ")[..],
+        &only("found: ", "expected: ")[..],
+    ) else {
+        return false;
+    };
+    let of_parent = |line: &str| line.starts_with(&format!("node '{parent}' "));
+    // Between quotes: the name, what it may, what it lets others.
+    let quoted = |line: &'a str| line.split('\'').skip(1).step_by(2).map(|list| list.split(", "));
+    let mut lists = quoted(was).zip(quoted(is)).skip(1);
+    let (Some((may_was, may)), Some((lets_was, lets))) = (lists.next(), lists.next()) else {
+        return false;
+    };
+    let mut had = may_was.filter(|one| !one.is_empty());
+    let mut has = lets.filter(|one| !one.is_empty());
+    of_parent(was)
+        && of_parent(is)
+        && had.all(|one| may.clone().any(|other| other == one))
+        && has.all(|one| lets_was.clone().any(|other| other == one))
+}
+
+pub(super) fn uncovers_base(found: &Found<'_>) -> bool {
+    let oracles = [OracleName::Data, OracleName::Transparency];
+    found.says(&oracles, "holds fill")
+        && found.says(&oracles, "expected zeroes")
+        && known::is_uneven(found.scenario)
+        && found.issued("block-stream")
+}
+
+/// Zeroes where data were, after such a stream; or such a node is there, and block status calls data zeroes.
+pub(super) fn loses_over_raw(found: &Found<'_>) -> bool {
+    let oracles = [OracleName::Data, OracleName::Transparency];
+    let lost = found.says(&oracles, "holds zeroes")
+        && !found.says(&oracles, "expected zeroes")
+        && found.causes.over_raw;
+    let called_zero = found.says(&[OracleName::Status], "block status says ZERO at")
+        && known::has_raw_on_overlay(&found.world);
+    lost || called_zero
+}
+
+/// A stream fails at its end, to a base whose name is a description; or one finds its base by a file's name, or does not, where
+/// nodes have descriptions for names.
+pub(super) fn records_description(found: &Found<'_>) -> bool {
+    let is_stream = |((execute, _), _): (Given<'_>, Option<&str>)| execute == "block-stream";
+    let no_room = found.says(
+        &[OracleName::Jobs],
+        "ends with 'No space left on device', expected no error",
+    ) && found.causes.described;
+    let other_base = found.says(&[OracleName::Refusals], "block-stream is ")
+        && found.causes.looked
+        && found.last_answer().is_some_and(is_stream);
+    no_room || other_base
+}
+
+/// Graph, header or content of a stream's device, of what it stands on or of who reads it, after the stream succeeded although its last
+/// layer had got another backing node.
+pub(super) fn undoes_reopen(found: &Found<'_>) -> bool {
+    let oracles = [
+        OracleName::Graph,
+        OracleName::Permissions,
+        OracleName::Image,
+        OracleName::Data,
+        OracleName::Transparency,
+    ];
+    let told = |strayed: &Strayed| {
+        let shown = found.violation.step.and_then(|step| found.asked(step));
+        strayed.is_told(&found.world, &found.violation.message)
+            || shown.is_some_and(|node| strayed.is_below(&found.world, node))
+    };
+    oracles.contains(&found.violation.oracle) && found.causes.strayed.iter().any(told)
+}
