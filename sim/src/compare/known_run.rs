@@ -86,6 +86,18 @@ static GATED: &[Defect] = &[
         matches: |_| false,
         steer: None,
     },
+    Defect {
+        id: "reopen-meets-end-of-stream",
+        title: "blockdev-reopen of the link to a stream's filter aborts the daemon when the stream ends meanwhile",
+        qemu: "it drains the node below, which waits for the stream, whose end puts another node there: an assertion wants that one \
+           drained",
+        right: "the command is carried out on what is there: a command that is allowed before and after does not end the process",
+        sure: Sure::Certain,
+        scenario: include_str!("../../../docs/findings/reopen-meets-end-of-stream.json"),
+        page: include_str!("../../../docs/findings/reopen-meets-end-of-stream.md"),
+        matches: |_| false,
+        steer: None,
+    },
 ];
 
 /// Those that show in gated runs only.
@@ -146,6 +158,7 @@ const MATCHERS: &[(&str, Matcher)] = &[
     ("reopen-drains-for-ever", drains_for_ever),
     ("stream-over-raw-loses-data", streams::loses_over_raw),
     ("stream-undoes-reopen", streams::undoes_reopen),
+    ("reopen-meets-end-of-stream", streams::ends_under_reopen),
     ("cor-bottom-garbage", kept::unfilled),
     ("frozen-bitmap-loses-writes", kept::stored_by_half),
 ];

@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use std::rc::Rc;
 
 use blkcheck_impl::event::Event;
-use blkcheck_model::graph::Graph;
+use blkcheck_model::graph::{Graph, Parent};
 use blkcheck_model::{Command, Driver, NodeId, Outcome, World};
 use serde_json::{Map, Value};
 
@@ -40,6 +40,8 @@ pub(super) struct Causes {
     lost: Vec<u32>,
     /// A stream looked for its base by a file's name among nodes that have a description for a name.
     pub(super) looked: bool,
+    /// Nodes above filters of streams, the filters, and their jobs.
+    pub(super) filters: BTreeSet<(Rc<str>, Rc<str>, Rc<str>)>,
     /// Where reads through a copy-on-read filter with `bottom` end early: behind the end of the layer below the one that it filters.
     pub(super) unfilled: BTreeSet<(u64, u64)>,
     /// Images and bitmaps that a backup used while the node was read-only: what is stored is what the backup froze.
@@ -76,6 +78,7 @@ impl Causes {
     /// What the model is like now.
     pub(super) fn look(&mut self, world: &World) {
         self.described |= has_described_base(world);
+        self.filters.extend(filters(world));
         self.unfilled.extend(unfilled(world));
         self.halved.extend(halved(world));
     }
@@ -191,6 +194,23 @@ fn streams_over_raw(world: &World, arguments: &Map<String, Value>) -> bool {
 pub(super) fn chain(graph: &Graph, top: NodeId) -> impl Iterator<Item = NodeId> + '_ {
     std::iter::successors(Some(top), |node| {
         graph.cow_child(*node).or_else(|| graph.primary_child(*node))
+    })
+}
+
+/// Nodes above filters of streams, the filters, and their jobs.
+fn filters(world: &World) -> impl Iterator<Item = (Rc<str>, Rc<str>, Rc<str>)> + '_ {
+    let graph = &world.graph;
+    let name = |id: NodeId| Rc::clone(&graph.node(id).name);
+    let at_work = world
+        .jobs
+        .iter()
+        .filter_map(|job| Some((job, job.stream()?.filter?)));
+    at_work.flat_map(move |(job, filter)| {
+        let above = graph.parents(filter).filter_map(|(_, edge)| match edge.parent {
+            Parent::Node(above) => Some(above),
+            _ => None,
+        });
+        above.map(move |above| (name(above), name(filter), Rc::clone(&job.id)))
     })
 }
 

@@ -2,10 +2,13 @@
 //!
 //! Rules: as in [`super`].
 
+use blkcheck_impl::event::Event;
 use blkcheck_model::NodeId;
+use serde_json::Value;
 
 use super::{Found, Given, known, text};
 use crate::compare::known::Strayed;
+use crate::history::{Record, StepId};
 use crate::oracle::OracleName;
 
 /// One parent more than expected on the device of a stream that was refused last, because of a writer below. Or the device is a filter,
@@ -124,4 +127,36 @@ pub(super) fn undoes_reopen(found: &Found<'_>) -> bool {
             || shown.is_some_and(|node| strayed.is_below(&found.world, node))
     };
     oracles.contains(&found.violation.oracle) && found.causes.strayed.iter().any(told)
+}
+
+/// A reopen that is not answered gives another node the place of a stream's filter, and the stream goes on meanwhile.
+pub(super) fn ends_under_reopen(found: &Found<'_>) -> bool {
+    let goes_on = |step: StepId, job: &str| {
+        let span = found
+            .span(step)
+            .and_then(|(from, to)| found.records.get(from..to));
+        let mut meanwhile = span.unwrap_or_default().iter();
+        meanwhile.any(|r| matches!(r, Record::Layer(Event::JobStatus { id, .. }) if **id == *job))
+    };
+    let changes = |step: StepId| {
+        let Some(("blockdev-reopen", arguments)) =
+            found.command(step).filter(|_| found.outcome(step).is_none())
+        else {
+            return false;
+        };
+        let entries = arguments.get("options").and_then(Value::as_array);
+        let mut entries = entries.into_iter().flatten().filter_map(Value::as_object);
+        entries.any(|entry| {
+            found.causes.filters.iter().any(|(above, filter, job)| {
+                let mut below = ["backing", "file"].iter().filter_map(|key| text(entry, key));
+                text(entry, "node-name") == Some(&**above)
+                    && below.any(|node| *node != **filter)
+                    && goes_on(step, job)
+            })
+        })
+    };
+    found.says(
+        &[OracleName::Daemon],
+        "bdrv_set_file_or_backing_noperm: Assertion `child->bs->quiesce_counter'",
+    ) && found.issued_steps().any(changes)
 }

@@ -146,3 +146,72 @@ fn a_root_that_stays_on_a_filter_is_seen_below_it() {
     );
     assert_eq!(of("b", more, "o"), None, "nobody refuses that stream");
 }
+
+/// The scenario of the page, with these records after its reopen was issued.
+#[test]
+fn a_reopen_dies_only_of_a_stream_that_goes_on_under_it() {
+    use blkcheck_impl::jobs::JobStatus::{Running, Waiting};
+    use blkcheck_impl::types::JobId;
+
+    let entry = find("reopen-meets-end-of-stream").expect("an entry");
+    let page = parse::parse("test", entry.scenario.as_bytes()).expect("a scenario");
+    let goes_on = |job: &str| {
+        Record::Layer(Event::JobStatus {
+            job: JobId(1),
+            id: job.into(),
+            from: Running,
+            to: Waiting,
+        })
+    };
+    let dies = found(
+        OracleName::Daemon,
+        "the daemon died of SIGABRT: bdrv_set_file_or_backing_noperm: Assertion `child->bs->quiesce_counter' failed.",
+    );
+    let of = |change: &dyn Fn(&mut Value), more: &[Record], violation: &Violation| {
+        let mut scenario = page.clone();
+        let mut records = Vec::new();
+        for (at, step) in (0..).zip(&mut scenario.steps) {
+            let Action::Command { execute, arguments } = &mut step.action else {
+                continue;
+            };
+            records.push(Record::Issued(StepId(at)));
+            let Some(what) = ["blockdev-add", "block-stream"]
+                .into_iter()
+                .find(|name| name == execute)
+            else {
+                let mut value = Value::Object(std::mem::take(arguments));
+                change(&mut value["options"][0]);
+                *arguments = value.as_object().cloned().expect("still one");
+                continue;
+            };
+            records.extend([
+                Record::Layer(Event::MainBegin { what }),
+                Record::Layer(Event::MainEnd { what }),
+                Record::Ended(StepId(at), Outcome::Command(Ok(json!({})))),
+            ]);
+        }
+        records.extend_from_slice(more);
+        explain(&scenario, violation, &records).map(|d| d.id)
+    };
+    let as_it_is = |_: &mut Value| {};
+    let meets = Some("reopen-meets-end-of-stream");
+    assert_eq!(of(&as_it_is, &[goes_on("j0")], &dies), meets);
+    assert_eq!(of(&as_it_is, &[], &dies), None, "the stream does not move");
+    assert_eq!(of(&as_it_is, &[goes_on("j1")], &dies), None, "another job does");
+    let answered = Record::Ended(StepId(4), Outcome::Command(Ok(json!({}))));
+    assert_eq!(
+        of(&as_it_is, &[answered, goes_on("j0")], &dies),
+        None,
+        "after the reopen"
+    );
+    let stays = |options: &mut Value| options["backing"] = json!("filter");
+    assert_eq!(of(&stays, &[goes_on("j0")], &dies), None, "the link stays");
+    let elsewhere = |options: &mut Value| options["node-name"] = json!("base");
+    assert_eq!(
+        of(&elsewhere, &[goes_on("j0")], &dies),
+        None,
+        "no filter is below that"
+    );
+    let other = found(OracleName::Daemon, "the daemon died of SIGSEGV");
+    assert_eq!(of(&as_it_is, &[goes_on("j0")], &other), None);
+}
