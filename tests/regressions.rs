@@ -43,6 +43,7 @@ fn every_regression_says_what_fired() {
         OracleName::Status,
         OracleName::Bottom,
         OracleName::Bitmap,
+        OracleName::PointInTime,
     ]
     .iter()
     .map(|n| n.as_str())

@@ -12,7 +12,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use crate::cli::CliError;
+use crate::cli::{CliError, Faults};
 use crate::clock::Stopwatch;
 use crate::generate::Profile;
 use crate::harness::{Harness, SeedRun, Setup};
@@ -22,7 +22,7 @@ use crate::shrink::{Limits, shrink};
 
 /// One seed in this many is run twice.
 pub const RECHECK: u64 = 32;
-/// A mixed campaign of at least this many seeds must have met every mark.
+/// A campaign of at least this many seeds must have met every mark that it owes.
 pub const MARKS_DUE: u64 = 20_000;
 /// Seeds a worker takes at a time.
 const BLOCK: u64 = 8;
@@ -282,19 +282,19 @@ impl Tally {
     }
 
     fn summary(self, options: &Options) -> Summary {
-        let mixed = options.setup.profile == Profile::Mixed && options.setup.is_simulated();
+        let owes = options.setup.is_simulated();
         Summary {
             seeds: self.seeds,
             operations: self.operations,
             steps: self.steps,
             trace_hash: self.trace_hash,
             coverage: coverage(&self.counts),
-            unmet: if mixed {
+            unmet: if owes {
                 unmet(&self.counts, options)
             } else {
                 Vec::new()
             },
-            unmet_is_failure: mixed && self.seeds >= MARKS_DUE,
+            unmet_is_failure: owes && self.seeds >= MARKS_DUE,
             findings: self
                 .findings
                 .into_iter()
@@ -314,13 +314,11 @@ impl Tally {
 
 /// Marks that this campaign owed and did not meet.
 fn unmet(counts: &Counts, options: &Options) -> Vec<Mark> {
-    let faults = options.setup.faults != crate::cli::Faults::None;
-    let owed = |m: &Mark| {
-        if faults {
-            !m.needs_sound_storage()
-        } else {
-            !m.needs_faults()
-        }
+    let owed = |m: &Mark| match (options.setup.profile, options.setup.faults) {
+        (Profile::Mixed, Faults::None) => !m.needs_faults(),
+        (Profile::Mixed, _) => !m.needs_sound_storage() && !m.is_of_backups(),
+        (Profile::Backup, Faults::Errors) => m.is_of_backups(),
+        _ => false,
     };
     crate::marks::unmet(counts).into_iter().filter(owed).collect()
 }

@@ -103,6 +103,15 @@ impl Setup {
         matches!(self.faults, Faults::Crash | Faults::All)
     }
 
+    /// Whether backups are generated in memory: where storage fails, only for those who ask for them.
+    fn backs_up(&self) -> bool {
+        match self.faults {
+            Faults::None => true,
+            Faults::Errors => self.profile == Profile::Backup,
+            Faults::Crash | Faults::All => false,
+        }
+    }
+
     fn reach(&self) -> Reach {
         let backups = self.profile == Profile::Backup && self.faults == Faults::None;
         match self.on {
@@ -110,8 +119,8 @@ impl Setup {
                 // What a snapshot leaves behind that storage failed is not told by the model.
                 snapshots: matches!(self.faults, Faults::None),
                 bitmaps: matches!(self.faults, Faults::None),
-                snapshot_access: matches!(self.faults, Faults::None),
-                backup: matches!(self.faults, Faults::None),
+                snapshot_access: self.backs_up(),
+                backup: self.backs_up(),
                 // Lengths that are lost are not judged.
                 resize: !self.loses_power(),
                 ..Reach::all()
@@ -130,6 +139,7 @@ impl Setup {
                 bitmaps: true,
                 snapshot_access: true,
                 backup: true,
+                discard_source: true,
             },
             On::Loop => Reach {
                 drain: true,
@@ -145,6 +155,7 @@ impl Setup {
                 bitmaps: true,
                 snapshot_access: true,
                 backup: true,
+                discard_source: true,
             },
             On::Qemu if self.is_stress() => Reach {
                 drain: false,
@@ -161,6 +172,7 @@ impl Setup {
                 bitmaps: false,
                 snapshot_access: false,
                 backup: false,
+                discard_source: false,
             },
             On::Qemu => Reach {
                 drain: false,
@@ -178,6 +190,8 @@ impl Setup {
                 bitmaps: backups,
                 snapshot_access: backups,
                 backup: backups,
+                // Nobody tells of the discards, which mark bitmaps.
+                discard_source: false,
             },
         }
     }

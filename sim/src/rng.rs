@@ -48,6 +48,10 @@ pub enum Stream {
     Kept,
     /// Backups between them.
     Backups,
+    /// What discards get through filters, and which backups discard what they have copied.
+    DiscardsBesideBackups,
+    /// Which backups are disturbed that work by a bitmap.
+    UnrestBesideBackups,
 }
 
 impl Rng {
@@ -63,6 +67,8 @@ impl Rng {
             Stream::Bitmaps => 0x6269_746d_6170_7300,
             Stream::Kept => 0x6b65_7074_0000_0000,
             Stream::Backups => 0x6261_636b_7570_7300,
+            Stream::DiscardsBesideBackups => 0x6469_7363_6172_6473,
+            Stream::UnrestBesideBackups => 0x756e_7265_7374_0000,
         };
         // Mixed before use: seeds that follow each other must not give shifted copies of one stream.
         let mut rng = Rng {

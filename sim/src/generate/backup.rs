@@ -7,7 +7,7 @@
 //! Not covered: compression (the layer writes nothing compressed), a target inside the source's chain, several backups that change
 //! places in one chain.
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::monitor::MONITOR;
 use super::{Profile, Reach, SETUP, command, jobs, names};
@@ -76,6 +76,102 @@ pub(super) fn weave(seed: u64, profile: Profile, reach: Reach, scenario: &mut Sc
             insert(scenario, at, vec![read]);
         }
     }
+    let rng = &mut Rng::stream(seed, Stream::DiscardsBesideBackups);
+    discards(rng, reach, &mut scenario.steps);
+    let rng = &mut Rng::stream(seed, Stream::UnrestBesideBackups);
+    unrest(rng, reach, &mut scenario.steps);
+}
+
+/// Has backups that work by a bitmap take their time, cancels them on the way, and has others ask for the bitmap meanwhile.
+fn unrest(rng: &mut Rng, reach: Reach, steps: &mut Vec<Step>) {
+    if !rng.chance(1, 2) {
+        return;
+    }
+    let mut at = 0;
+    while at < steps.len() {
+        let Action::Command { execute, arguments } = &mut steps[at].action else {
+            at += 1;
+            continue;
+        };
+        at += 1;
+        let text = |key: &str| arguments.get(key).and_then(Value::as_str).map(str::to_owned);
+        let (Some(id), Some(node), Some(bitmap)) = (text("job-id"), text("device"), text("bitmap")) else {
+            continue;
+        };
+        if execute != "blockdev-backup" || rng.chance(1, 4) {
+            continue;
+        }
+        if rng.chance(1, 2) && reach.rates {
+            arguments.insert("speed".to_owned(), json!(*rng.pick(&[65536u32, 131_072])));
+        }
+        let mut soon = |step: Step| {
+            let to = at + rng.below(8) as usize;
+            steps.insert(to.min(steps.len()), step);
+        };
+        let other = if bitmap == "k0" { "k1" } else { "k0" };
+        soon(command(
+            MONITOR,
+            "block-job-cancel",
+            json!({"device": id, "force": true}),
+        ));
+        soon(command(
+            MONITOR,
+            "block-dirty-bitmap-merge",
+            json!({"node": node, "target": other, "bitmaps": [bitmap]}),
+        ));
+    }
+}
+
+/// Lets guests' discards through a filter that was opened by hand, which keeps them back otherwise, and has some backups discard
+/// in their source what they have copied.
+fn discards(rng: &mut Rng, reach: Reach, steps: &mut [Step]) {
+    let (pass, sources) = (rng.chance(3, 4), rng.chance(1, 4));
+    for step in &mut *steps {
+        if let Action::Command { execute, arguments } = &mut step.action
+            && execute == "blockdev-add"
+            && pass
+            && arguments
+                .get("driver")
+                .is_some_and(|driver| driver == "copy-before-write")
+        {
+            arguments.insert("discard".to_owned(), json!("unmap"));
+        }
+    }
+    if sources && reach.discard_source {
+        discard_sources(rng, steps);
+    }
+}
+
+/// Some backups discard in their source what they have copied.
+fn discard_sources(rng: &mut Rng, steps: &mut [Step]) {
+    for step in steps {
+        if let Action::Command { execute, arguments } = &mut step.action {
+            for backup in backups_of(execute, arguments) {
+                if rng.chance(3, 4) {
+                    backup.insert("discard-source".to_owned(), json!(true));
+                }
+            }
+        }
+    }
+}
+
+/// The arguments of every backup that a command starts.
+pub(super) fn backups_of<'a>(
+    execute: &str,
+    arguments: &'a mut Map<String, Value>,
+) -> Vec<&'a mut Map<String, Value>> {
+    match execute {
+        "blockdev-backup" => vec![arguments],
+        "transaction" => {
+            let actions = arguments.get_mut("actions").and_then(Value::as_array_mut);
+            let of_backup = |action: &'a mut Value| {
+                let is_one = action["type"] == "blockdev-backup";
+                action["data"].as_object_mut().filter(|_| is_one)
+            };
+            actions.into_iter().flatten().filter_map(of_backup).collect()
+        }
+        _ => Vec::new(),
+    }
 }
 
 /// Where the setup ends.
@@ -121,8 +217,10 @@ impl Plan {
         if rng.chance(1, 2) {
             for name in ["k0", "k1"] {
                 let granularity = *rng.pick(&[512u32, 4096, 65536, 131_072]);
+                // What failing storage leaves of stored ones is not told by the model.
+                let persistent = rng.chance(1, 2) && reach.bitmaps;
                 let add = json!({"node": self.devices[0], "name": name, "granularity": granularity,
-                    "persistent": rng.chance(1, 2)});
+                    "persistent": persistent});
                 steps.push(command(MONITOR, "block-dirty-bitmap-add", add));
             }
         }

@@ -5,8 +5,9 @@
 //! workload is that of a run without faults, but for what is added here: jobs get an error policy more often, and the
 //! monitor looks after those that stop.
 
-use serde_json::json;
+use serde_json::{Map, Value, json};
 
+use super::backup::backups_of;
 use super::command;
 use crate::rng::{Rng, Stream};
 use crate::scenario::{Action, Faults, Scenario, Step, WaitJob};
@@ -14,8 +15,10 @@ use crate::scenario::{Action, Faults, Scenario, Step, WaitJob};
 /// Lets storage fail in this scenario.
 pub fn add_faults(scenario: &mut Scenario, seed: u64) {
     let rng = &mut Rng::stream(seed, Stream::FaultPlan);
-    scenario.disk.faults = Some(plan(rng, scenario.images.len()));
+    let plan = plan(rng, scenario.images.len());
+    scenario.disk.faults = Some(plan);
     look_after_streams(rng, &mut scenario.steps);
+    look_after_backups(rng, plan, &mut scenario.steps);
 }
 
 /// Lets the power fail in this scenario.
@@ -95,21 +98,7 @@ fn look_after_streams(rng: &mut Rng, steps: &mut Vec<Step>) {
             continue;
         }
         let actor = step.actor.clone();
-        let wait = Action::WaitJob {
-            job: WaitJob {
-                id: id.clone(),
-                status: "paused".to_owned(),
-                offset: None,
-            },
-        };
-        steps.insert(
-            at,
-            Step {
-                actor: actor.clone(),
-                action: wait,
-                wait: true,
-            },
-        );
+        let wait = wait_until_stopped(&actor, &id);
         let verb = match rng.below(6) {
             0 => command(&actor, "job-cancel", json!({"id": id})),
             1 => command(&actor, "block-job-cancel", json!({"device": id, "force": true})),
@@ -117,15 +106,110 @@ fn look_after_streams(rng: &mut Rng, steps: &mut Vec<Step>) {
             3 => command(&actor, "query-block-jobs", json!({})),
             _ => command(&actor, "job-resume", json!({"id": id})),
         };
-        steps.insert(at + 1, verb);
+        steps.splice(at..at, [wait, verb]);
         at += 2;
     }
+}
+
+fn wait_until_stopped(actor: &str, id: &str) -> Step {
+    let job = WaitJob {
+        id: id.to_owned(),
+        status: "paused".to_owned(),
+        offset: None,
+    };
+    Step {
+        actor: actor.to_owned(),
+        action: Action::WaitJob { job },
+        wait: true,
+    }
+}
+
+/// The same for backups, which have a policy for either side, also in transactions. A backup tries again what it ignores: where
+/// storage fails for good it would never end.
+fn look_after_backups(rng: &mut Rng, faults: Faults, steps: &mut Vec<Step>) {
+    let for_good = faults.until.is_none() && faults.one_in == 1;
+    let mut at = 0;
+    while at < steps.len() {
+        let step = &mut steps[at];
+        at += 1;
+        let Action::Command { execute, arguments } = &mut step.action else {
+            continue;
+        };
+        let started: Vec<String> = backups_of(execute, arguments)
+            .into_iter()
+            .filter_map(|backup| policies(rng, for_good, backup))
+            .collect();
+        let actor = step.actor.clone();
+        for id in started {
+            if !rng.chance(1, 3) {
+                continue;
+            }
+            let verb = match rng.below(6) {
+                0 => command(&actor, "block-job-cancel", json!({"device": id, "force": true})),
+                1 => command(&actor, "query-block-jobs", json!({})),
+                2 => command(&actor, "block-job-resume", json!({"device": id})),
+                _ => command(&actor, "job-resume", json!({"id": id})),
+            };
+            steps.splice(at..at, [wait_until_stopped(&actor, &id), verb]);
+            at += 2;
+        }
+    }
+}
+
+/// Policies for one backup; its id, if it may stop.
+fn policies(rng: &mut Rng, for_good: bool, backup: &mut Map<String, Value>) -> Option<String> {
+    let mut stops = false;
+    for side in ["on-source-error", "on-target-error"] {
+        if rng.chance(1, 2) {
+            let policy = *rng.pick(&["report", "ignore", "ignore", "stop", "stop", "enospc"]);
+            backup.insert(side.to_owned(), json!(policy));
+        }
+        if for_good && backup.get(side).is_some_and(|policy| policy == "ignore") {
+            backup.insert(side.to_owned(), json!("stop"));
+        }
+        stops |= backup
+            .get(side)
+            .is_some_and(|policy| policy == "stop" || policy == "enospc");
+    }
+    let id = backup.get("job-id").and_then(Value::as_str).map(str::to_owned);
+    // One that only ends when it is cancelled copies nothing by itself.
+    id.filter(|_| stops && backup.get("sync").is_some_and(|sync| sync != "none"))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::generate::{Profile, Reach, generate};
+
+    #[test]
+    fn backups_get_policies_and_none_tries_for_ever() {
+        let (mut resumed, mut ignored) = (0, 0);
+        for seed in 0..200 {
+            let mut scenario = generate(seed, Profile::Backup, Reach::all());
+            add_faults(&mut scenario, seed);
+            assert_eq!(
+                crate::scenario::validate::validate(&scenario),
+                Ok(()),
+                "seed {seed}"
+            );
+            let faults = scenario.disk.faults.expect("added");
+            let for_good = faults.until.is_none() && faults.one_in == 1;
+            for step in &mut scenario.steps {
+                let Action::Command { execute, arguments } = &mut step.action else {
+                    continue;
+                };
+                resumed += u32::from(execute == "job-resume");
+                for backup in backups_of(&execute.clone(), arguments) {
+                    let ignores = ["on-source-error", "on-target-error"]
+                        .iter()
+                        .any(|side| backup.get(*side).is_some_and(|policy| policy == "ignore"));
+                    assert!(!(ignores && for_good), "seed {seed}");
+                    ignored += u32::from(ignores);
+                }
+            }
+        }
+        assert!(resumed > 20 && ignored > 20, "{resumed} {ignored}");
+    }
 
     #[test]
     fn plans_differ_and_the_workload_stays() {

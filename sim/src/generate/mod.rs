@@ -58,6 +58,8 @@ pub struct Reach {
     pub snapshot_access: bool,
     /// `blockdev-backup`.
     pub backup: bool,
+    /// … that discard in their source what they have copied.
+    pub discard_source: bool,
 }
 
 impl Reach {
@@ -78,6 +80,7 @@ impl Reach {
             bitmaps: true,
             snapshot_access: true,
             backup: true,
+            discard_source: true,
         }
     }
 }

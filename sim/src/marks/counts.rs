@@ -326,10 +326,16 @@ impl Mark {
     pub fn needs_sound_storage(self) -> bool {
         matches!(
             self,
-            Mark::SnapshotMeetsWrite
-                | Mark::TransactionRolledBack
-                | Mark::BitmapMeetsWrite
-                | Mark::WriteMeetsBackup
+            Mark::SnapshotMeetsWrite | Mark::TransactionRolledBack | Mark::BitmapMeetsWrite
+        )
+    }
+
+    /// Whether it belongs to backups, which are generated with failing storage for their own profile only.
+    #[must_use]
+    pub fn is_of_backups(self) -> bool {
+        matches!(
+            self,
+            Mark::WriteMeetsBackup
                 | Mark::WriteCopiesFirst
                 | Mark::DrainDuringCopy
                 | Mark::BitmapDuringBackup
@@ -337,7 +343,6 @@ impl Mark {
                 | Mark::BackupSucceeds
                 | Mark::BackupAborts
                 | Mark::GroupedBackups
-                // Not owed by anybody as long as backups are not generated with failing storage.
                 | Mark::CopyFails
         )
     }

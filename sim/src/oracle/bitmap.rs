@@ -4,11 +4,11 @@
 //! How: the layer tells when a request ends, which is when it has marked; the model's bitmaps are marked then, node by node,
 //! and commands on bitmaps do with them in the model what they should. Looked at with a command's answer (nothing is
 //! missing: the layer may be ahead of what it has told) and when everything is at rest (nothing more).
-//! A closed image holds what the model says that it holds.
+//! A closed image holds what the model says that it holds. What a backup owes its bitmap: `bitmap_owed.rs`.
 //! From outside no requests are told: guests' own mark, on the node that they are for and what it passes them on to, unless something
 //! else of the main context came in between; only closed images are looked at.
 //! Not judged: what requests left that failed, or that ended while a command on bitmaps was under way (a transaction drains
-//! first); anything once storage failed; where qcow2 writes in its file; zeroing of less than whole blocks of the storage,
+//! first); what a closed image stores once storage failed; where qcow2 writes in its file; zeroing of less than whole blocks of the storage,
 //! which may or may not be padded to them.
 
 use std::collections::BTreeMap;
@@ -18,11 +18,14 @@ use blkcheck_impl::Layer;
 use blkcheck_impl::event::{Event, ReqKind};
 use blkcheck_impl::graph::inspect::BitmapView;
 use blkcheck_impl::types::{NodeId, RequestId};
+use blkcheck_model::job::Backup;
 use blkcheck_model::{Bitmap, World};
+
+use owed::Owed;
 
 use super::mirror::Mirror;
 use super::{OracleName, Violation, violation};
-use crate::follow::Marked;
+use crate::follow::{Follower, Marked};
 use crate::history::{Outcome, StepId};
 use crate::image::bitmaps::Stored;
 use crate::scenario::{GuestOp, Scenario};
@@ -57,8 +60,9 @@ pub(super) struct Bitmaps {
     alignment: u64,
     /// A command on bitmaps is under way.
     command: bool,
-    /// Storage failed: the model may have been wound back.
+    /// Storage failed: maybe as something was stored.
     lost: bool,
+    owed: Owed,
 }
 
 impl Bitmaps {
@@ -74,8 +78,25 @@ impl Bitmaps {
         self.lost = true;
     }
 
+    /// A backup begins.
+    pub(super) fn backup_begins(
+        &mut self,
+        filter: NodeId,
+        job: &std::rc::Rc<str>,
+        source: &std::rc::Rc<str>,
+        backup: &Backup,
+    ) {
+        self.owed.begins(filter, job, source, backup);
+    }
+
+    /// A job is over.
+    pub(super) fn job_ended(&mut self, job: &str, well: bool) {
+        self.owed.ends(job, well);
+    }
+
     /// Marks what the event says.
-    pub(super) fn event(&mut self, world: &mut World, mirror: &Mirror, event: &Event) {
+    pub(super) fn event(&mut self, follower: &mut Follower, mirror: &Mirror, event: &Event) {
+        self.owed.event(event);
         match event {
             Event::RequestBegin {
                 request,
@@ -94,11 +115,17 @@ impl Bitmaps {
             }
             Event::RequestEnd { request, result, .. } => {
                 if let Some(marking) = self.requests.remove(request)
-                    && let Some(id) = world.graph.find(mirror.name(marking.node))
+                    && let Some(id) = follower.world.graph.find(mirror.name(marking.node))
+                    && !follower.world.graph.node(id).bitmaps.is_empty()
                 {
-                    let padded = self.may_be_padded(world, id, &marking);
+                    let padded = self.may_be_padded(&follower.world, id, &marking);
                     let sure = result.is_ok() && !self.command && !padded;
-                    world.node_written(id, marking.bytes, sure);
+                    let what = if sure {
+                        Marked::Requested(id)
+                    } else {
+                        Marked::Unsure(id)
+                    };
+                    follower.marked(what, marking.bytes);
                 }
             }
             Event::MainBegin { what } => {
@@ -163,8 +190,9 @@ impl Bitmaps {
     }
 
     /// Holds the layer's bitmaps against the model's. `rest`: everything is at rest.
-    pub(super) fn judge(&self, world: &World, layer: &Layer, rest: bool) -> Result<(), Violation> {
-        if self.lost || world.graph.nodes().all(|(_, node)| node.bitmaps.is_empty()) {
+    pub(super) fn judge(&mut self, world: &World, layer: &Layer, rest: bool) -> Result<(), Violation> {
+        self.judge_owed(layer)?;
+        if world.graph.nodes().all(|(_, node)| node.bitmaps.is_empty()) {
             return Ok(());
         }
         let seen = layer.inspect_bitmaps();
@@ -192,6 +220,24 @@ impl Bitmaps {
             }
         }
         Ok(())
+    }
+
+    fn judge_owed(&mut self, layer: &Layer) -> Result<(), Violation> {
+        if self.owed.is_even() {
+            return Ok(());
+        }
+        let seen = layer.inspect_bitmaps();
+        let missing = self.owed.missing(|node, bitmap| {
+            let (_, bitmaps) = seen.iter().find(|(name, _)| **name == *node)?;
+            bitmaps.iter().find(|b| *b.name == *bitmap)
+        });
+        let Some((node, bitmap, at)) = missing else {
+            return Ok(());
+        };
+        let message = format!(
+            "bitmap '{bitmap}' of node '{node}' lacks a mark at {at:#x}, which the backup that used it did not copy"
+        );
+        Err(violation(OracleName::Bitmap, None, message, Vec::new()))
     }
 
     /// Holds what a closed image stores against the model.
@@ -276,6 +322,9 @@ fn difference(ours: &Bitmap, theirs: &BitmapView, rest: bool) -> Option<String> 
     }
     None
 }
+
+#[path = "bitmap_owed.rs"]
+mod owed;
 
 #[cfg(test)]
 mod tests {

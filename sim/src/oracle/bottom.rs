@@ -180,6 +180,14 @@ impl Bottom {
         layer.wild[clusters].fill(true);
     }
 
+    /// Something is discarded in an image behind a copy, or not.
+    pub(crate) fn discarded(&mut self, disk: usize, offset: u64, bytes: u64) {
+        self.filled(disk, offset, bytes);
+        let layer = &mut self.layers[disk];
+        let clusters = layer.clusters(offset, offset.saturating_add(bytes));
+        layer.must[clusters].fill(false);
+    }
+
     /// A write under way may have reached this image as well, or instead.
     pub(crate) fn crossed(&mut self, step: StepId, disk: usize, range: crate::scenario::Range) {
         self.writes.retain(|w| w.0 != step);

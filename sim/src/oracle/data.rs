@@ -81,6 +81,10 @@ struct Disk {
     kept: Vec<bool>,
     /// A backup filled it.
     target: bool,
+    /// Storage failed under a write, of which it may have done a part: in a layer below, too.
+    torn: bool,
+    /// Per grain: a backup discards it, or did. That is no entry of the log; none as long as there was no such backup.
+    discarded: Vec<bool>,
 }
 
 /// A guest request under way.
@@ -121,6 +125,8 @@ pub(crate) struct Data {
     flushes: Vec<(StepId, usize, u64)>,
     /// Images a flush of whose file failed.
     lost: Vec<usize>,
+    /// Storage failed under a write.
+    torn: bool,
     /// Exports that were there once: a request may be issued while one goes.
     exports: Vec<(String, usize)>,
     values: Vec<Option<Value>>,
@@ -180,6 +186,7 @@ impl Data {
         self.open.clear();
         self.flushes.clear();
         self.lost.clear();
+        self.torn = false;
         self.exports.clear();
         self.window = None;
         self.crossed.clear();
@@ -192,6 +199,13 @@ impl Data {
         let image = fault.image as usize;
         if fault.kind == FaultKind::Flush && !self.lost.contains(&image) {
             self.lost.push(image);
+        }
+        if matches!(
+            fault.kind,
+            FaultKind::Write | FaultKind::WriteZeroes | FaultKind::Discard
+        ) {
+            self.torn = true;
+            self.disks.iter_mut().flatten().for_each(|d| d.torn = true);
         }
     }
 
@@ -411,6 +425,8 @@ impl Data {
             moved: false,
             kept: vec![false; grains],
             target: false,
+            torn: self.torn,
+            discarded: Vec::new(),
         }
     }
 
@@ -477,6 +493,9 @@ impl Data {
             index(offset / self.grain),
             index((offset + length).div_ceil(self.grain)),
         );
+        if effect != Effect::Read {
+            self.copies.meet_write(disk, d, first..last);
+        }
         let op = d.registers.begin(effect, first..last);
         let start = view.now;
         let logged = (effect != Effect::Read).then(|| {

@@ -5,6 +5,7 @@
 //! show what it did or what the source held at the instant; once the job has ended well it shows the latter. A target above its
 //! source (fleecing) shows the latter from the first moment on, as long as the job is there: what is not copied yet is below.
 //! What is to be copied: everything, what the source's own layer holds, or what a bitmap marks, by `sync`.
+//! With `discard-source` each cluster may be discarded in the source until its copy is over, and not after that.
 //! A snapshot node never shows anything else, and says that it cannot rather than that.
 //! Unchecked: how much of a failed backup is in the target; sources of which nothing can be said, or that are written past their
 //! filter; block status of snapshots.
@@ -78,6 +79,16 @@ struct Copying {
     grains: Vec<Grain>,
     /// Per grain: the copy, as a write to the target.
     copies: Vec<Option<OpId>>,
+    discards: Option<Discards>,
+}
+
+/// What a backup takes away from its source: each cluster at most once, before its copy is over.
+#[derive(Debug)]
+struct Discards {
+    /// Per grain: the discard, until it is over.
+    grains: Vec<Option<OpId>>,
+    /// Copies under way: task, grains.
+    tasks: Vec<(u64, std::ops::Range<usize>)>,
 }
 
 /// A read of a snapshot under way.
@@ -93,6 +104,23 @@ struct Look {
 pub(super) struct Copies {
     filters: Vec<Copying>,
     looks: Vec<Look>,
+}
+
+impl Copies {
+    /// A guest writes to a target, maybe between the instant and the copy: where the target shows the source the copy then does
+    /// change something.
+    pub(super) fn meet_write(&mut self, disk: usize, d: &mut Disk, grains: std::ops::Range<usize>) {
+        for copying in self.filters.iter_mut().filter(|c| c.target == Some(disk)) {
+            for g in grains.clone().filter(|g| d.kept[*g]) {
+                if let (Some((values, copied)), Some(copy @ None)) =
+                    (copying.grains.get(g), copying.copies.get_mut(g))
+                    && let ([value], false) = (&values[..], *copied == Copied::Not)
+                {
+                    *copy = Some(d.registers.begin(Effect::Write(*value), g..g + 1));
+                }
+            }
+        }
+    }
 }
 
 impl Data {
@@ -124,7 +152,76 @@ impl Data {
             target,
             grains,
             copies,
+            discards: None,
         });
+    }
+
+    /// The backup of this filter, which has just begun, discards in its source what it has copied. Whoever else relies on the
+    /// source loses it.
+    pub(crate) fn discards_source(&mut self, filter: NodeId, source: usize) {
+        let own = self.copies.filters.iter().position(|c| c.filter == filter);
+        let own = own.map(|at| self.copies.filters.remove(at));
+        self.instant_is_gone(source);
+        let target = own.as_ref().and_then(|c| c.target);
+        for (disk, d) in self.disks.iter_mut().enumerate() {
+            if let Some(d) = d.as_mut().filter(|d| d.chain.contains(&source)) {
+                d.unknown |= Some(disk) != target;
+            }
+        }
+        let Some(mut own) = own else {
+            // Nobody knows what it copies.
+            return self.lose(Some(source));
+        };
+        if let Some(d) = self.disks[source].as_mut() {
+            let grains = own.grains.iter().enumerate().take(d.initial.len());
+            let discard = |(g, (_, copied)): (usize, &Grain)| {
+                (*copied != Copied::Not).then(|| d.registers.begin(Effect::Discard, g..g + 1))
+            };
+            let grains: Vec<Option<OpId>> = grains.map(discard).collect();
+            d.discarded.resize(d.initial.len().max(grains.len()), false);
+            for (discarded, now) in d.discarded.iter_mut().zip(&grains) {
+                *discarded |= now.is_some();
+            }
+            own.discards = Some(Discards {
+                grains,
+                tasks: Vec::new(),
+            });
+        }
+        self.copies.filters.push(own);
+    }
+
+    /// A task of a filter begins to copy, and to discard after that if its backup does so; or it is over.
+    pub(crate) fn copying(&mut self, filter: NodeId, task: u64, begins: Option<(u64, u64)>) {
+        let grain = self.grain;
+        let Some(copying) = self.copies.filters.iter_mut().find(|c| c.filter == filter) else {
+            return;
+        };
+        let Some(discards) = &mut copying.discards else {
+            return;
+        };
+        if let Some((offset, bytes)) = begins {
+            let grains = index(offset / grain)..index((offset + bytes).div_ceil(grain));
+            discards.tasks.push((task, grains));
+            return;
+        }
+        let Some(d) = self.disks[copying.source].as_mut() else {
+            return;
+        };
+        let over = discards.tasks.extract_if(.., |(other, _)| *other == task);
+        for g in over.flat_map(|(_, grains)| grains) {
+            if let Some(op) = discards.grains.get_mut(g).and_then(Option::take) {
+                d.registers.end(op, true);
+            }
+        }
+    }
+
+    /// A filter failed to keep something, and lets writes through from now on: what its target shows is anybody's guess. What its
+    /// snapshot still shows has to be right.
+    pub(crate) fn snapshot_breaks(&mut self, filter: NodeId) {
+        if let Some(copying) = self.copies.filters.iter_mut().find(|c| c.filter == filter) {
+            let target = copying.target.take();
+            self.lose(target);
+        }
     }
 
     /// What every grain of a disk may hold now; none where nothing can be said.
@@ -182,6 +279,10 @@ impl Data {
         self.copies.filters = left;
         for copying in gone {
             self.lose(copying.target);
+            if copying.discards.is_some() {
+                // It goes on being discarded, which nobody follows from now on.
+                self.lose(Some(copying.source));
+            }
         }
     }
 
@@ -222,6 +323,10 @@ impl Data {
         let over = all.remove(at);
         if let Some(d) = over.target.and_then(|target| self.disks[target].as_mut()) {
             d.release(&over.grains, &over.copies, well);
+        }
+        let discards = over.discards.iter().flat_map(|d| d.grains.iter().flatten());
+        if let Some(d) = self.disks[over.source].as_mut() {
+            discards.for_each(|op| d.registers.end(*op, true));
         }
     }
 
@@ -278,7 +383,9 @@ impl Data {
         offset: u64,
         bytes: &[u8],
     ) -> Result<(), Violation> {
-        let Some(kept) = self.copies.filters.iter().find(|c| c.filter == filter) else {
+        // What is discarded cannot be read in the source any more.
+        let kept = |c: &&Copying| c.filter == filter && c.discards.is_none();
+        let Some(kept) = self.copies.filters.iter().find(kept) else {
             return Ok(());
         };
         let Some(source) = self.disks[kept.source].as_ref() else {
@@ -321,6 +428,11 @@ fn leads_through(world: &World, node: NodeId, filter: NodeId) -> bool {
 }
 
 impl Disk {
+    /// A backup discards this grain behind its copy, or did.
+    pub(super) fn is_discarded(&self, grain: usize) -> bool {
+        self.discarded.get(grain).is_some_and(|discarded| *discarded)
+    }
+
     /// A backup begins to fill the disk: each copy is a write that takes effect sometime before the end. `shows`: the grain
     /// shows the source, which is below, so that the copy changes nothing.
     fn hold(&mut self, grains: &[Grain], shows: impl Fn(usize) -> bool) -> Vec<Option<OpId>> {

@@ -178,6 +178,10 @@ impl Data {
 impl Disk {
     /// Whether a grain may hold this after everything since the last good flush was lost in part.
     fn may_be_left(&self, grain: usize, value: Value) -> bool {
+        // Copies are in no log.
+        if value == 0 && self.is_discarded(grain) || self.target && self.former.contains(&(grain, value)) {
+            return true;
+        }
         // A write that ended before that flush began hides everything that ended before the write began.
         let hidden = |end: u64| {
             self.log

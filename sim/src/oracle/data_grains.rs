@@ -61,7 +61,7 @@ pub(super) fn seen(piece: &[u8], at: u64, cuts: &[u64], grain: u64) -> Seen {
     }
 }
 
-/// Whether each sector of a large grain is one of its values, and writes to it did overlap.
+/// Whether each sector of a large grain is one of its values, and writes to it did overlap, or one below failed halfway.
 pub(super) fn torn_between_writes(disk: &Disk, piece: &[u8], at: u64, grain: usize, now: u64) -> bool {
     if piece.len() as u64 <= SECTOR {
         return false;
@@ -74,6 +74,7 @@ pub(super) fn torn_between_writes(disk: &Disk, piece: &[u8], at: u64, grain: usi
                     || disk.former.contains(&(grain, 0))
                     || disk.log.iter().any(|l| l.covers(grain) && l.value == 0)
                     || disk.loose[grain]
+                    || disk.is_discarded(grain)
             }
             Content::Stamp(source) => {
                 let value = value_of(source);
@@ -87,7 +88,10 @@ pub(super) fn torn_between_writes(disk: &Disk, piece: &[u8], at: u64, grain: usi
             }
             Content::Misplaced(..) | Content::Torn => false,
         })
-        && (disk.log.iter().any(|l| l.covers(grain)) || disk.target)
+        && (disk.log.iter().any(|l| l.covers(grain))
+            || disk.target
+            || disk.is_discarded(grain)
+            || disk.torn && disk.loose[grain])
 }
 
 pub(super) fn content_text(scenario: &Scenario, content: Content) -> String {

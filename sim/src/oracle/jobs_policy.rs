@@ -13,6 +13,8 @@ pub(super) struct Policy {
     pub(super) what: String,
     /// What is ignored is tried again, so that the job may still end well.
     pub(super) retries: bool,
+    /// The job first asks what its source holds; when that fails it ends without asking anybody what to do.
+    pub(super) asks_first: bool,
 }
 
 /// The id of the job that a command starts.
@@ -30,6 +32,7 @@ pub(super) fn policies_of(execute: &str, arguments: &Map<String, Value>, out: &m
             operation,
             what: text(key).unwrap_or("report").to_owned(),
             retries,
+            asks_first: execute == "blockdev-backup" && text("sync") == Some("top"),
         });
     };
     match execute {

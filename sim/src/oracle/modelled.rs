@@ -33,6 +33,15 @@ struct Untold {
     flying: usize,
 }
 
+/// The images behind a copy-before-write filter.
+#[derive(Debug)]
+struct Filling {
+    /// The one that it fills.
+    target: Option<usize>,
+    /// Its source, if what is copied is discarded there.
+    discarded: Option<usize>,
+}
+
 /// See the module.
 #[derive(Debug, Default)]
 pub struct Modelled {
@@ -49,6 +58,8 @@ pub struct Modelled {
     targets: BTreeMap<LayerNode, usize>,
     /// Outside: copies are not told; what the filters may do is taken for done when they are there.
     untold: Option<Untold>,
+    /// Filters whose backups discard what they have copied, in the model, and their sources.
+    discarded: BTreeMap<LayerNode, (NodeId, usize)>,
     /// Something may have changed since the layer's books were last looked at.
     changed: bool,
     /// The layer's books when everything was settled last. Records come in batches, after the fact, so that books can
@@ -114,8 +125,21 @@ impl Modelled {
         books.map_or(Ok(()), |books| self.comparison.books(&self.follower.world, books))
     }
 
-    /// A copy-before-write filter is there: from now on it keeps what its source holds. Returns the image that it fills.
-    fn begins_to_copy(&mut self, scenario: &Scenario, id: NodeId) -> Option<usize> {
+    /// What the backup behind this filter is to copy, it owes its bitmap.
+    fn owes(&mut self, filter: LayerNode, id: NodeId) {
+        let world = &self.follower.world;
+        for job in &world.jobs {
+            if let Work::Backup(backup) = &job.work
+                && backup.filter == Some(id)
+            {
+                let source = &world.graph.node(backup.source).name;
+                self.bitmaps.backup_begins(filter, &job.id, source, backup);
+            }
+        }
+    }
+
+    /// A copy-before-write filter is there: from now on it keeps what its source holds.
+    fn begins_to_copy(&mut self, scenario: &Scenario, id: NodeId) -> Filling {
         let graph = &self.follower.world.graph;
         let disk = |child: Option<NodeId>| Data::disk_of(scenario, &self.follower.world, child?);
         let target = graph.children(id).find(|(_, edge)| edge.name == "target");
@@ -147,7 +171,15 @@ impl Modelled {
         };
         self.data
             .copying_begins(id, (source, target), bottom, (job.map(|(id, _)| id), copied));
-        target
+        if let (Some(kept), Some(source)) = (kept, source)
+            && kept.discards_source
+        {
+            self.data.discards_source(id, source);
+        }
+        Filling {
+            target,
+            discarded: source.filter(|_| kept.is_some_and(|kept| kept.discards_source)),
+        }
     }
 
     /// A command was answered: filters that came with it copy from now on, and nobody tells what.
@@ -159,8 +191,12 @@ impl Modelled {
         let new: Vec<NodeId> = now.difference(&untold.filters).copied().collect();
         untold.filters = now;
         for filter in new {
-            if let Some(target) = self.begins_to_copy(scenario, filter) {
+            let filling = self.begins_to_copy(scenario, filter);
+            if let Some(target) = filling.target {
                 self.bottom.filled(target, 0, u64::MAX);
+            }
+            if let Some(source) = filling.discarded {
+                self.bottom.discarded(source, 0, u64::MAX);
             }
         }
     }
@@ -181,20 +217,42 @@ impl Modelled {
         match *event {
             Event::CopyBeforeWrite { filter, .. } => {
                 if let Some(id) = self.follower.world.graph.find(self.mirror.name(filter)) {
-                    let target = self.begins_to_copy(scenario, id);
-                    self.targets.extend(target.map(|target| (filter, target)));
+                    self.owes(filter, id);
+                    let filling = self.begins_to_copy(scenario, id);
+                    self.targets.extend(filling.target.map(|target| (filter, target)));
+                    self.discarded
+                        .extend(filling.discarded.map(|source| (filter, (id, source))));
+                }
+            }
+            Event::SnapshotBroken { filter, .. } => {
+                if let Some(filter) = self.follower.world.graph.find(self.mirror.name(filter)) {
+                    self.data.snapshot_breaks(filter);
                 }
             }
             Event::MainBegin { .. } => self.disturbed = false,
             Event::RequestEnd { request, .. } => self.disturbed |= self.bitmaps.watches(request),
             Event::CopyBegin {
                 filter,
+                task,
                 offset,
                 bytes,
                 ..
             } => {
                 if let Some(target) = self.targets.get(&filter) {
                     self.bottom.filled(*target, offset, bytes);
+                }
+                if let Some((id, source)) = self.discarded.get(&filter) {
+                    self.bottom.discarded(*source, offset, bytes);
+                    self.data.copying(*id, task, Some((offset, bytes)));
+                }
+            }
+            Event::CopyEnd {
+                filter,
+                task,
+                result: Ok(()),
+            } => {
+                if let Some((id, _)) = self.discarded.get(&filter) {
+                    self.data.copying(*id, task, None);
                 }
             }
             _ => {}
@@ -238,6 +296,7 @@ impl Oracle for Modelled {
         if let Some(untold) = &mut self.untold {
             *untold = Untold::default();
         }
+        self.discarded.clear();
         self.disturbed = false;
         self.changed = false;
         self.books = None;
@@ -318,9 +377,10 @@ impl Oracle for Modelled {
                 {
                     self.changed = true;
                     self.bottom.completed(id, outcome);
+                    self.bitmaps.job_ended(id, outcome == JobOutcome::Success);
                     self.data.backup_ended(id, outcome == JobOutcome::Success);
                 }
-                self.bitmaps.event(&mut self.follower.world, &self.mirror, event);
+                self.bitmaps.event(&mut self.follower, &self.mirror, event);
                 self.bottom
                     .event(view.scenario, &self.follower.world, &self.mirror, event)?;
             }

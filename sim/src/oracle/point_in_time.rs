@@ -1,5 +1,6 @@
 //! Copy before write: once a guest's write has reached the source through a copy-before-write filter, the filter copies nothing
-//! of that cluster any more, for it would be new data; and each cluster is in one hand at a time.
+//! of that cluster any more, for it would be new data; each cluster is in one hand at a time; and what is copied before a write is
+//! what a write changes.
 //!
 //! Watches events: requests that change the source and come through the filter, and the copies that it begins. This tells the
 //! cause; what it leads to, content of the target that is not the source's of the instant, is the data oracle's to report, under
@@ -21,6 +22,8 @@ use crate::scenario::Scenario;
 struct Filter {
     source: NodeId,
     cluster: u64,
+    /// Clusters that requests above asked to change.
+    asked: BTreeSet<u64>,
     /// Clusters that guests wrote to, on the source.
     overwritten: BTreeSet<u64>,
     /// Copies under way: task, clusters.
@@ -47,6 +50,7 @@ impl PointInTime {
                 let new = Filter {
                     source,
                     cluster,
+                    asked: BTreeSet::new(),
                     overwritten: BTreeSet::new(),
                     copies: BTreeMap::new(),
                     broken: false,
@@ -75,8 +79,9 @@ impl PointInTime {
                 task,
                 offset,
                 bytes,
+                background,
                 ..
-            } => self.begins(filter, task, offset, bytes)?,
+            } => self.begins(filter, task, (offset, bytes), background)?,
             Event::CopyEnd { filter, task, .. } => {
                 if let Some(filter) = self.filters.get_mut(&filter) {
                     filter.copies.remove(&task);
@@ -89,8 +94,12 @@ impl PointInTime {
         Ok(())
     }
 
-    /// The bytes of a source change, through its filter.
+    /// The bytes of a source change, through its filter; or they are to, above it.
     fn changed(&mut self, node: NodeId, edge: EdgeId, offset: u64, bytes: u64) {
+        if let Some(filter) = self.filters.get_mut(&node) {
+            let clusters = offset / filter.cluster..(offset + bytes).div_ceil(filter.cluster);
+            filter.asked.extend(clusters);
+        }
         let Some(Parent::Node(above)) = self.mirror.edge(edge).and_then(|e| e.parent) else {
             return;
         };
@@ -100,7 +109,13 @@ impl PointInTime {
         }
     }
 
-    fn begins(&mut self, id: NodeId, task: u64, offset: u64, bytes: u64) -> Result<(), Violation> {
+    fn begins(
+        &mut self,
+        id: NodeId,
+        task: u64,
+        (offset, bytes): (u64, u64),
+        background: bool,
+    ) -> Result<(), Violation> {
         let Some(filter) = self.filters.get_mut(&id) else {
             return Ok(());
         };
@@ -126,6 +141,13 @@ impl PointInTime {
             return wrong(format!(
                 "{:#x}, which another copy has in hand",
                 other.max(&first) * filter.cluster
+            ));
+        }
+        let unasked = (first..last).find(|cluster| !background && !filter.asked.contains(cluster));
+        if let Some(cluster) = unasked {
+            return wrong(format!(
+                "{:#x} before a write, and nobody has asked to change it",
+                cluster * filter.cluster
             ));
         }
         filter.copies.insert(task, (first, last));
@@ -214,6 +236,32 @@ mod tests {
         );
         verdict(vec![write(70_000, ReqFlags::WRITE_UNCHANGED), copy(0, 65536)]).unwrap();
         verdict(vec![write(70_000, ReqFlags::empty()), copy(0, 0)]).unwrap();
+    }
+
+    #[test]
+    fn a_guest_has_copied_only_what_it_changes() {
+        let ask = |offset: u64, flags: ReqFlags| Event::RequestBegin {
+            request: RequestId(2),
+            node: NodeId(2),
+            edge: EdgeId(9),
+            kind: ReqKind::Write,
+            offset,
+            bytes: 512,
+            flags,
+        };
+        let copies = || Event::CopyBegin {
+            filter: NodeId(2),
+            task: 0,
+            offset: 65536,
+            bytes: 65536,
+            zero: false,
+            background: false,
+        };
+        verdict(vec![ask(70_000, ReqFlags::empty()), copies()]).unwrap();
+        for asked in [ask(70_000, ReqFlags::WRITE_UNCHANGED), ask(0, ReqFlags::empty())] {
+            let unasked = verdict(vec![asked, copies()]).unwrap_err();
+            assert!(unasked.message.contains("nobody has asked"), "{unasked:?}");
+        }
     }
 
     #[test]

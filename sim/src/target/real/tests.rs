@@ -55,6 +55,7 @@ fn runs(medium: Medium, seeds: u64) -> bool {
         bitmaps: medium == Medium::File,
         snapshot_access: medium == Medium::File,
         backup: false,
+        discard_source: false,
     };
     let generated = (0..seeds).map(|seed| generate(seed, Profile::Mixed, reach));
     let mut oracles = crate::oracle::all();
