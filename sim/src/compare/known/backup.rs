@@ -1,7 +1,7 @@
 //! What the entries about backups look for.
 
 use blkcheck_model::job::Job;
-use blkcheck_model::{Command, NodeId, Outcome, Parent, Refusal, World};
+use blkcheck_model::{Command, Driver, NodeId, Outcome, Parent, Refusal, World};
 use serde_json::{Map, Value};
 
 use super::causes::{Given, has_bottom, is_refused, past};
@@ -105,6 +105,37 @@ pub(super) fn refused_group_hangs(case: &Case<'_>) -> bool {
 
 pub(super) fn refuses_group(around: &Around<'_>) -> bool {
     gives_up_group(around.world, around.execute, around.arguments)
+}
+
+/// A stream that makes its device writable, where a backup with a speed reads an image that then has to read its tables again.
+fn reopens_below_slow_copy(world: &World, execute: &str, arguments: &Map<String, Value>) -> bool {
+    let graph = &world.graph;
+    let device = arguments.get("device").and_then(Value::as_str);
+    let Some(device) = device.and_then(|name| graph.find(name)) else {
+        return false;
+    };
+    let reopened = graph.topological([device]);
+    let slow = world
+        .jobs
+        .iter()
+        .filter(|job| job.speed > 0 && job.outcome.is_none());
+    let mut sources = slow.filter_map(|job| job.backup().map(|backup| backup.source));
+    let reads = |source: NodeId| {
+        let mut layers = graph.topological([source]).into_iter();
+        layers.any(|node| graph.node(node).driver == Driver::Qcow2 && reopened.contains(&node))
+    };
+    execute == "block-stream"
+        && !graph.node(graph.skip_filters(device)).writable
+        && sources.any(reads)
+        && !is_refused(world, execute, arguments)
+}
+
+pub(super) fn slow_copy_misses_pause(case: &Case<'_>) -> bool {
+    case.failed == Some(Kind::Hang) && reopens_below_slow_copy(case.world, case.execute, case.arguments)
+}
+
+pub(super) fn pauses_slow_copy(around: &Around<'_>) -> bool {
+    reopens_below_slow_copy(around.world, around.execute, around.arguments)
 }
 
 /// Deletes what a backup is a copy of, and what is no longer below the filter.

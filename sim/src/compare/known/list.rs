@@ -460,6 +460,17 @@ pub static DEFECTS: &[Defect] = &[
         steer: Some(backup::refuses_group),
     },
     Defect {
+        id: "slow-copy-misses-pause",
+        title: "block-stream beside a backup with a speed is not answered until the backup may copy again",
+        qemu: "a pause that comes while the copy reads a table is missed, and the copy sleeps with the graph locked",
+        right: "the backup is paused: how fast a job may copy does not decide when the daemon answers",
+        sure: Sure::Certain,
+        scenario: files!("slow-copy-misses-pause").0,
+        page: files!("slow-copy-misses-pause").1,
+        matches: backup::slow_copy_misses_pause,
+        steer: Some(backup::pauses_slow_copy),
+    },
+    Defect {
         id: "backup-loses-source",
         title: "the source of a running backup can be deleted once a snapshot and a stream took it out of the chain",
         qemu: "the job refers to the filter only, and the filter stands on the overlay by then; the bitmap that is to be brought up to \

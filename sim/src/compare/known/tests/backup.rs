@@ -201,6 +201,33 @@ fn a_backup_ends_in_a_frozen_chain_only_with_its_filter_in_it() {
 }
 
 #[test]
+fn a_slow_copy_misses_a_pause_only_below_a_stream_that_reopens() {
+    let hangs = fails(Kind::Hang, "block-stream is not answered in 10 s");
+    let read_only = |on: bool| {
+        let node =
+            json!({"driver": "qcow2", "node-name": "s", "file": "fs", "backing": null, "read-only": on});
+        command("blockdev-reopen", json!({ "options": [node] }))
+    };
+    let slow = |device: &str, speed: u64| {
+        command(
+            "blockdev-backup",
+            backup("b", device, "t", &json!({"sync": "full", "speed": speed})),
+        )
+    };
+    let stream = || command("block-stream", json!({"job-id": "j", "device": "s"}));
+    let of = |on: bool, device: &str, speed: u64, case: &dyn Fn(&mut Case<'_>)| {
+        last(&[read_only(on), slow(device, speed), stream()], case)
+    };
+    assert_eq!(of(true, "s", 1, &hangs), Some("slow-copy-misses-pause"));
+    assert_eq!(of(false, "s", 1, &hangs), None, "it was writable");
+    assert_eq!(of(true, "s", 0, &hangs), None, "no limit");
+    assert_eq!(of(true, "p", 1, &hangs), None, "of another node");
+    assert_eq!(of(true, "s", 1, &fails(Kind::Crash, "…")), None);
+    let other = [read_only(true), slow("s", 1), harmless()];
+    assert_eq!(last(&other, &hangs), None, "another command");
+}
+
+#[test]
 fn a_group_hangs_only_when_it_is_given_up_after_two_backups() {
     let hangs = fails(Kind::Hang, "transaction is not answered in 10 s");
     let two = [full("a", "s", "t"), full("b", "p", "r")];
