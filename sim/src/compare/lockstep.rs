@@ -371,6 +371,7 @@ impl<'a> Run<'a> {
             self.books.check_sharing(&self.world);
         }
         self.remember(before_world, at);
+        let under_way = self.under_way();
         self.events()?;
         if !alone {
             self.peer.rest()?;
@@ -386,10 +387,20 @@ impl<'a> Run<'a> {
             self.aside(known::filter_outlives_job(), at);
         }
         if let Err(refusal) = model {
-            self.unchanged(&before)?;
+            // A slow job for which guests have copied everything ends as soon as it is woken, be it by the drain of such a command.
+            // What it changed then has just been compared with what the model makes of its end.
+            if self.under_way() == under_way {
+                self.unchanged(&before)?;
+            }
             self.shown.refusals.push(refusal);
         }
         Ok(answer.is_ok())
+    }
+
+    /// How many jobs have not ended yet.
+    fn under_way(&self) -> usize {
+        let jobs = self.world.jobs.iter();
+        jobs.filter(|job| !job.status.is_completed()).count()
     }
 
     /// A walk that goes another way comes by the same step again.

@@ -4,8 +4,10 @@
 //! * A qcow2 node over a qcow2 node that shows the bytes of an image through its backing file: whether that is an image, and of
 //!   what, depends on which clusters the upper one holds. The model has no content.
 //! * A qcow2 node over a snapshot, for the same reason.
+//! * A reopen that gives a qcow2 node with stored bitmaps the file of another image: it goes on with the tables of the old one, and
+//!   what it takes for bitmaps in the new one depends on which bytes are there.
 
-use blkcheck_model::{Driver, Node, NodeId, World};
+use blkcheck_model::{Command, Driver, Node, NodeId, World};
 use serde_json::{Map, Value};
 
 use super::lockstep::Run;
@@ -15,7 +17,27 @@ impl Run<'_> {
     pub(super) fn is_unsettled(&self, execute: &str, arguments: &Map<String, Value>) -> bool {
         is_about_another_length(&self.world, execute, arguments)
             || (execute == "blockdev-add" && opens_an_image_in_an_image(&self.world, arguments))
+            || takes_bitmaps_elsewhere(&self.world, execute, arguments)
     }
+}
+
+/// An accepted reopen of a qcow2 node with stored bitmaps stands on another image afterwards.
+fn takes_bitmaps_elsewhere(world: &World, execute: &str, arguments: &Map<String, Value>) -> bool {
+    let stores =
+        |node: &Node| node.driver == Driver::Qcow2 && node.bitmaps.iter().any(|bitmap| bitmap.persistent);
+    let mut nodes = world.graph.nodes().filter(|(_, node)| stores(node)).peekable();
+    if execute != "blockdev-reopen" || nodes.peek().is_none() {
+        return false;
+    }
+    let mut after = world.clone();
+    let command = Value::Object(arguments.clone());
+    if after.execute(&Command::new(execute, &command)).is_err() {
+        return false;
+    }
+    nodes.any(|(id, node)| {
+        let now = after.graph.find(&node.name).and_then(|now| after.image_file(now));
+        now.is_some_and(|now| world.image_file(id).is_some_and(|image| image != now))
+    })
 }
 
 fn is_about_another_length(world: &World, execute: &str, arguments: &Map<String, Value>) -> bool {
@@ -148,5 +170,41 @@ mod tests {
         assert!(!unsettled(json!({"driver": "qcow2", "file": file("i")})));
         assert!(!unsettled(file("i")), "an image in its file");
         assert!(!unsettled(json!("bytes")));
+    }
+
+    #[test]
+    fn only_stored_bitmaps_on_another_image_are_unsettled() {
+        let scenario = scenario_of(
+            r#"{"version":1,"grain":512,"images":[
+            {"file":"i","format":"qcow2","size":4096},{"file":"o","format":"qcow2","size":4096}],"steps":[]}"#,
+        );
+        let world = |persistent: bool| {
+            let mut world = crate::follow::world_of(&scenario);
+            let file =
+                |node: &str, name: &str| json!({"driver": "file", "node-name": node, "filename": name});
+            let mut run = |execute: &str, arguments: &Value| {
+                let done = world.execute(&Command::new(execute, arguments));
+                assert!(done.is_ok(), "{done:?}");
+            };
+            run(
+                "blockdev-add",
+                &json!({"driver": "qcow2", "node-name": "n", "file": file("fi", "i")}),
+            );
+            run("blockdev-add", &file("fo", "o"));
+            run(
+                "block-dirty-bitmap-add",
+                &json!({"node": "n", "name": "b", "persistent": persistent}),
+            );
+            world
+        };
+        let reopen = |world: &World, execute: &str, file: &str| {
+            let options = json!({"options": [{"driver": "qcow2", "node-name": "n", "file": file}]});
+            takes_bitmaps_elsewhere(world, execute, options.as_object().expect("written as one"))
+        };
+        assert!(reopen(&world(true), "blockdev-reopen", "fo"));
+        assert!(!reopen(&world(true), "blockdev-reopen", "fi"), "its own file");
+        assert!(!reopen(&world(true), "blockdev-reopen", "nowhere"), "refused");
+        assert!(!reopen(&world(false), "blockdev-reopen", "fo"), "not stored");
+        assert!(!reopen(&world(true), "blockdev-add", "fo"), "another command");
     }
 }
