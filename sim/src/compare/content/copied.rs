@@ -110,13 +110,20 @@ impl Books {
         }
     }
 
-    /// They may have been read, or not.
+    /// They may have been read, or not. A snapshot is read from what is below its filter, and from where that keeps copies.
     pub(super) fn may_be_read(&mut self, world: &World, node: NodeId, grains: Span<usize>) {
-        for at in world.graph.chain(node).collect::<Vec<_>>() {
-            if world.graph.node(at).driver == Driver::CopyOnRead
-                && let Some(child) = world.graph.filter_child(at)
-            {
-                self.may_be_copied(world, child, grains.clone());
+        let graph = &world.graph;
+        for at in graph.chain(node).collect::<Vec<_>>() {
+            let child = graph.filter_child(at);
+            match (graph.node(at).driver, child) {
+                (Driver::CopyOnRead, Some(child)) => self.may_be_copied(world, child, grains.clone()),
+                (Driver::SnapshotAccess, _) => {
+                    let filter = graph.primary_child(at);
+                    for (_, edge) in filter.into_iter().flat_map(|filter| graph.children(filter)) {
+                        self.may_be_read(world, edge.child, grains.clone());
+                    }
+                }
+                _ => {}
             }
         }
     }

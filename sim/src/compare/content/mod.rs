@@ -402,6 +402,38 @@ mod tests {
         assert_eq!(books.hole(&world, node("t"), 2), Hole::No);
     }
 
+    #[test]
+    fn a_read_of_a_snapshot_may_go_through_a_filter_below() {
+        let scenario = scenario_of(
+            r#"{"version":1,"grain":512,"images":[
+            {"file":"b","format":"qcow2","size":4096,"cluster-size":512},
+            {"file":"t","format":"qcow2","size":4096,"cluster-size":512},
+            {"file":"k","format":"qcow2","size":4096,"cluster-size":512}],"steps":[]}"#,
+        );
+        let (mut world, mut books) = (crate::follow::world_of(&scenario), Books::of(&scenario));
+        let image = |name: &str, backing: Option<&str>| {
+            serde_json::json!({"driver":"qcow2","node-name":name,"backing":backing,
+                "file":{"driver":"file","filename":name}})
+        };
+        for add in [
+            image("b", None),
+            image("t", Some("b")),
+            image("k", None),
+            serde_json::json!({"driver":"snapshot-access","node-name":"s","file":{
+                "driver":"copy-before-write","node-name":"f","target":"k","file":{
+                "driver":"copy-on-read","node-name":"c","file":"t"}}}),
+        ] {
+            let command = blkcheck_model::Command::new("blockdev-add", &add);
+            world.execute(&command).expect("a snapshot");
+        }
+        books.kept(&world);
+        let node = |name: &str| world.graph.find(name).expect("open");
+        books.guest_read(&world, node("s"), 0..1);
+        let copied = |file: &str| books.files[file].copied[..2].to_vec();
+        assert_eq!(copied("t"), [Some(0), None]);
+        assert_eq!(copied("b"), [None, None]);
+    }
+
     /// The NBD server does not read what it is told is zero: a copy-on-read filter sees nothing of such a request.
     #[test]
     fn zeroes_of_null_co_are_not_read() {

@@ -107,7 +107,8 @@ pub(super) fn refuses_group(around: &Around<'_>) -> bool {
     gives_up_group(around.world, around.execute, around.arguments)
 }
 
-/// A stream that makes its device writable, where a backup with a speed reads an image that then has to read its tables again.
+/// A stream that makes its device writable, where a backup with a speed reads an image that then has to read its tables again. It may
+/// be refused later, with its filter.
 fn reopens_below_slow_copy(world: &World, execute: &str, arguments: &Map<String, Value>) -> bool {
     let graph = &world.graph;
     let device = arguments.get("device").and_then(Value::as_str);
@@ -127,7 +128,6 @@ fn reopens_below_slow_copy(world: &World, execute: &str, arguments: &Map<String,
     execute == "block-stream"
         && !graph.node(graph.skip_filters(device)).writable
         && sources.any(reads)
-        && !is_refused(world, execute, arguments)
 }
 
 pub(super) fn slow_copy_misses_pause(case: &Case<'_>) -> bool {
