@@ -145,6 +145,7 @@ const MATCHERS: &[(&str, Matcher)] = &[
     ("cor-bottom-crash", bottom_crash),
     ("cor-copies-below-bottom", copies_below_bottom),
     ("refused-stream-keeps-root", streams::keeps_root),
+    ("refused-stream-keeps-root", streams::keeps_root_for_good),
     ("backing-format-of-overlay", backing_format),
     ("stream-uncovers-base", streams::uncovers_base),
     ("aborted-snapshot-loses-writes", loses_writes),

@@ -421,8 +421,15 @@ impl Target for StressTarget {
         }
         // Clean again only when this run was taken down.
         self.clean = false;
-        self.files.clear();
+        let earlier = std::mem::take(&mut self.files);
         let running = self.running.as_mut().expect("just started");
+        // A scenario that lacks an image is not to find that of another one. A daemon that is new has a new directory.
+        for (name, _) in earlier {
+            match fs::remove_file(running.daemon.path().join(name)) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(unusable(error)),
+                _ => {}
+            }
+        }
         running.runs += 1;
         running.client.reset();
         for (index, image) in (0..).zip(&scenario.images) {

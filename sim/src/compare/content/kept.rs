@@ -272,6 +272,8 @@ impl Books {
             Some(view) => view.get(g).copied().unwrap_or(0),
         };
         let zeroes = grains.clone().all(|g| value(g) == 0);
+        // In one request, which takes from below only what it does not cover itself.
+        self.write(world, target, grains.clone(), Cell::Stamp(UNKNOWN));
         for grain in grains.clone() {
             self.write(world, target, grain..grain + 1, Cell::Stamp(value(grain)));
         }

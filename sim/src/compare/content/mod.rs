@@ -403,6 +403,24 @@ mod tests {
     }
 
     #[test]
+    fn a_copy_that_covers_a_cluster_reads_nothing_below_its_target() {
+        let (_, world, mut books) = chain();
+        let mut world = world;
+        let filter =
+            serde_json::json!({"driver":"copy-before-write","node-name":"f","file":"b","target":"o"});
+        let command = blkcheck_model::Command::new("blockdev-add", &filter);
+        world.execute(&command).expect("the target is above its source");
+        books.kept(&world);
+        let node = |name: &str| world.graph.find(name).expect("open");
+        books.keep_first(&world, node("f"), 0..1, false);
+        let allocated = |file: &str| books.files[file].layer.is_allocated(0);
+        assert!(
+            allocated("o") && !allocated("t"),
+            "the filter between them saw no read"
+        );
+    }
+
+    #[test]
     fn a_read_of_a_snapshot_may_go_through_a_filter_below() {
         let scenario = scenario_of(
             r#"{"version":1,"grain":512,"images":[

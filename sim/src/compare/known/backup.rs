@@ -125,9 +125,7 @@ fn reopens_below_slow_copy(world: &World, execute: &str, arguments: &Map<String,
         let mut layers = graph.topological([source]).into_iter();
         layers.any(|node| graph.node(node).driver == Driver::Qcow2 && reopened.contains(&node))
     };
-    execute == "block-stream"
-        && !graph.node(graph.skip_filters(device)).writable
-        && sources.any(reads)
+    execute == "block-stream" && !graph.node(graph.skip_filters(device)).writable && sources.any(reads)
 }
 
 pub(super) fn slow_copy_misses_pause(case: &Case<'_>) -> bool {

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use super::{Found, Given, known, text};
 use crate::compare::known::Strayed;
-use crate::history::{Record, StepId};
+use crate::history::{Outcome, Record, StepId};
 use crate::oracle::OracleName;
 
 /// One parent more than expected on the device of a stream that was refused last, because of a writer below. Or the device is a filter,
@@ -36,6 +36,32 @@ pub(super) fn keeps_root(found: &Found<'_>) -> bool {
     execute == "block-stream"
         && refusal.starts_with("Permission conflict on node")
         && ((at_the_device && name(device) == node) || below_it)
+}
+
+/// Nodes cannot be deleted at the end, where nobody looked at the graph before: devices of streams that were refused because of a
+/// writer below, and what is below those.
+pub(super) fn keeps_root_for_good(found: &Found<'_>) -> bool {
+    let graph = &found.world.graph;
+    let refused = found.records.iter().filter_map(|r| match r {
+        Record::Ended(step, Outcome::Command(Err(refusal))) => {
+            let (execute, arguments) = found.command(*step)?;
+            let conflict =
+                execute == "block-stream" && refusal.desc.starts_with("Permission conflict on node");
+            text(arguments, "device").filter(|_| conflict)
+        }
+        _ => None,
+    });
+    let devices: Vec<_> = refused.filter_map(|device| graph.find(device)).collect();
+    let below = graph.topological(devices.iter().copied());
+    // Names that the daemon made up are not those of the model.
+    let is_kept = |name: &str| name.starts_with('#') || below.iter().any(|node| graph.name(*node) == name);
+    let left = &found.violation.evidence;
+    let names = || left.iter().map(|line| line.strip_prefix("node "));
+    found.says(&[OracleName::Leaks], "left after shutdown")
+        && names().all(|name| name.is_some_and(is_kept))
+        && names()
+            .flatten()
+            .any(|name| devices.iter().any(|device| graph.name(*device) == name))
 }
 
 /// The lines of evidence that begin so, without that.

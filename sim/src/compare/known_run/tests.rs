@@ -359,6 +359,31 @@ fn what_streams_leave_behind() {
     );
 }
 
+/// The stress tier looks at the graph at the end only.
+#[test]
+fn a_root_that_was_kept_is_seen_at_the_end_on_devices_of_refused_streams_and_below() {
+    let writer = (
+        "block-export-add",
+        json!({"type": "nbd", "id": "w", "node-name": "b", "writable": true}),
+    );
+    let stream = ("block-stream", json!({"job-id": "j", "device": "t"}));
+    let left = |names: &[&str]| {
+        let mut left = found(OracleName::Leaks, "3 things are left after shutdown");
+        left.evidence = names.iter().map(|name| format!("node {name}")).collect();
+        left
+    };
+    let both = [writer.clone(), stream.clone()];
+    let keeps = Some("refused-stream-keeps-root");
+    assert_eq!(after(&both, false, &left(&["t", "b", "#block007"])), keeps);
+    assert_eq!(after(&both, false, &left(&["b"])), None, "the device went");
+    assert_eq!(after(&both, false, &left(&["t", "x"])), None, "not below it");
+    let accepted = std::slice::from_ref(&stream);
+    assert_eq!(after(accepted, false, &left(&["t", "b"])), None, "accepted");
+    let mut job = left(&["t"]);
+    job.evidence.push("a job".to_owned());
+    assert_eq!(after(&both, false, &job), None, "a job is left as well");
+}
+
 #[test]
 fn a_header_and_its_backing_format() {
     let change = (
