@@ -378,7 +378,8 @@ fn save_finding(
     let oracle = finding.violation.oracle;
     let mut scenario = recorded.clone();
     scenario.expect = Some(oracle.as_str().to_owned());
-    if let Some(shrunk) = shrink(&recorded, oracle, limits, harness) {
+    let shrunk = (limits.executions > 0).then(|| shrink(&recorded, oracle, limits, harness));
+    if let Some(shrunk) = shrunk.flatten() {
         scenario = shrunk.scenario;
         finding.violation = shrunk.violation;
         finding.shrunk_steps = Some(scenario.steps.len());

@@ -202,6 +202,11 @@ impl Setup {
     pub fn limits(&self, oracle: OracleName) -> Limits {
         match (self.on, oracle) {
             (On::Memory | On::File | On::Loop, _) => Limits::default(),
+            // Whether it happens again says nothing there, and one that hangs takes minutes.
+            (On::Qemu, OracleName::Daemon | OracleName::Liveness) if self.is_stress() => Limits {
+                executions: 0,
+                schedules: 0,
+            },
             (On::Qemu, OracleName::Daemon | OracleName::Liveness) => Limits {
                 executions: 12,
                 schedules: 0,
@@ -366,7 +371,10 @@ impl Harness {
         if self.setup.on != On::Qemu {
             return None;
         }
-        known_run::explain(self.runner.scenario(), violation?, self.runner.records())
+        let stress = violation.filter(|_| self.setup.is_stress());
+        stress
+            .and_then(known_run::explain_stress)
+            .or_else(|| known_run::explain(self.runner.scenario(), violation?, self.runner.records()))
     }
 
     /// The scenario of a seed with the choices that its run makes.
@@ -375,6 +383,10 @@ impl Harness {
     /// When the environment fails.
     pub fn recorded(&mut self, seed: u64) -> Result<Scenario, CliError> {
         let mut scenario = self.setup.scenario(seed);
+        if self.setup.is_stress() {
+            // Another run makes other choices.
+            return Ok(scenario);
+        }
         let mut chooser = self.setup.chooser(seed);
         let mut choices = Vec::new();
         self.once(&scenario, &mut Recording::new(&mut *chooser, &mut choices))?;

@@ -8,6 +8,9 @@ mod causes;
 mod failing;
 mod kept;
 mod streams;
+mod stress;
+
+pub use stress::explain_stress;
 
 use std::rc::Rc;
 
@@ -113,7 +116,7 @@ pub fn all() -> impl Iterator<Item = &'static Defect> {
 /// The entry of this name.
 #[must_use]
 pub fn find(id: &str) -> Option<&'static Defect> {
-    all().find(|d| d.id == id)
+    all().chain(stress::all()).find(|d| d.id == id)
 }
 
 /// Its title.

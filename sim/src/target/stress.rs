@@ -46,7 +46,7 @@ const IO_THREADS: usize = 2;
 /// A daemon that says nothing for so long although something is asked hangs, if it had the processor.
 const HANGS_AFTER: Duration = Duration::from_secs(20);
 /// The same on a machine where it had not.
-const GIVES_UP_AFTER: Duration = Duration::from_secs(300);
+const GIVES_UP_AFTER: Duration = Duration::from_secs(120);
 /// One that says nothing for so long and may open no more files waits for one.
 const LACKS_AFTER: Duration = Duration::from_secs(3);
 /// Slowest speed limit, bytes per second.
