@@ -14,6 +14,16 @@ use crate::graph::edge::{Edge, ParentHooks};
 use crate::graph::node::Node;
 use crate::types::{EdgeId, NodeId, Perm, Role};
 
+/// A backing link that was replaced, and can still come back.
+#[derive(Debug)]
+#[must_use]
+pub(crate) struct Replaced {
+    node: NodeId,
+    link: Tran,
+    /// What the old backing node's masks became without it.
+    masks: Tran,
+}
+
 impl Layer {
     /// Attaches `child` below `parent`. Takes its own reference on the child.
     pub fn attach_child(
@@ -120,25 +130,76 @@ impl Layer {
     /// As [`Layer::set_backing`], for a caller that has drained the node (and its old backing node, if any) and holds
     /// the graph write lock.
     pub fn set_backing_drained(&self, node: NodeId, backing: Option<NodeId>) -> Result<(), QmpError> {
+        self.replace_backing_drained(&self.node(node), backing)
+            .map(|replaced| self.keep_backing(replaced))
+    }
+
+    fn replace_backing_drained(
+        &self,
+        node: &Rc<Node>,
+        backing: Option<NodeId>,
+    ) -> Result<Replaced, QmpError> {
         assert!(
             self.graph_write_held(),
             "a backing link is changed without the graph lock"
         );
-        let node = self.node(node);
         assert!(
             node.quiesce_counter.get() > 0,
             "{node:?} gets a backing file while active"
         );
         let old = self.below_slot(node.id);
-        let mut tran = Tran::default();
-        let result = self.set_slot_noperm(&node, backing, true, &mut tran);
-        let result = result.and_then(|()| self.refresh_perms(&[node.id], &mut tran));
-        tran.finish(self, result)?;
-        if let Some(old) = old {
-            self.loosen(old);
+        let mut link = Tran::default();
+        let result = self.set_slot_noperm(node, backing, true, &mut link);
+        let result = result.and_then(|()| self.refresh_perms(&[node.id], &mut link));
+        if let Err(refused) = result {
+            return link.finish(self, Err(refused));
         }
-        self.refresh_open_limits(&node);
-        Ok(())
+        let mut masks = Tran::default();
+        if let Some(old) = old
+            && self.refresh_perms(&[old], &mut masks).is_err()
+        {
+            // Stricter masks stay.
+            std::mem::take(&mut masks).abort(self);
+        }
+        self.refresh_open_limits(node);
+        Ok(Replaced {
+            node: node.id,
+            link,
+            masks,
+        })
+    }
+
+    /// As [`Layer::set_backing`], and the old link can come back: exactly, with whom each node was opened by, and the order of every
+    /// list. Until that is decided the caller keeps the node and its old backing node drained, and the main lock.
+    pub(crate) async fn replace_backing(
+        &self,
+        node: NodeId,
+        backing: Option<NodeId>,
+    ) -> Result<Replaced, QmpError> {
+        let drained = self.drained(self.below_slot(node).unwrap_or(node)).await;
+        let write = self.graph_write().await;
+        let result = self.replace_backing_drained(&self.node(node), backing);
+        drop(write);
+        drop(drained);
+        result
+    }
+
+    /// The new link stays.
+    pub(crate) fn keep_backing(&self, replaced: Replaced) {
+        replaced.link.commit(self);
+        replaced.masks.commit(self);
+    }
+
+    /// The old link comes back.
+    pub(crate) async fn put_back_backing(&self, replaced: Replaced) {
+        let Replaced { node, link, masks } = replaced;
+        let drained = self.drained(self.below_slot(node).unwrap_or(node)).await;
+        let write = self.graph_write().await;
+        masks.abort(self);
+        link.abort(self);
+        self.refresh_open_limits(&self.node(node));
+        drop(write);
+        drop(drained);
     }
 
     /// The checks and link changes of `bdrv_set_file_or_backing_noperm` (graph.md 4.2), in its order.

@@ -245,6 +245,47 @@ fn a_refused_replacement_restores_orders_slots_and_blockers() {
 }
 
 #[test]
+fn a_replaced_backing_link_comes_back_as_it_was() {
+    let layer = layer();
+    let [top, mid, base] = chain(&layer);
+    let (_root, _) = backend(&layer, &top, R, ALL);
+    // Somebody else is above, older and younger than the link.
+    let (_other, _) = backend(&layer, &mid, R, ALL);
+    mid.inherits_from.set(Some(top.id));
+    base.inherits_from.set(Some(mid.id));
+    let books = || {
+        let lists = [&top, &mid, &base].map(|node| {
+            (
+                node.parents.borrow().clone(),
+                node.children.borrow().clone(),
+                node.inherits_from.get(),
+                node.refcnt.get(),
+            )
+        });
+        let links = [top.id, mid.id].map(|node| {
+            let edge = layer.filter_or_cow_edge(node).unwrap();
+            (edge, layer.edge(edge).masks())
+        });
+        (lists, links)
+    };
+    let before = books();
+    let drained = (now(layer.drained(top.id)), now(layer.drained(mid.id)));
+    let replaced = now(layer.replace_backing(top.id, Some(base.id))).unwrap();
+    assert_eq!(layer.cow(top.id), Some(base.id));
+    assert_eq!(mid.inherits_from.get(), None, "on its own meanwhile");
+    now(layer.put_back_backing(replaced));
+    assert_eq!(books(), before);
+    let replaced = now(layer.replace_backing(top.id, None)).unwrap();
+    layer.keep_backing(replaced);
+    drop(drained);
+    assert_eq!(layer.cow(top.id), None, "it stays if it is to");
+    assert_eq!(mid.refcnt.get(), before.0[1].3 - 1);
+    for node in [&top, &mid, &base] {
+        assert_eq!(node.quiesce_counter.get(), 0, "{node:?}");
+    }
+}
+
+#[test]
 fn set_backing_replaces_and_removes() {
     let layer = layer();
     let [top, mid, base] = chain(&layer);

@@ -13,7 +13,7 @@ use crate::graph::edge::{Edge, ParentHooks};
 use crate::graph::node::{Blocker, Node};
 use crate::types::{EdgeId, NodeId, Perm, Role};
 
-/// A graph change in progress. It is finished by [`Tran::finish`], never dropped.
+/// A graph change in progress. It is finished by [`Tran::finish`] or one of its halves, never dropped.
 #[derive(Debug, Default)]
 #[must_use]
 pub(super) struct Tran {
@@ -106,14 +106,21 @@ impl Tran {
 
     /// Commits on success, aborts on failure; hands the result through.
     pub(super) fn finish<T>(self, layer: &Layer, result: Result<T, QmpError>) -> Result<T, QmpError> {
-        for action in self.log.into_iter().rev() {
-            if result.is_ok() {
-                layer.commit(action);
-            } else {
-                layer.abort(action);
-            }
+        match result {
+            Ok(_) => self.commit(layer),
+            Err(_) => self.abort(layer),
         }
         result
+    }
+
+    /// What was changed stays.
+    pub(super) fn commit(self, layer: &Layer) {
+        self.log.into_iter().rev().for_each(|action| layer.commit(action));
+    }
+
+    /// Everything is as it was.
+    pub(super) fn abort(self, layer: &Layer) {
+        self.log.into_iter().rev().for_each(|action| layer.abort(action));
     }
 }
 

@@ -254,7 +254,7 @@ impl Stream {
             .map_err(|_| Errno::EPERM)?;
         let Some(below) = below else { return Ok(()) };
         let drained = (layer.drained(top).await, layer.drained(below).await);
-        let ret = self.relink(&layer, top, below).await;
+        let ret = self.relink(&layer, top).await;
         drop(drained);
         ret
     }
@@ -274,20 +274,17 @@ impl Stream {
         Ok(())
     }
 
-    /// Backing link and header of `top` to the base. `top` and `below` are drained.
-    async fn relink(&self, layer: &Layer, top: NodeId, below: NodeId) -> Result<(), Errno> {
+    /// Backing link and header of `top` to the base. `top` and what is below it are drained.
+    async fn relink(&self, layer: &Layer, top: NodeId) -> Result<(), Errno> {
         let base = self.base(layer);
         flush(layer, top).await?;
-        layer.set_backing(top, base).await.map_err(|_| Errno::EPERM)?;
+        let replaced = layer.replace_backing(top, base).await.map_err(|_| Errno::EPERM)?;
         if let Err(errno) = self.write_header(layer, top, base).await {
             // The layers are all still there; the header names them.
-            let restored = layer.set_backing(top, Some(below)).await;
-            assert!(
-                restored.is_ok(),
-                "the link of a moment ago is refused: {restored:?}"
-            );
+            layer.put_back_backing(replaced).await;
             return Err(errno);
         }
+        layer.keep_backing(replaced);
         // From here on link and header agree, and they show the same content as before: they stay.
         flush(layer, top).await
     }

@@ -34,6 +34,8 @@ pub(super) struct Window {
     disks: Vec<usize>,
     /// Exports by name, with the disk that they showed before.
     before: Vec<(String, usize)>,
+    /// Disks that exports have moved from, and to.
+    moved: Vec<usize>,
 }
 
 /// What a grain of a disk would show if nothing were on top.
@@ -86,26 +88,30 @@ impl Data {
         }
         let disks = self.sync(scenario, &follower.world, true);
         self.filters_moved(scenario, &follower.world);
-        let moved = before.iter().any(|(name, disk)| {
-            self.shown_by(scenario, follower, name)
-                .is_some_and(|d| d != *disk)
+        let moves = before.iter().filter_map(|(name, disk)| {
+            let to = self.shown_by(scenario, follower, name)?;
+            (to != *disk).then_some([*disk, to])
         });
-        if disks.is_empty() && !moved {
+        let moved: Vec<usize> = moves.flatten().collect();
+        if disks.is_empty() && moved.is_empty() {
             return;
         }
         for disk in &disks {
             self.shift(*disk, bottom, false);
             self.instant_is_gone(*disk);
         }
-        if moved {
+        if !moved.is_empty() {
             self.move_requests(scenario, follower, bottom, now);
         }
         match &mut self.window {
-            None => self.window = Some(Window { disks, before }),
+            None => {
+                self.window = Some(Window { disks, before, moved });
+            }
             Some(window) => {
                 // Another command before the last was settled.
                 window.disks.retain(|d| !disks.contains(d));
                 window.disks.extend(disks);
+                window.moved.extend(moved);
             }
         }
     }
@@ -120,20 +126,14 @@ impl Data {
 
     /// The model was wrong about the last commands, since storage failed: what is settled now holds, whatever it is.
     pub(crate) fn settle_doubt(&mut self, scenario: &Scenario, world: &World, bottom: &Bottom) {
-        // Requests beside a change that came to nothing, or to half: nobody knows which disk they reached.
-        if let Some(window) = self.window.take() {
-            let before = window.before.into_iter().map(|(_, disk)| disk);
-            let shown = self.exports.iter().map(|(_, disk)| *disk);
-            for disk in window
-                .disks
-                .into_iter()
-                .chain(before)
-                .chain(shown)
-                .collect::<Vec<_>>()
-            {
-                if let Some(d) = &mut self.disks[disk] {
-                    d.unknown = true;
-                }
+        // Requests beside a change that came to nothing, or to half: nobody knows which disk they reached. What is above shows it.
+        let doubtful = self
+            .window
+            .take()
+            .map_or(Vec::new(), |w| [w.disks, w.moved].concat());
+        for (at, d) in (0..).zip(&mut self.disks) {
+            if let Some(d) = d {
+                d.unknown |= doubtful.iter().any(|disk| *disk == at || d.chain.contains(disk));
             }
         }
         for disk in self.sync(scenario, world, true) {

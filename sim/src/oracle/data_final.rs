@@ -96,7 +96,9 @@ impl Data {
             let below = lost_below.iter().any(|l| {
                 l.initial.get(g) == Some(&saw) || l.log.iter().any(|l| l.covers(g) && l.value == saw)
             });
-            if !(below || d.loose.get(g) == Some(&true) || d.may_be_left(g, saw)) {
+            // Nothing need be lost: it may hold what it held last.
+            let last = || d.registers.possible(g).contains(&saw);
+            if !(below || d.loose.get(g) == Some(&true) || d.may_be_left(g, saw) || last()) {
                 return Err(lost_text(view.scenario, d, g, disk, stamp::read(bytes, at)));
             }
         }

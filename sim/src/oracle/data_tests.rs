@@ -381,3 +381,140 @@ fn a_failed_flush_or_a_power_cut_may_lose_what_was_not_flushed_before() {
         assert_eq!(left(false, true, holds), Ok(()), "a power cut loses as much");
     }
 }
+
+/// A command, as the model follows it; graph events are left out, so that there is a verdict on the graph, which is not looked at.
+fn command(run: &mut Run, step: u32, what: &'static str, answer: Result<serde_json::Value, &str>) {
+    let answer = answer.map_err(|desc| crate::history::Refusal {
+        class: "GenericError".to_owned(),
+        desc: desc.to_owned(),
+    });
+    drop(run.record(&Record::Layer(Event::MainEnd { what })));
+    drop(run.record(&Record::Ended(StepId(step), Outcome::Command(answer))));
+}
+
+fn flush_fails(run: &mut Run, image: u32) {
+    run.record(&Record::Fault(Fault {
+        image,
+        kind: FaultKind::Flush,
+        offset: 0,
+        bytes: 0,
+        done: 0,
+        errno: 5,
+    }))
+    .expect("no verdict yet");
+}
+
+/// A write was under way while its image lost its backing file: the rest of its cluster is from there, or zeroes, whatever the model
+/// thought first. Both may be what was stored before a flush failed.
+#[test]
+fn a_closed_image_may_hold_what_it_held_last() {
+    let reopen = |backing: &str| {
+        format!(
+            r#"{{"actor":"m","execute":"blockdev-reopen","arguments":{{"options":[
+            {{"driver":"qcow2","node-name":"t","file":"ft","backing":{backing}}}]}}}}"#
+        )
+    };
+    let closed = |rest: Source| {
+        let steps = [guest_step("write", 64, 64, "x"), reopen("null"), reopen(r#""b""#)];
+        let mut run = Run::of(scenario(&steps.each_ref().map(String::as_str)));
+        run.begin(0);
+        for (n, beside) in [(1, true), (2, false)] {
+            drop(run.record(&Record::Issued(StepId(6 + n))));
+            let what = "blockdev-reopen";
+            drop(run.record(&Record::Layer(Event::MainBegin { what })));
+            assert!(run.oracle.accepts(), "reopen {n}");
+            if beside {
+                run.done(0);
+            }
+            command(&mut run, 6 + n, what, Ok(json!({})));
+        }
+        flush_fails(&mut run, 1);
+        let mut bytes = initial();
+        bytes[..64].copy_from_slice(&stamped(0, 64, rest));
+        bytes[64..128].copy_from_slice(&stamped(64, 64, step(0)));
+        let view = View {
+            scenario: &run.scenario,
+            now: 1000,
+            layer: None,
+        };
+        let content = FinalContent {
+            name: "top",
+            bytes: &bytes,
+            allocated: &[],
+            zeroes: &[],
+        };
+        run.oracle.closed(&view, &[content])
+    };
+    assert_eq!(closed(BASE), Ok(()), "copied from below");
+    let v = closed(TOP).expect_err("nobody wrote that");
+    assert!(v.message.contains("after a failed flush"), "{}", v.message);
+}
+
+/// An export moves from a to b by a reopen that storage fails. Nobody knows which of them requests beside it reached, and c shows a; d has
+/// nothing to do with it.
+#[test]
+fn a_change_that_came_to_nothing_puts_in_doubt_what_it_was_about() {
+    let add =
+        |options: serde_json::Value| json!({"actor": "m", "execute": "blockdev-add", "arguments": options});
+    let image = |name: &str, backing: serde_json::Value| {
+        add(json!({"driver": "qcow2", "node-name": name, "backing": backing,
+            "file": {"driver": "file", "filename": name}}))
+    };
+    let export = |id: &str, node: &str| {
+        json!({"actor": "m", "execute": "block-export-add",
+            "arguments": {"type": "nbd", "id": id, "node-name": node, "name": id}})
+    };
+    let over = |file: &str| json!({"driver": "raw", "node-name": "f", "file": file});
+    let none = serde_json::Value::Null;
+    let read = |id: &str| json!({"actor": "g", "export": id, "do": {"read": {"offset": 0, "length": 64}}});
+    let steps = json!([
+        image("a", none.clone()),
+        image("b", none.clone()),
+        image("c", json!("a")),
+        image("d", none),
+        add(over("a")),
+        export("x", "f"),
+        export("y", "c"),
+        export("z", "d"),
+        {"actor": "m", "execute": "blockdev-reopen", "arguments": {"options": [over("b")]}},
+        read("x"),
+        read("y"),
+        read("z"),
+    ]);
+    let images = ["a", "b", "c", "d"].map(|file| json!({"file": file, "format": "qcow2", "size": 2048}));
+    let scenario = json!({"version": 1, "grain": 64, "images": images, "steps": steps});
+    let after = |failed: bool, read: u32| {
+        let mut run = Run::unopened(scenario_of(&scenario.to_string()));
+        for step in 0..9 {
+            drop(run.record(&Record::Issued(StepId(step))));
+            let what = match step {
+                0..5 => "blockdev-add",
+                5..8 => "block-export-add",
+                _ => "blockdev-reopen",
+            };
+            drop(run.record(&Record::Layer(Event::MainBegin { what })));
+            assert!(run.oracle.accepts(), "step {step}");
+            if step < 8 {
+                command(&mut run, step, what, Ok(json!({})));
+            } else if failed {
+                flush_fails(&mut run, 0);
+                command(
+                    &mut run,
+                    step,
+                    what,
+                    Err("Error flushing drive: Input/output error"),
+                );
+            } else {
+                command(&mut run, step, what, Ok(json!({})));
+            }
+        }
+        run.record(&Record::Issued(StepId(read))).expect("begins");
+        let foreign = stamped(0, 64, step(40));
+        run.record(&Record::Ended(StepId(read), Outcome::Read(Ok(foreign.into()))))
+    };
+    for read in [9, 10] {
+        assert_eq!(after(true, read), Ok(()), "step {read} is not judged");
+        assert!(after(false, read).is_err(), "nothing failed");
+    }
+    assert!(after(true, 11).is_err(), "d is judged as ever");
+}
