@@ -5,6 +5,7 @@ use blkcheck_model::job::{Job, Sync};
 use blkcheck_model::{Command, Driver, World};
 use serde_json::{Map, Value};
 
+use super::causes::happened;
 use super::{Around, Case, Kind, What};
 
 /// Clusters of a filter are asked to be larger than any copy can be.
@@ -78,5 +79,30 @@ fn shows_what_is_not_held(world: &World) -> bool {
         let header = target.and_then(|(_, edge)| world.header(graph.skip_filters(edge.child)));
         own.is_some_and(|backup| matches!(backup.sync, Sync::Top | Sync::Bitmap))
             || header.is_some_and(|header| header.version < 3)
+    })
+}
+
+/// Zeroes where data were, in an image that a stream has filled from a snapshot, and the source of that has a backing file.
+pub(super) fn snapshot_hides_chain(case: &Case<'_>) -> bool {
+    let content = case.what == Some(What::Content) && !case.model.contains("zeroes") && case.qemu == "Zero";
+    let stored = case.what == Some(What::Allocation) && case.qemu == "not allocated";
+    (content || stored) && happened(case, streams_over_snapshot)
+}
+
+fn streams_over_snapshot(world: &World, execute: &str, arguments: &Map<String, Value>) -> bool {
+    let graph = &world.graph;
+    let device = arguments.get("device").and_then(Value::as_str);
+    let Some(device) = device
+        .and_then(|name| graph.find(name))
+        .filter(|_| execute == "block-stream")
+    else {
+        return false;
+    };
+    graph.chain(device).any(|id| {
+        let filter = graph
+            .primary_child(id)
+            .filter(|_| graph.node(id).driver == Driver::SnapshotAccess);
+        let source = filter.and_then(|filter| graph.filter_child(filter));
+        source.is_some_and(|source| graph.cow_child(graph.skip_filters(source)).is_some())
     })
 }

@@ -506,6 +506,18 @@ pub static DEFECTS: &[Defect] = &[
         steer: None,
     },
     Defect {
+        id: "snapshot-hides-chain",
+        title: "a stream of a snapshot, or its backup with sync=top, leaves out what backing files of the source hold, and succeeds",
+        qemu: "what a snapshot-access node holds is asked of the first image below its filter, and of none further down: a stream copies \
+               nothing else, and the node has no backing file from which the rest would come",
+        right: "a snapshot-access node has no backing file: what it shows is its own, and a stream never changes what a guest reads",
+        sure: Sure::Certain,
+        scenario: files!("snapshot-hides-chain").0,
+        page: files!("snapshot-hides-chain").1,
+        matches: kept::snapshot_hides_chain,
+        steer: None,
+    },
+    Defect {
         id: "top-of-overlay",
         title: "a backup with sync=top copies nothing when its transaction also makes a snapshot of the source",
         qemu: "what the upper layer holds is asked when the job runs, of what then is below the filter: the new overlay, which is empty",

@@ -44,6 +44,46 @@ fn a_stream_loses_data_only_over_a_raw_node_on_an_overlay() {
     assert_eq!(of("t", &stored), Some("stream-over-raw-loses-data"));
 }
 
+/// A stream of o, which is put over the snapshot of this node first.
+#[test]
+fn a_stream_of_a_snapshot_loses_only_what_is_below_its_source() {
+    let keeps = |source: &str, file: &str| {
+        let target = json!({"driver": "null-co", "node-name": "z", "size": 4096});
+        [
+            command("blockdev-add", target),
+            command(
+                "blockdev-add",
+                json!({"driver": "copy-before-write", "node-name": "c", "file": source, "target": "z"}),
+            ),
+            command(
+                "blockdev-add",
+                json!({"driver": "snapshot-access", "node-name": "p", "file": "c"}),
+            ),
+            command(
+                "blockdev-reopen",
+                json!({"options": [{"driver": "qcow2", "node-name": "o", "file": "fo", "backing": file}]}),
+            ),
+        ]
+    };
+    let stream = command("block-stream", json!({"job-id": "j", "device": "o"}));
+    let query = command("query-jobs", json!({}));
+    let of = |source: &str, below: &str, last: &Value, case: &dyn Fn(&mut Case<'_>)| {
+        let mut all = keeps(source, below).to_vec();
+        all.push(last.clone());
+        at_last(&chain(4096, &all), case)
+    };
+    let lost = differs(What::Content, "node 'o': fill 0 of image 0", "Zero");
+    let hides = Some("snapshot-hides-chain");
+    assert_eq!(of("t", "p", &stream, &lost), hides);
+    assert_eq!(of("b", "p", &stream, &lost), None, "nothing is below b");
+    assert_eq!(of("t", "c", &stream, &lost), None, "no snapshot");
+    assert_eq!(of("t", "p", &query, &lost), None, "no stream");
+    let zeroes = differs(What::Content, "node 'o': zeroes", "Zero");
+    assert_eq!(of("t", "p", &stream, &zeroes), None);
+    let old = differs(What::Content, "node 'o': fill 0 of image 0", OLD);
+    assert_eq!(of("t", "p", &stream, &old), None, "something is there");
+}
+
 #[test]
 fn tables_move_only_when_a_snapshot_is_taken_back_by_what_follows() {
     let snapshot = json!({"type": "blockdev-snapshot", "data": {"node": "ft", "overlay": "o"}});
