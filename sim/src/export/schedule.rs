@@ -5,6 +5,7 @@
 //! that was held was carried out in the order in which it came, the script says just that.
 //! What is right: for commands the daemon's own answer, unless an oracle objects to it; for reads the history of the
 //! disk, which the script keeps by itself. What other oracles say is told in the header, and not checked by the script.
+//! Not checked at all: targets of backups and copy-before-write filters, and what is above them.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -24,7 +25,7 @@ use crate::choice::{Key, Recorded};
 use crate::follow::Follower;
 use crate::history::{Outcome, Record, StepId};
 use crate::oracle::bottom::Bottom;
-use crate::oracle::data::{Data, guest};
+use crate::oracle::data::{Copied, Data, guest};
 use crate::oracle::{self, FinalContent, Oracle, OracleName, View, Violation};
 use crate::qemu::names::Names;
 use crate::run::Runner;
@@ -179,6 +180,28 @@ struct Watched {
     formatted: Vec<(String, String)>,
 }
 
+impl Watched {
+    /// What copy-before-write filters put into their targets, and when, is not followed here: those are anybody's from now on, and so is
+    /// what is above them.
+    fn gives_up_targets(&mut self, scenario: &Scenario) {
+        let Watched {
+            follower,
+            data,
+            bottom,
+            ..
+        } = self;
+        let graph = &follower.world.graph;
+        for (id, _) in graph
+            .nodes()
+            .filter(|(_, node)| node.driver == Driver::CopyBeforeWrite)
+        {
+            let target = graph.children(id).find(|(_, edge)| edge.name == "target");
+            let target = target.and_then(|(_, edge)| Data::disk_of(scenario, &follower.world, edge.child));
+            data.copying_begins(id, (None, target), bottom, (None, |_, _| Copied::Perhaps));
+        }
+    }
+}
+
 /// Follows a run with the books of the data oracle; never has a verdict.
 #[derive(Debug)]
 struct Watcher(Rc<RefCell<Watched>>);
@@ -204,6 +227,10 @@ impl Oracle for Watcher {
         watched
             .data
             .follow(view.scenario, &watched.follower, &followed, bottom, view.now);
+        if followed.executed.is_some() && followed.changed {
+            watched.gives_up_targets(view.scenario);
+        }
+        let bottom = &mut watched.bottom;
         if followed.settled {
             watched.data.end_change(bottom);
         }
