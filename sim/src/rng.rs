@@ -50,6 +50,8 @@ pub enum Stream {
     Backups,
     /// What discards get through filters, and which backups discard what they have copied.
     DiscardsBesideBackups,
+    /// Which filters opened by hand have one above that copies on read.
+    CopyOnReadAboveFilters,
     /// Which backups are disturbed that work by a bitmap.
     UnrestBesideBackups,
 }
@@ -68,6 +70,7 @@ impl Rng {
             Stream::Kept => 0x6b65_7074_0000_0000,
             Stream::Backups => 0x6261_636b_7570_7300,
             Stream::DiscardsBesideBackups => 0x6469_7363_6172_6473,
+            Stream::CopyOnReadAboveFilters => 0x636f_7261_626f_7665,
             Stream::UnrestBesideBackups => 0x756e_7265_7374_0000,
         };
         // Mixed before use: seeds that follow each other must not give shifted copies of one stream.

@@ -78,8 +78,28 @@ pub(super) fn weave(seed: u64, profile: Profile, reach: Reach, scenario: &mut Sc
     }
     let rng = &mut Rng::stream(seed, Stream::DiscardsBesideBackups);
     discards(rng, reach, &mut scenario.steps);
+    let rng = &mut Rng::stream(seed, Stream::CopyOnReadAboveFilters);
+    copy_on_read_above(rng, &mut scenario.steps);
     let rng = &mut Rng::stream(seed, Stream::UnrestBesideBackups);
     unrest(rng, reach, &mut scenario.steps);
+}
+
+/// Has guests come to a filter that was opened by hand through one that copies on read, whose copies change nothing.
+fn copy_on_read_above(rng: &mut Rng, steps: &mut Vec<Step>) {
+    let export = steps.iter().position(|step| match &step.action {
+        Action::Command { execute, arguments } => {
+            execute == "block-export-add" && arguments.get("node-name") == Some(&json!("cbw"))
+        }
+        _ => false,
+    });
+    let Some(at) = export.filter(|_| rng.chance(1, 3)) else {
+        return;
+    };
+    if let Action::Command { arguments, .. } = &mut steps[at].action {
+        arguments.insert("node-name".to_owned(), json!("ccbw"));
+    }
+    let add = json!({"driver": "copy-on-read", "node-name": "ccbw", "file": "cbw"});
+    steps.insert(at, command(SETUP, "blockdev-add", add));
 }
 
 /// Has backups that work by a bitmap take their time, cancels them on the way, and has others ask for the bitmap meanwhile.

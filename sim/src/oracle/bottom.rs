@@ -15,6 +15,7 @@
 use std::rc::Rc;
 
 use blkcheck_impl::event::Event;
+use blkcheck_impl::types::{NodeId as LayerNode, Role};
 use blkcheck_model::{Driver, NodeId, Outcome as JobOutcome, World};
 
 use super::data::{Data, allocation};
@@ -319,10 +320,13 @@ impl Bottom {
         else {
             return Ok(());
         };
+        let Some(below) = world.graph.find(mirror.name(below_filters(mirror, *node))) else {
+            return Ok(());
+        };
         let Some(node) = world.graph.find(mirror.name(*node)) else {
             return Ok(());
         };
-        let Some(disk) = Data::disk_of(scenario, world, node) else {
+        let Some(disk) = Data::disk_of(scenario, world, below) else {
             return Ok(());
         };
         let end = offset + bytes;
@@ -433,6 +437,15 @@ impl Bottom {
         }
         Ok(())
     }
+}
+
+/// The node that a request for this one comes to through filters, in the layer: the model may be ahead of it.
+fn below_filters(mirror: &Mirror, node: LayerNode) -> LayerNode {
+    let below = |node: &LayerNode| {
+        let edge = mirror.edge(mirror.chain_edge(*node)?)?;
+        edge.child.filter(|_| edge.role.contains(Role::FILTERED))
+    };
+    std::iter::successors(Some(node), below).last().unwrap_or(node)
 }
 
 /// `bottom` of every copy-on-read filter above `node`, directly or through other filters.

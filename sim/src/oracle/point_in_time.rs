@@ -1,6 +1,6 @@
 //! Copy before write: once a guest's write has reached the source through a copy-before-write filter, the filter copies nothing
-//! of that cluster any more, for it would be new data; each cluster is in one hand at a time; and what is copied before a write is
-//! what a write changes.
+//! of that cluster any more, for it would be new data; each cluster is in one hand at a time; what is copied before a write is
+//! what a write changes; and nobody changes a source between the instant and the moment at which its job's filter is above it.
 //!
 //! Watches events: requests that change the source and come through the filter, and the copies that it begins. This tells the
 //! cause; what it leads to, content of the target that is not the source's of the instant, is the data oracle's to report, under
@@ -29,6 +29,8 @@ struct Filter {
     /// Copies under way: task, clusters.
     copies: BTreeMap<u64, (u64, u64)>,
     broken: bool,
+    /// It is a job's, and not above its source yet.
+    comes: bool,
 }
 
 /// See the module.
@@ -36,6 +38,8 @@ struct Filter {
 pub struct PointInTime {
     mirror: Mirror,
     filters: BTreeMap<NodeId, Filter>,
+    /// A command is under way that starts backups.
+    starts: bool,
 }
 
 impl PointInTime {
@@ -54,8 +58,16 @@ impl PointInTime {
                     overwritten: BTreeSet::new(),
                     copies: BTreeMap::new(),
                     broken: false,
+                    comes: self.starts,
                 };
                 self.filters.insert(filter, new);
+            }
+            Event::MainBegin { what } => self.starts = matches!(what, "blockdev-backup" | "transaction"),
+            Event::MainEnd { .. } => self.starts = false,
+            Event::FilterInserted { filter, .. } => {
+                if let Some(filter) = self.filters.get_mut(&filter) {
+                    filter.comes = false;
+                }
             }
             Event::NodeRemoved { node } => {
                 self.filters.remove(&node);
@@ -73,7 +85,10 @@ impl PointInTime {
                 bytes,
                 flags,
                 ..
-            } if !flags.contains(ReqFlags::WRITE_UNCHANGED) => self.changed(node, edge, offset, bytes),
+            } if !flags.contains(ReqFlags::WRITE_UNCHANGED) => {
+                self.stands_still(node)?;
+                self.changed(node, edge, offset, bytes);
+            }
             Event::CopyBegin {
                 filter,
                 task,
@@ -92,6 +107,18 @@ impl PointInTime {
         // A contradiction in the events is the graph oracle's to report.
         let _ = self.mirror.apply(event);
         Ok(())
+    }
+
+    /// A node is to change: it is no source whose filter is on its way.
+    fn stands_still(&self, node: NodeId) -> Result<(), Violation> {
+        let Some((filter, _)) = self.filters.iter().find(|(_, f)| f.source == node && f.comes) else {
+            return Ok(());
+        };
+        let (source, filter) = (self.mirror.name(node), self.mirror.name(*filter));
+        let message = format!(
+            "node '{source}' changes after the instant that filter '{filter}' keeps, and before it comes"
+        );
+        Err(violation(OracleName::PointInTime, None, message, Vec::new()))
     }
 
     /// The bytes of a source change, through its filter; or they are to, above it.
@@ -163,6 +190,7 @@ impl Oracle for PointInTime {
     fn reset(&mut self, _scenario: &Scenario) {
         self.mirror.reset();
         self.filters.clear();
+        self.starts = false;
     }
 
     fn record(&mut self, _view: &View<'_>, record: &Record) -> Result<(), Violation> {
@@ -236,6 +264,24 @@ mod tests {
         );
         verdict(vec![write(70_000, ReqFlags::WRITE_UNCHANGED), copy(0, 65536)]).unwrap();
         verdict(vec![write(70_000, ReqFlags::empty()), copy(0, 0)]).unwrap();
+    }
+
+    #[test]
+    fn a_source_stands_still_until_its_filter_is_above_it() {
+        let all = |what, inserted: bool| {
+            let mut events = filter();
+            events.insert(0, Event::MainBegin { what });
+            if inserted {
+                let (filter, below) = (NodeId(2), NodeId(1));
+                events.push(Event::FilterInserted { filter, below });
+            }
+            events.push(write(0, ReqFlags::empty()));
+            feed(&mut PointInTime::default(), events.into_iter().map(Record::Layer))
+        };
+        let early = all("blockdev-backup", false).unwrap_err();
+        assert!(early.message.contains("and before it comes"), "{early:?}");
+        all("blockdev-backup", true).unwrap();
+        all("blockdev-add", false).unwrap();
     }
 
     #[test]
