@@ -84,6 +84,11 @@ fn held(dir: &Path, image: &str) -> BTreeSet<usize> {
     mapped(dir, &[image], |run| run["depth"] == 0 && run["present"] == true)
 }
 
+/// Clusters that the target stores compressed.
+fn packed(dir: &Path) -> BTreeSet<usize> {
+    mapped(dir, &["target.qcow2"], |run| run["compressed"] == true)
+}
+
 /// What bitmap `b` of `source.qcow2` marks, as a client of the daemon's NBD server sees it. First: `qemu-img info` finds the
 /// one bitmap, at rest.
 fn marked(dir: &Path) -> BTreeSet<usize> {
@@ -259,6 +264,8 @@ struct Case {
     cancelled: bool,
     /// Requests are done in the page cache where they can, or all by the engine.
     inline: bool,
+    /// What is copied is compressed.
+    compress: bool,
 }
 
 /// What was seen in the directory of a case.
@@ -313,6 +320,9 @@ async fn backup(dir: &Path, case: Case, before: BTreeSet<usize>, layer: &Rc<Laye
 
     let mut arguments = json!({"job-id": "j", "device": source, "target": "target", "sync": case.sync,
                                "x-perf": {"max-workers": 2, "max-chunk": CLUSTER}});
+    if case.compress {
+        arguments["compress"] = json!(true);
+    }
     if let Some(mode) = case.bitmap_mode {
         arguments["bitmap"] = json!("b");
         arguments["bitmap-mode"] = json!(mode);
@@ -464,6 +474,7 @@ fn check(case: Case) {
         }
         sync => {
             same(dir, "target.qcow2", "instant.raw");
+            assert_eq!(!packed(dir).is_empty(), case.compress, "{case:?}");
             let copied = match sync {
                 "full" => return,
                 "top" => held(&dir.join("instant"), "source.qcow2"),
@@ -488,6 +499,7 @@ fn cases(sync: &'static str, bitmap_modes: &[Option<&'static str>], cancelled: b
             bitmap_mode: *bitmap_mode,
             cancelled,
             inline: n % 2 == 1,
+            compress: false,
         });
     }
 }
@@ -495,6 +507,22 @@ fn cases(sync: &'static str, bitmap_modes: &[Option<&'static str>], cancelled: b
 #[test]
 fn full_copies_are_of_the_instant() {
     cases("full", &[None, None, Some("on-success"), Some("always")], false);
+}
+
+#[test]
+fn compressed_copies_are_of_the_instant() {
+    if !tools("compressed_copies_are_of_the_instant") {
+        return;
+    }
+    for (sync, bitmap_mode) in [("full", None), ("top", None), ("bitmap", Some("always"))] {
+        check(Case {
+            sync,
+            bitmap_mode,
+            cancelled: false,
+            inline: sync == "top",
+            compress: true,
+        });
+    }
 }
 
 #[test]

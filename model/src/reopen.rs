@@ -275,6 +275,9 @@ impl Graph {
             }
         } else if new.is_none() {
             return Ok(());
+        } else if slot == "file" {
+            // What an earlier entry for the same node asked for, as one of another driver.
+            return Err(Refusal::new("Cannot set file child to format node without file child"));
         }
         entry.let_go.extend(old);
         self.replace_child(id, slot, old_link, new)

@@ -7,7 +7,7 @@
 //! its range is marked or under way. Every cluster is in exactly one state: marked, taken by a task, done.
 //! Memory is bounded over all calls. The last cluster may be short; alone it is copied as data.
 //!
-//! Not here: copy offload (asked for, it is as if it had failed at once) and compression, which no driver here can write.
+//! Not here: copy offload (asked for, it is as if it had failed at once).
 
 mod call;
 mod pool;
@@ -82,7 +82,7 @@ pub(crate) struct BlockCopy {
     /// Marked: what the cluster held at the point in time can be had, from target or source.
     access: Rc<DirtyBitmap>,
     max_transfer: u64,
-    write_flags: ReqFlags,
+    write_flags: Cell<ReqFlags>,
     discard_source: bool,
     tasks: RefCell<Vec<Task>>,
     next_task: Cell<u64>,
@@ -163,11 +163,11 @@ impl BlockCopy {
             dirty: whole(),
             access: whole(),
             max_transfer: align_down(max, cluster),
-            write_flags: if fleecing {
+            write_flags: Cell::new(if fleecing {
                 ReqFlags::SERIALISING
             } else {
                 ReqFlags::empty()
-            },
+            }),
             discard_source,
             tasks: RefCell::default(),
             next_task: Cell::new(0),
@@ -239,6 +239,12 @@ impl BlockCopy {
     /// Whether from now on what the source node itself does not hold is left out.
     pub(crate) fn set_skip_unallocated(&self, skip: bool) {
         self.skip_unallocated.set(skip);
+    }
+
+    /// Copies are compressed from now on, one cluster at a time. The target takes that.
+    pub(crate) fn compress(&self) {
+        self.write_flags
+            .set(self.write_flags.get() | ReqFlags::WRITE_COMPRESSED);
     }
 
     /// Has a job follow, or nobody any more.
@@ -323,7 +329,8 @@ impl BlockCopy {
 
     /// How much one task may take.
     fn longest_task(&self, max_chunk: u64) -> u64 {
-        let own = if self.max_transfer < self.cluster {
+        let compresses = self.write_flags.get().contains(ReqFlags::WRITE_COMPRESSED);
+        let own = if compresses || self.max_transfer < self.cluster {
             self.cluster
         } else {
             self.cluster.max(LARGEST_TASK).min(self.max_transfer)

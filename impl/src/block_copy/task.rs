@@ -182,14 +182,15 @@ impl BlockCopy {
         ends_within(layer, self.source, end).map_err(failed(true))?;
         ends_within(layer, self.target, end).map_err(failed(false))?;
         if zero {
-            let zeroed = layer.write_zeroes(self.target, at, bytes, self.write_flags);
+            let flags = self.write_flags.get() - ReqFlags::WRITE_COMPRESSED;
+            let zeroed = layer.write_zeroes(self.target, at, bytes, flags);
             return zeroed.await.map_err(failed(false));
         }
         let mut data = self.take_buffer(size(bytes));
         let read = layer.read(self.source, at, &mut data, ReqFlags::empty()).await;
         let copied = match read {
             Ok(()) => {
-                let written = layer.write(self.target, at, &data, self.write_flags);
+                let written = layer.write(self.target, at, &data, self.write_flags.get());
                 written.await.map_err(failed(false))
             }
             Err(errno) => Err(failed(true)(errno)),

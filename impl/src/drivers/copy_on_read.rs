@@ -204,7 +204,7 @@ impl Driver for CopyOnRead {
             .unwrap_or_default();
         let zero = ReqFlags::FUA | ReqFlags::MAY_UNMAP | ReqFlags::NO_FALLBACK;
         WriteFlags {
-            write: ReqFlags::WRITE_UNCHANGED | (ReqFlags::FUA & below.write),
+            write: ReqFlags::WRITE_UNCHANGED | ((ReqFlags::FUA | ReqFlags::WRITE_COMPRESSED) & below.write),
             zero: ReqFlags::WRITE_UNCHANGED | (zero & below.zero),
             truncate: below.truncate,
         }

@@ -133,8 +133,8 @@ pub(crate) async fn aligned_write(
             if let Some(zero_flags) = detected_zeroes(node, buf) {
                 flags |= zero_flags;
                 zero::write_zeroes_pieces(Some(req), req.layer, node, offset, bytes, flags).await
-            } else if flags.contains(ReqFlags::WRITE_COMPRESSED) {
-                Err(Errno::ENOTSUP) // no driver here writes compressed
+            } else if (flags - node.io.write_flags.get().write).contains(ReqFlags::WRITE_COMPRESSED) {
+                Err(Errno::ENOTSUP)
             } else {
                 write_pieces(req.layer, node, offset, buf, flags).await
             }

@@ -116,8 +116,24 @@ impl Qcow2 {
         if count == 1 {
             let mut meta = self.meta.borrow_mut();
             meta.free_index = meta.free_index.min(cluster.0);
+            if self.geometry.cluster(HostOffset(meta.packed_end)) == cluster {
+                // It may become anything now.
+                meta.packed_end = 0;
+            }
         }
         Ok(count - 1)
+    }
+
+    /// One more reference to the cluster of compressed data that ends here. Whether it could be counted.
+    pub(super) async fn share(&self, cx: &Cx, end: HostOffset) -> Result<bool, Errno> {
+        let cluster = self.geometry.cluster(end);
+        let count = self.refcount(cx, cluster).await?;
+        let most = u64::MAX >> (64 - (1_u32 << self.geometry.refcount_order));
+        let counts = count > 0 && count < most;
+        if counts {
+            self.set_cached_refcount(cluster, count + 1);
+        }
+        Ok(counts)
     }
 
     /// Gives clusters back that nothing has ever referred to.

@@ -1,7 +1,7 @@
 //! Reading compressed clusters: raw deflate, bounded in input and output.
 //!
 //! Rules: the stream starts inside the file and takes at most two clusters; success is exactly one cluster of
-//! output (what follows in the input is ignored). Compressed writes are not made.
+//! output (what follows in the input is ignored). Writing is in `packed`.
 
 use miniz_oxide::inflate::core::{DecompressorOxide, decompress, inflate_flags};
 

@@ -33,8 +33,8 @@ pub(crate) struct Qcow2 {
     /// The header says what a writable image's header must (autoclear bits).
     pub(super) ready_to_write: Cell<bool>,
     pub(super) pass_discard: Cell<PassDiscard>,
-    /// The last inflated cluster: (L2 entry, content). We never write compressed data, so an entry's meaning is
-    /// fixed while the image is open.
+    /// The last inflated cluster: (L2 entry, content). Forgotten when a compressed cluster is written: until then an entry's
+    /// meaning is fixed.
     pub(super) inflated: RefCell<Option<(u64, Box<[u8]>)>>,
 }
 
@@ -91,6 +91,8 @@ pub(super) struct Meta {
     pub free_index: u64,
     /// Host bytes from here on were never written: they read as zeroes.
     pub virgin_from: u64,
+    /// Behind the compressed cluster that was written last; at the end of a host cluster, 0 for instance, there is no room.
+    pub packed_end: u64,
     /// Clusters whose last reference from some entry is gone in memory.
     pub freed: Vec<Freed>,
     /// How many clusters `freed` has.

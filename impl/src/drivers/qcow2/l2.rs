@@ -77,6 +77,14 @@ impl Entry {
         }
     }
 
+    /// A deflate stream of so many bytes (at least one).
+    pub(super) fn packed(host: HostOffset, bytes: u64, cluster_bits: u32) -> Entry {
+        let offset_bits = 70 - cluster_bits;
+        let more_sectors = (host.0 + bytes - 1) / 512 - host.0 / 512;
+        assert!(host.0 < 1 << offset_bits && more_sectors < 1 << (cluster_bits - 8));
+        Entry(COMPRESSED | more_sectors << offset_bits | host.0)
+    }
+
     /// Byte offset and byte length of the deflate stream (the length is an upper bound).
     pub(super) fn compressed(self, cluster_bits: u32) -> (HostOffset, u64) {
         let offset_bits = 70 - cluster_bits;
@@ -132,5 +140,21 @@ mod tests {
             Entry(COMPRESSED | 1 << 61 | 511).compressed(9),
             (HostOffset(511), 1024 - 511)
         );
+        for (at, bytes, bits, upper) in [
+            (0x10000, 1, 16, 512),
+            (0x12345, 700, 16, 3 * 512 - 0x145),
+            (511, 2, 9, 513),
+        ] {
+            let entry = Entry::packed(HostOffset(at), bytes, bits);
+            assert_eq!(
+                (entry.kind(), entry.has_reserved_bits()),
+                (Kind::Compressed, false)
+            );
+            assert_eq!(
+                entry.compressed(bits),
+                (HostOffset(at), upper),
+                "{bytes} at {at:#x}"
+            );
+        }
     }
 }

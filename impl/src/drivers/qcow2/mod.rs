@@ -29,6 +29,7 @@ mod lock;
 mod map;
 mod open;
 mod overlap;
+mod packed;
 mod read;
 mod refcount;
 mod resize;
@@ -93,7 +94,7 @@ impl Driver for Qcow2 {
             ReqFlags::empty()
         };
         WriteFlags {
-            write: ReqFlags::empty(),
+            write: ReqFlags::WRITE_COMPRESSED,
             zero,
             truncate: ReqFlags::ZERO_WRITE,
         }
@@ -125,10 +126,14 @@ impl Driver for Qcow2 {
         cx: &'a Cx,
         offset: u64,
         buf: &'a [u8],
-        _flags: ReqFlags,
+        flags: ReqFlags,
     ) -> Fut<'a, Result<(), Errno>> {
         Box::pin(async move {
-            let result = self.write_at(cx, GuestOffset(offset), buf).await;
+            let result = if flags.contains(ReqFlags::WRITE_COMPRESSED) {
+                Box::pin(self.write_compressed(cx, GuestOffset(offset), buf)).await
+            } else {
+                self.write_at(cx, GuestOffset(offset), buf).await
+            };
             self.end(cx, result).await
         })
     }

@@ -15,6 +15,8 @@ use crate::io::backend::Backend;
 use crate::memory::MemoryEnv;
 use crate::types::{NodeId, Perm, ReqFlags};
 
+mod packed;
+
 /// A small generator: tests must not depend on anything random.
 struct Rng(u64);
 

@@ -3,7 +3,6 @@
 //! Rules: refusals come in QEMU's order with QEMU's texts. The point in time is when the filter is put above the source, which
 //! is drained from before the first check on (`start`); everything that says which clusters to copy is fixed there. What is
 //! copied and in which order: `run`.
-//! Not here: compressed writes, which no driver here has; every target is refused for them with QEMU's words.
 
 mod run;
 mod start;
@@ -29,7 +28,7 @@ use crate::dirty::{DirtyBitmap, Use};
 use crate::error::QmpError;
 use crate::graph::blockers::OpType;
 use crate::jobs::error_policy::OnError;
-use crate::types::NodeId;
+use crate::types::{NodeId, ReqFlags};
 
 /// Arguments of blockdev-backup.
 #[derive(Clone, Debug)]
@@ -175,7 +174,8 @@ impl Layer {
         if source == target {
             return refuse("Source and target cannot be the same");
         }
-        if args.compress {
+        let flags = self.node(target).io.write_flags.get().write;
+        if args.compress && !flags.contains(ReqFlags::WRITE_COMPRESSED) {
             // QEMU names the device that the target does not have.
             return refuse("Compression is not supported for this drive ");
         }

@@ -146,6 +146,9 @@ impl Layer {
             Some((bitmap, _)) if args.sync.goes_by_bitmap() => copy.restrict_to(bitmap),
             _ => copy.set_skip_unallocated(args.sync == SyncMode::Top),
         }
+        if args.compress {
+            copy.compress();
+        }
         let backup = Rc::new(Backup {
             source: plan.source,
             filter: Cell::new(Some(filter)),

@@ -168,6 +168,8 @@ fn refusals_in_order() {
     world.open("small", "small", json!({}));
     world.qcow2("locked", MIB, None);
     world.open("locked", "locked", json!({"read-only": true}));
+    let raw = json!({"driver": "raw", "node-name": "raw", "file": "other"});
+    world.qmp("blockdev-add", raw);
     let cases = [
         (
             json!({"device": "x", "target": "y"}),
@@ -214,7 +216,7 @@ fn refusals_in_order() {
             "Source and target cannot be the same",
         ),
         (
-            json!({"compress": true}),
+            json!({"target": "raw", "compress": true}),
             "Compression is not supported for this drive ",
         ),
         (
