@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""block-stream beside a backup with a speed is not answered until the backup may copy again
+"""A stream that makes its device writable, beside a slow backup of it
 
-What qemu-storage-daemon 10.0.2 does: a pause that comes while the copy reads a table is missed, and the copy
-sleeps with the graph locked.
+What qemu-storage-daemon 10.0.2 did at step 3 when this script was made: block-stream is not answered in 10 s
+warning: The target block device doesn't provide information about the block size and it doesn't have a
+backing file. The (default) block size of 65536 bytes is used. If the actual block size of the target exceeds
+this value, the backup may be unusable
 
-Right: the backup is paused: how fast a job may copy does not decide when the daemon answers.
+Right: answers
 
 Needs Python 3.8 or later and qemu-utils (qemu-storage-daemon, qemu-img, qemu-io); Linux; no root. Works in a
 private temporary directory, which is removed at the end together with the daemon.
@@ -33,15 +35,18 @@ import time
 # A daemon that gives no answer for so many seconds, working or sleeping, hangs.
 LIMIT = 10
 # Who writes which byte.
-WRITERS = {0: "zeroes", 0x11: "data of s.img"}
+WRITERS = {0: "zeroes", 0x11: "data of d.img"}
 # Jobs that are limited in speed, so that nobody waits for them.
 SLOW_JOBS = ["b"]
 
 
 def make_images():
     """The images, before the daemon has them."""
-    make("qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=65536", "s.img", "131072")
-    fill("qcow2", "s.img", "write -P 0x11 0x10000 0x10000")
+    make("qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=512", "d.img", "131072")
+    fill("qcow2", "d.img", "write -P 0x11 0x10000 0x10000")
+    make("qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=512", "c.img", "131072")
+    make("qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=512", "b.img", "131072")
+    make("qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=512", "s.img", "131072")
     make("qemu-img", "create", "-q", "-f", "raw", "t.img", "131072")
 
 
@@ -49,7 +54,14 @@ def steps(run):
     """What is done, and what is right."""
     run.step(0)
     run.accepted('''{"execute": "blockdev-add", "arguments": {"driver": "qcow2", "node-name": "n",
-            "file": {"driver": "file", "filename": "s.img"}, "backing": null, "read-only": true}}''')
+            "file": {"driver": "file", "filename": "s.img"},
+            "backing": {"driver": "qcow2", "node-name": "n2",
+                "file": {"driver": "file", "filename": "b.img"},
+                "backing": {"driver": "qcow2", "node-name": "n1",
+                    "file": {"driver": "file", "filename": "c.img"},
+                    "backing": {"driver": "qcow2", "node-name": "n0",
+                        "file": {"driver": "file", "filename": "d.img"}, "backing": null}}},
+            "read-only": true}}''')
     run.step(1)
     run.accepted('''{"execute": "blockdev-add", "arguments": {"driver": "raw", "node-name": "t",
             "file": {"driver": "file", "filename": "t.img"}}}''')
@@ -67,7 +79,13 @@ def steps(run):
 
 def afterwards():
     """What is right for the images, once the daemon is gone."""
+    sound("d.img")
+    sound("c.img")
+    sound("b.img")
     sound("s.img")
+    unallocated("d.img", (0x0, 0x10000))
+    unallocated("c.img", (0x0, 0x20000))
+    unallocated("b.img", (0x0, 0x20000))
     unallocated("s.img", (0x0, 0x10000))
 
 

@@ -277,7 +277,9 @@ impl Graph {
             return Ok(());
         } else if slot == "file" {
             // What an earlier entry for the same node asked for, as one of another driver.
-            return Err(Refusal::new("Cannot set file child to format node without file child"));
+            return Err(Refusal::new(
+                "Cannot set file child to format node without file child",
+            ));
         }
         entry.let_go.extend(old);
         self.replace_child(id, slot, old_link, new)

@@ -458,3 +458,16 @@ fn a_format_node_over_another_file() {
     .unwrap();
     run(&mut world, "block-stream", &json!({"job-id": "j", "device": "a"})).unwrap();
 }
+
+/// An entry for a node replaces an earlier one, but not its children.
+#[test]
+fn a_node_without_children_gets_no_file() {
+    let mut world = world();
+    let null = json!({"driver": "null-co", "node-name": "z", "size": 512});
+    run(&mut world, "blockdev-add", &null).unwrap();
+    let before = world.clone();
+    let raw = json!({"driver": "raw", "node-name": "z", "file": "fc"});
+    let refused = reopen(&mut world, &[raw, null]).unwrap_err();
+    assert_eq!(refused, "Cannot set file child to format node without file child");
+    assert_eq!(world.edge_facts(), before.edge_facts());
+}

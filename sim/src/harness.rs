@@ -140,6 +140,7 @@ impl Setup {
                 snapshot_access: true,
                 backup: true,
                 discard_source: true,
+                compression: true,
             },
             On::Loop => Reach {
                 drain: true,
@@ -156,6 +157,7 @@ impl Setup {
                 snapshot_access: true,
                 backup: true,
                 discard_source: true,
+                compression: true,
             },
             On::Qemu if self.is_stress() => Reach {
                 drain: false,
@@ -173,6 +175,7 @@ impl Setup {
                 snapshot_access: false,
                 backup: false,
                 discard_source: false,
+                compression: false,
             },
             On::Qemu => Reach {
                 drain: false,
@@ -192,6 +195,7 @@ impl Setup {
                 backup: backups,
                 // Nobody tells of the discards, which mark bitmaps.
                 discard_source: false,
+                compression: false,
             },
         }
     }

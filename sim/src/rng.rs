@@ -54,6 +54,8 @@ pub enum Stream {
     CopyOnReadAboveFilters,
     /// Which backups are disturbed that work by a bitmap.
     UnrestBesideBackups,
+    /// Which backups compress.
+    CompressedBackups,
 }
 
 impl Rng {
@@ -72,6 +74,7 @@ impl Rng {
             Stream::DiscardsBesideBackups => 0x6469_7363_6172_6473,
             Stream::CopyOnReadAboveFilters => 0x636f_7261_626f_7665,
             Stream::UnrestBesideBackups => 0x756e_7265_7374_0000,
+            Stream::CompressedBackups => 0x636f_6d70_7265_7373,
         };
         // Mixed before use: seeds that follow each other must not give shifted copies of one stream.
         let mut rng = Rng {

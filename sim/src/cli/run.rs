@@ -37,9 +37,18 @@ pub(super) fn run(args: &RunArgs) -> Result<Found, CliError> {
     super::check_tier(args.on, args.tier)?;
     match args.faults {
         Faults::None => {}
+        Faults::Crash | Faults::All if args.profile == Profile::Backup => {
+            let text =
+                "--profile backup: no backups are made where the power fails; use --faults none or errors";
+            return Err(CliError::Request(text.to_owned()));
+        }
+        Faults::Errors if args.profile == Profile::Backup && args.on == On::Qemu => {
+            let text = "--profile backup: --on qemu makes no backups where storage fails; use --on memory, or --faults none";
+            return Err(CliError::Request(text.to_owned()));
+        }
         _ if args.on == On::Memory || (args.on == On::Qemu && args.tier == Tier::Gated) => {}
         _ => {
-            let text = "--faults: only storage of ours fails on demand, or loses power; use --on memory, or --on qemu";
+            let text = "--faults: only storage of ours fails on demand, or loses power; use --on memory, or --on qemu --tier gated";
             return Err(CliError::Request(text.to_owned()));
         }
     }

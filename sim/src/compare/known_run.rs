@@ -195,12 +195,22 @@ pub fn explain(scenario: &Scenario, violation: &Violation, records: &[Record]) -
         world: follower.world,
         causes,
     };
-    let mut matchers = MATCHERS.iter().chain(failing::MATCHERS);
+    // Who knows nothing of lost power says nothing about what it left.
+    let without = if found.is_of_a_power_cut() { &[] } else { MATCHERS };
+    let mut matchers = without.iter().chain(failing::MATCHERS);
     let (id, _) = matchers.find(|(_, matches)| matches(&found))?;
     find(id)
 }
 
 impl<'a> Found<'a> {
+    /// The power failed, and what is wrong is what is left of an image.
+    fn is_of_a_power_cut(&self) -> bool {
+        self.records
+            .iter()
+            .any(|record| matches!(record, Record::PowerCut { .. }))
+            && self.says(&[OracleName::Transparency], "or a power cut")
+    }
+
     fn command(&self, step: StepId) -> Option<Given<'a>> {
         match &self.scenario.steps[step.0 as usize].action {
             Action::Command { execute, arguments } => Some((execute, arguments)),

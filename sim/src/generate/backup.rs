@@ -4,7 +4,7 @@
 //! put above the source, as fleecing does. Sometimes the filter is opened by hand with a snapshot node above it, and the
 //! guests of the topmost node go through it. Most commands make sense; some deliberately do not.
 //! Jobs that never end by themselves are cancelled last.
-//! Not covered: compression (the layer writes nothing compressed), a target inside the source's chain, several backups that change
+//! Not covered: a target inside the source's chain, several backups that change
 //! places in one chain.
 
 use serde_json::{Map, Value, json};
@@ -82,6 +82,24 @@ pub(super) fn weave(seed: u64, profile: Profile, reach: Reach, scenario: &mut Sc
     copy_on_read_above(rng, &mut scenario.steps);
     let rng = &mut Rng::stream(seed, Stream::UnrestBesideBackups);
     unrest(rng, reach, &mut scenario.steps);
+    if reach.compression {
+        let rng = &mut Rng::stream(seed, Stream::CompressedBackups);
+        compress(rng, &mut scenario.steps);
+    }
+}
+
+/// Some backups compress what they copy; some targets cannot take that.
+fn compress(rng: &mut Rng, steps: &mut [Step]) {
+    let often = rng.chance(1, 4);
+    for step in steps {
+        if let Action::Command { execute, arguments } = &mut step.action {
+            for backup in backups_of(execute, arguments) {
+                if often && rng.chance(3, 4) {
+                    backup.insert("compress".to_owned(), json!(true));
+                }
+            }
+        }
+    }
 }
 
 /// Has guests come to a filter that was opened by hand through one that copies on read, whose copies change nothing.

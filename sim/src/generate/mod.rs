@@ -60,6 +60,8 @@ pub struct Reach {
     pub backup: bool,
     /// … that discard in their source what they have copied.
     pub discard_source: bool,
+    /// … that compress what they copy (in an order that choices make).
+    pub compression: bool,
 }
 
 impl Reach {
@@ -81,6 +83,7 @@ impl Reach {
             snapshot_access: true,
             backup: true,
             discard_source: true,
+            compression: true,
         }
     }
 }

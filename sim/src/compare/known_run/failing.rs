@@ -2,6 +2,8 @@
 //!
 //! Rules: as in [`super`]; a matcher wants a fault in the run as well, or the power cut.
 
+use blkcheck_impl::event::Event;
+
 use super::{Defect, Found, Matcher, Sure, causes, text};
 use crate::compare::known;
 use crate::history::{ESHUTDOWN, FaultKind, Outcome, Record, StepId};
@@ -93,10 +95,10 @@ pub(super) const MATCHERS: &[(&str, Matcher)] = &[
     ("stream-completes-in-cache", stays_in_cache),
 ];
 
-/// The power failed, and what is wrong is in an image that a stream had filled, or in one above it.
+/// The power failed, and what is wrong is in an image that a stream had filled, or in one above it; and no guest had anything flushed
+/// since the last stream ended: what such a flush found is there.
 fn stays_in_cache(found: &Found<'_>) -> bool {
-    let is_cut = |record: &Record| matches!(record, Record::PowerCut { .. });
-    if !found.says(&[OracleName::Transparency], "or a power cut") || !found.records.iter().any(is_cut) {
+    if !found.is_of_a_power_cut() || flushed_since_a_stream(found) {
         return false;
     }
     let world = &found.world;
@@ -108,6 +110,30 @@ fn stays_in_cache(found: &Found<'_>) -> bool {
             && causes::chain(&world.graph, node)
                 .filter_map(file)
                 .any(|file| found.causes.streamed.contains(&file))
+    })
+}
+
+/// A guest's flush was answered well that was sent after the last stream had ended.
+fn flushed_since_a_stream(found: &Found<'_>) -> bool {
+    let ends = |record: &Record| match record {
+        Record::Layer(Event::Qmp { name, data }) => {
+            *name == "BLOCK_JOB_COMPLETED" && data["type"] == "stream" && data.get("error").is_none()
+        }
+        _ => false,
+    };
+    let Some(end) = found.records.iter().rposition(ends) else {
+        return false;
+    };
+    let since = &found.records[end..];
+    let flushes = |step: StepId| matches!(found.guest(step), Some((_, GuestOp::Flush)));
+    let sent = |step: StepId| {
+        since
+            .iter()
+            .any(|record| matches!(record, Record::Issued(issued) if *issued == step))
+    };
+    since.iter().any(|record| match record {
+        Record::Ended(step, Outcome::Done(Ok(()))) => flushes(*step) && sent(*step),
+        _ => false,
     })
 }
 

@@ -56,6 +56,7 @@ fn runs(medium: Medium, seeds: u64) -> bool {
         snapshot_access: medium == Medium::File,
         backup: false,
         discard_source: false,
+        compression: false,
     };
     let generated = (0..seeds).map(|seed| generate(seed, Profile::Mixed, reach));
     let mut oracles = crate::oracle::all();

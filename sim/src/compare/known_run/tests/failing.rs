@@ -306,7 +306,10 @@ fn what_a_stream_has_copied_is_lost_with_the_power_only() {
         )
     };
     let stream = monitor("block-stream", &json!({"job-id": "j", "device": "b"}));
-    let steps = [node("a", &Value::Null), node("b", &json!("a")), stream];
+    let flush = json!({"actor": "g", "export": "b", "do": "flush"});
+    let zeroes = [guest("b", "write-zeroes"), guest("b", "write")];
+    let steps = [node("a", &Value::Null), node("b", &json!("a")), stream, flush];
+    let steps: Vec<Value> = steps.into_iter().chain(zeroes).collect();
     let done = |step| ended(step, Outcome::Command(Ok(json!({}))));
     let accepted = |step: u32, what: &'static str| {
         let begin = Record::Layer(Event::MainBegin { what });
@@ -345,7 +348,7 @@ fn what_a_stream_has_copied_is_lost_with_the_power_only() {
             evidence: Vec::new(),
         }
     };
-    let of = |file: &str, over: bool, power: bool| {
+    let of_run = |file: &str, over: bool, power: bool, guests: &[Record]| {
         let mut records = Vec::new();
         records.extend(accepted(0, "blockdev-add"));
         records.extend(accepted(1, "blockdev-add"));
@@ -358,11 +361,26 @@ fn what_a_stream_has_copied_is_lost_with_the_power_only() {
                 completed.clone(),
             ]);
         }
+        records.extend_from_slice(guests);
         records.extend(power.then(|| cut.clone()));
         ran(&steps, &lost(file), &records)
     };
+    let of = |file: &str, over: bool, power: bool| of_run(file, over, power, &[]);
     assert_eq!(of("b", true, true), Some("stream-completes-in-cache"));
     assert_eq!(of("b", false, true), None, "it is not over");
     assert_eq!(of("b", true, false), None, "no power cut");
     assert_eq!(of("a", true, true), None, "below it");
+    let well = |step| ended(step, Outcome::Done(Ok(())));
+    let flushed = [issued(3), well(3)];
+    assert_eq!(of_run("b", true, true, &flushed), None, "it was flushed since");
+    let failed = [issued(3), ended(3, Outcome::Done(Err(5)))];
+    let known = Some("stream-completes-in-cache");
+    assert_eq!(of_run("b", true, true, &failed), known, "not well");
+    let together = [issued(4), issued(5), well(4), well(5)];
+    assert_eq!(of_run("b", true, true, &together), known);
+    let other = of_run("b", false, true, &together);
+    assert_eq!(
+        other, None,
+        "what two requests do to a cluster is not what a power cut does"
+    );
 }
