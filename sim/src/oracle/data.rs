@@ -12,9 +12,10 @@
 //! A grain of more than 512 bytes may be torn between writes that overlap; its sectors are then judged one by one, by
 //! membership only.
 //! An image whose flush failed may have lost on close what was not flushed before, and only that: a grain then holds
-//! what it held at the last flush that succeeded, or what was written since.
+//! what it held at the last flush that succeeded, or what was written since; a FUA write that ended well is never lost.
+//! What a power cut leaves is judged alike.
 //! Unchecked: windows (`raw` with offset or size), `null-co`, the plain bytes of a qcow2 file, disks whose image is open
-//! twice or was written below its format (contents then have no meaning), durability.
+//! twice or was written below its format (contents then have no meaning).
 
 use blkcheck_model::register::{self, Effect, OpId, Registers, Value};
 use blkcheck_model::{Driver, NodeId, World};
@@ -45,6 +46,10 @@ struct Logged {
     last: usize,
     value: Value,
     what: &'static str,
+    /// Durable as soon as it has ended well.
+    fua: bool,
+    /// It may have reached another disk instead: this one need not hold it.
+    crossed: bool,
 }
 
 impl Logged {
@@ -64,10 +69,14 @@ struct Disk {
     cuts: Vec<u64>,
     /// Images below, nearest first.
     chain: Vec<usize>,
+    /// Chains that it had before streams took layers out.
+    chains: Vec<Vec<usize>>,
     /// Per grain: not decided by this image from the start, and a guest wrote to a lower layer there.
     loose: Vec<bool>,
     /// Per grain: decided by this image from the start.
     own: Vec<bool>,
+    /// The first grain that a change of its length cut off or added; `usize::MAX` when there was none.
+    cut_off: usize,
     log: Vec<Logged>,
     /// What grains held by way of layers that are not below any more.
     former: Vec<(usize, Value)>,
@@ -326,6 +335,7 @@ impl Data {
                         // A stream leaves layers out; anything else shows another content.
                         let mut old = d.chain.iter();
                         d.unknown |= !chain.iter().all(|c| old.any(|o| o == c));
+                        d.chains.push(d.chain.clone());
                     }
                     d.chain = chain;
                 }
@@ -416,8 +426,10 @@ impl Data {
             initial,
             cuts,
             chain,
+            chains: Vec::new(),
             loose,
             own,
+            cut_off: usize::MAX,
             log: Vec::new(),
             former: Vec::new(),
             flushed: 0,
@@ -507,6 +519,8 @@ impl Data {
                 last,
                 value,
                 what,
+                fua: matches!(request, GuestOp::WriteFua(_)),
+                crossed: false,
             });
             d.log.len() - 1
         });

@@ -240,9 +240,9 @@ impl Data {
         let shows = d.chain.contains(&open.disk) && !bottom.holds(to, start, end).1;
         let op = d.registers.begin(effect, open.first..open.last);
         let logged = (effect != Effect::Read).then(|| {
-            let old = open.logged.map_or("write", |l| {
-                self.disks[open.disk].as_ref().map_or("write", |d| d.log[l].what)
-            });
+            let old = open
+                .logged
+                .and_then(|l| Some(self.disks[open.disk].as_ref()?.log[l]));
             let value = match effect {
                 Effect::Write(value) => value,
                 Effect::Read | Effect::Discard => 0,
@@ -255,7 +255,9 @@ impl Data {
                 first: open.first,
                 last: open.last,
                 value,
-                what: old,
+                what: old.map_or("write", |l| l.what),
+                fua: old.is_some_and(|l| l.fua),
+                crossed: true,
             });
             d.log.len() - 1
         });
@@ -322,7 +324,9 @@ impl Data {
             shows,
         };
         let logged = open.logged.map(|at| {
-            let entry = self.disks[open.disk].as_ref().expect("open").log[at];
+            let newer = self.disks[open.disk].as_mut().expect("open");
+            newer.log[at].crossed = true;
+            let entry = newer.log[at];
             let older = self.disks[from].as_mut().expect("just there");
             older.log.push(Logged { start: now, ..entry });
             older.log.len() - 1
@@ -438,6 +442,7 @@ impl Data {
             index(length.div_ceil(grain)),
         );
         // What is cut off is gone: what grows back shows zeroes, and the layer decides it.
+        d.cut_off = d.cut_off.min(kept);
         d.registers.resize(kept);
         d.registers.resize(grains);
         d.initial.resize(kept, 0);

@@ -7,7 +7,8 @@ use blkcheck_model::register::{Effect, Value};
 
 use super::grains::{collect, content_text, explain, history, seen, torn_between_writes};
 use super::{
-    Data, Disk, FinalContent, Open, OracleName, SECTOR, Seen, View, Violation, index, status, violation,
+    Data, Disk, FinalContent, Logged, Open, OracleName, SECTOR, Seen, View, Violation, index, status,
+    violation,
 };
 use crate::follow::Follower;
 use crate::scenario::{Format, Scenario};
@@ -69,18 +70,18 @@ impl Data {
         ))
     }
 
-    /// An image, of which (or of a layer below) what was not flushed may be lost.
+    /// An image above `chain`, of which (or of a layer below) what was not flushed may be lost.
     fn at_least_flushed(
         &self,
         view: &View<'_>,
         disk: usize,
+        chain: &[usize],
         content: &FinalContent<'_>,
     ) -> Result<(), Violation> {
         let Some(d) = self.disks[disk].as_ref().filter(|d| !d.unknown) else {
             return Ok(());
         };
-        let lost_below: Vec<&Disk> = d
-            .chain
+        let lost_below: Vec<&Disk> = chain
             .iter()
             .filter(|below| self.lost.contains(below))
             .filter_map(|below| self.disks[*below].as_ref())
@@ -93,12 +94,15 @@ impl Data {
                 Seen::Wrong(Content::Torn) if torn_between_writes(d, bytes, at, g, view.now) => continue,
                 Seen::Wrong(content) => return Err(lost_text(view.scenario, d, g, disk, content)),
             };
-            let below = lost_below.iter().any(|l| {
-                l.initial.get(g) == Some(&saw) || l.log.iter().any(|l| l.covers(g) && l.value == saw)
-            });
+            // Where it was flushed to hold the grain itself, nothing below shows.
+            let below = !d.must_hold(g)
+                && (d.loose.get(g) == Some(&true)
+                    || lost_below.iter().any(|l| {
+                        l.initial.get(g) == Some(&saw) || l.log.iter().any(|l| l.covers(g) && l.value == saw)
+                    }));
             // Nothing need be lost: it may hold what it held last.
             let last = || d.registers.possible(g).contains(&saw);
-            if !(below || d.loose.get(g) == Some(&true) || d.may_be_left(g, saw) || last()) {
+            if !(below || d.may_be_left(g, saw) || last()) {
                 return Err(lost_text(view.scenario, d, g, disk, stamp::read(bytes, at)));
             }
         }
@@ -145,7 +149,7 @@ impl Data {
                 continue;
             }
             if self.lost.contains(&disk) || d.chain.iter().any(|below| self.lost.contains(below)) {
-                self.at_least_flushed(view, disk, content)?;
+                self.at_least_flushed(view, disk, &d.chain, content)?;
             } else {
                 self.whole(view, disk, content)?;
             }
@@ -155,8 +159,8 @@ impl Data {
 }
 
 impl Data {
-    /// The power failed: what a good flush had found is there, and nothing that was never written. Judged are images that stand
-    /// on what they always stood on, but for what streams took out, as long as they were.
+    /// The power failed: what a good flush had found is there, and nothing that was never written. Judged are images, as long as
+    /// they were, that stand on what they always stood on: with or without what streams took out, for a header may be behind.
     pub(crate) fn after_power_cut(
         &mut self,
         view: &View<'_>,
@@ -169,8 +173,9 @@ impl Data {
                 continue;
             };
             let length = (content.bytes.len() as u64).next_multiple_of(SECTOR);
-            if d.chain == *below && !d.moved && d.length == length {
-                self.at_least_flushed(view, disk, content)?;
+            let stood = d.chain == *below || d.chains.contains(below);
+            if stood && !d.moved && d.length == length {
+                self.at_least_flushed(view, disk, below, content)?;
             }
         }
         Ok(())
@@ -178,23 +183,35 @@ impl Data {
 }
 
 impl Disk {
+    /// Writes to a grain that no failure takes away: with FUA, or ended before the last good flush began.
+    fn durable(&self, grain: usize) -> impl Iterator<Item = &Logged> {
+        self.log.iter().filter(move |l| {
+            let ended = l.end < self.flushed || l.fua && l.end != u64::MAX;
+            l.covers(grain) && l.what != "discard" && ended
+        })
+    }
+
+    /// Whether this image itself decides a grain, whatever was lost since the last good flush. Discards and changes of its length may
+    /// have undone that.
+    fn must_hold(&self, grain: usize) -> bool {
+        let kept_since = |start: u64| {
+            let undoes = |l: &Logged| l.covers(grain) && l.what == "discard" && l.end >= start;
+            !self.log.iter().any(undoes) && !self.is_discarded(grain)
+        };
+        grain < self.cut_off
+            && (self.own.get(grain) == Some(&true) && kept_since(0)
+                || self.durable(grain).any(|l| !l.crossed && kept_since(l.start)))
+    }
+
     /// Whether a grain may hold this after everything since the last good flush was lost in part.
     fn may_be_left(&self, grain: usize, value: Value) -> bool {
         // Copies are in no log.
         if value == 0 && self.is_discarded(grain) || self.target && self.former.contains(&(grain, value)) {
             return true;
         }
-        // A write that ended before that flush began hides everything that ended before the write began.
-        let hidden = |end: u64| {
-            self.log
-                .iter()
-                .any(|l| l.covers(grain) && l.what != "discard" && l.start > end && l.end < self.flushed)
-        };
-        let initially = self.initial.get(grain) == Some(&value)
-            && !self
-                .log
-                .iter()
-                .any(|l| l.covers(grain) && l.what != "discard" && l.end < self.flushed);
+        // A write that is durable hides everything that ended before the write began.
+        let hidden = |end: u64| self.durable(grain).any(|l| l.start > end);
+        let initially = self.initial.get(grain) == Some(&value) && self.durable(grain).next().is_none();
         initially
             || self
                 .log

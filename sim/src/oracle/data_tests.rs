@@ -518,3 +518,6 @@ fn a_change_that_came_to_nothing_puts_in_doubt_what_it_was_about() {
     }
     assert!(after(true, 11).is_err(), "d is judged as ever");
 }
+
+#[path = "data_lost_tests.rs"]
+mod lost;
