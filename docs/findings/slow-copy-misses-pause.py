@@ -1,12 +1,10 @@
 #!/usr/bin/env python3
-"""A stream that makes its device writable, beside a slow backup of it
+"""block-stream beside a backup with a speed is not answered until the backup may copy again
 
-What qemu-storage-daemon 10.0.2 did at step 3 when this script was made: block-stream is not answered in 10 s
-warning: The target block device doesn't provide information about the block size and it doesn't have a
-backing file. The (default) block size of 65536 bytes is used. If the actual block size of the target exceeds
-this value, the backup may be unusable
+What qemu-storage-daemon 10.0.2 does: a pause that comes while the copy reads a table is missed, and the copy
+sleeps with the graph locked.
 
-Right: answers
+Right: the backup is paused: how fast a job may copy does not decide when the daemon answers.
 
 Needs Python 3.8 or later and qemu-utils (qemu-storage-daemon, qemu-img, qemu-io); Linux; no root. Works in a
 private temporary directory, which is removed at the end together with the daemon.
