@@ -20,6 +20,7 @@ mod list;
 mod strayed;
 
 pub(super) use bitmaps::enables_missing;
+pub(super) use cases::odd_raw_files;
 pub(super) use causes::{
     bottoms_out, has_bottom_on_top, has_bottom_outside, has_negative_null_co, has_raw_on_overlay, is_uneven,
     takes_back_a_snapshot,

@@ -9,6 +9,7 @@ mod failing;
 mod kept;
 mod streams;
 mod stress;
+mod tail;
 
 pub use stress::explain_stress;
 
@@ -165,6 +166,7 @@ const MATCHERS: &[(&str, Matcher)] = &[
     ("reopen-meets-end-of-stream", streams::ends_under_reopen),
     ("cor-bottom-garbage", kept::unfilled),
     ("frozen-bitmap-loses-writes", kept::stored_by_half),
+    ("nbd-short-tail-hangs", tail::hangs),
 ];
 
 /// The reviewed defect that explains a finding.

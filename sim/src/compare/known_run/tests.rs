@@ -3,6 +3,7 @@
 mod failing;
 mod kept;
 mod streams;
+mod tail;
 
 use blkcheck_impl::event::Event;
 use serde_json::json;

@@ -211,4 +211,9 @@ fn what_ends_a_daemon_at_a_window_or_a_tail() {
     let tail = r#"{"file":"a","format":"raw","size":1000}"#;
     assert_eq!(explained(&steps(tail, ""), &hangs), Some("nbd-short-tail-hangs"));
     assert_eq!(explained(&steps(EVEN, ""), &hangs), None);
+    let opens = fails(Kind::Hang, "blockdev-add is not answered in 10 s");
+    assert_eq!(explained(&steps(tail, ""), &opens), Some("nbd-short-tail-hangs"));
+    assert_eq!(explained(&steps(EVEN, ""), &opens), None);
+    let spins = fails(Kind::Hang, "the daemon works without coming to rest");
+    assert_eq!(explained(&steps(tail, ""), &spins), None, "it sleeps");
 }
