@@ -63,6 +63,8 @@ impl Logged {
 struct Disk {
     /// Length as nodes have it, bytes.
     length: u64,
+    /// Length of its content in bytes as opened or resized. A raw file may have grown to the end of that sector since.
+    bytes: u64,
     registers: Registers,
     initial: Vec<Value>,
     /// Byte positions inside a grain where content may end: of this image and of those below.
@@ -75,8 +77,8 @@ struct Disk {
     loose: Vec<bool>,
     /// Per grain: decided by this image from the start.
     own: Vec<bool>,
-    /// The first grain that a change of its length cut off or added; `usize::MAX` when there was none.
-    cut_off: usize,
+    /// The first grain that a change of its length cut off or added, and when that was last; `usize::MAX` when there was none.
+    cut_off: (usize, u64),
     log: Vec<Logged>,
     /// What grains held by way of layers that are not below any more.
     former: Vec<(usize, Value)>,
@@ -422,6 +424,7 @@ impl Data {
         }
         Disk {
             length,
+            bytes: image.size,
             registers,
             initial,
             cuts,
@@ -429,7 +432,7 @@ impl Data {
             chains: Vec::new(),
             loose,
             own,
-            cut_off: usize::MAX,
+            cut_off: (usize::MAX, 0),
             log: Vec::new(),
             former: Vec::new(),
             flushed: 0,
@@ -634,6 +637,8 @@ mod end;
 mod grains;
 #[path = "data_final.rs"]
 mod last;
+#[path = "data_lost.rs"]
+mod lost;
 #[cfg(test)]
 #[path = "data_tests.rs"]
 mod tests;

@@ -15,7 +15,7 @@ use super::{Data, Disk, Logged, Open, SECTOR, Scenario, Unexplained, View, Viola
 use crate::follow::{Followed, Follower};
 use crate::history::{Outcome, StepId};
 use crate::oracle::bottom::Bottom;
-use crate::scenario::Format;
+use crate::scenario::{Action, Format};
 
 /// The other disk that a request may have reached.
 #[derive(Clone, Copy, Debug)]
@@ -36,7 +36,21 @@ pub(super) struct Window {
     before: Vec<(String, usize)>,
     /// Disks that exports have moved from, and to.
     moved: Vec<usize>,
+    /// Raw files that are cut off within their last sector.
+    cut: Vec<Cut>,
 }
+
+/// Grains in the last sector of a file that lie behind its new end: zeroes, until somebody writes there.
+#[derive(Clone, Copy, Debug)]
+struct Cut {
+    disk: usize,
+    first: usize,
+    last: usize,
+    since: u64,
+}
+
+/// So much of a stamp tells whose it is.
+const TELLING: u64 = 16;
 
 /// What a grain of a disk would show if nothing were on top.
 struct Below {
@@ -57,10 +71,10 @@ impl Data {
         if !followed.changed {
             return;
         }
-        if followed.executed.is_some() {
+        if let Some(step) = followed.executed {
             self.begin_change(scenario, follower, bottom, now);
             self.tell_crossed(scenario, bottom);
-            for (disk, length) in self.resized(scenario, &follower.world, bottom) {
+            for (disk, length) in self.resized(scenario, &follower.world, bottom, Some((step, now))) {
                 bottom.resized(disk, length);
             }
         } else if followed.completed.is_some() || followed.settled {
@@ -105,7 +119,12 @@ impl Data {
         }
         match &mut self.window {
             None => {
-                self.window = Some(Window { disks, before, moved });
+                self.window = Some(Window {
+                    disks,
+                    before,
+                    moved,
+                    cut: Vec::new(),
+                });
             }
             Some(window) => {
                 // Another command before the last was settled.
@@ -119,6 +138,9 @@ impl Data {
     /// Everything is settled: what was changing has changed. True when disks may have moved under requests.
     pub(crate) fn end_change(&mut self, bottom: &Bottom) {
         let Some(window) = self.window.take() else { return };
+        for cut in window.cut {
+            self.cut_off(cut, true);
+        }
         for disk in window.disks {
             self.shift(disk, bottom, true);
         }
@@ -386,20 +408,30 @@ impl Data {
         unexplained
     }
 
-    /// Images were given other lengths: those, with their length.
-    fn resized(&mut self, scenario: &Scenario, world: &World, bottom: &Bottom) -> Vec<(usize, u64)> {
+    /// Images were given other lengths, by this step at this time: those, with their length.
+    fn resized(
+        &mut self,
+        scenario: &Scenario,
+        world: &World,
+        bottom: &Bottom,
+        by: Option<(StepId, u64)>,
+    ) -> Vec<(usize, u64)> {
         let mut resized = Vec::new();
+        let meant = by.and_then(|(step, _)| resizes(scenario, world, step));
         for (i, image) in scenario.images.iter().enumerate() {
             let Some(facts) = world.files.get(image.file.as_str()) else {
                 continue;
             };
-            let length = match (image.format, &facts.qcow2) {
+            let bytes = match (image.format, &facts.qcow2) {
                 (Format::Qcow2, Some(qcow2)) => qcow2.virtual_size,
                 _ => facts.length,
             };
-            let length = length.next_multiple_of(SECTOR);
-            if self.disks[i].as_ref().is_some_and(|d| d.length != length) {
-                self.resize(i, length);
+            let length = bytes.next_multiple_of(SECTOR);
+            let Some(d) = &self.disks[i] else { continue };
+            // A write to its last sector makes a raw file longer, and the model does not say so: it may be cut off at the same place again.
+            let raw = image.format == Format::Raw && (d.bytes != bytes || meant == Some(i) && bytes < length);
+            if d.length != length || raw {
+                self.resize(i, bytes, by.map_or(0, |(_, now)| now));
                 resized.push((i, length));
             }
         }
@@ -415,11 +447,13 @@ impl Data {
         let shows = |d: &Option<Disk>| d.as_ref().is_some_and(|d| d.chain.contains(&below));
         let mut above: Vec<usize> = (0..self.disks.len()).filter(|d| shows(&self.disks[*d])).collect();
         above.sort_by_key(|d| self.disks[*d].as_ref().map_or(0, |d| d.chain.len()));
-        let length = self.disks[below].as_ref().map_or(0, |d| d.length);
+        let ends = self.disks[below].as_ref().map_or([0; 2], |d| [d.length, d.bytes]);
         for disk in &above {
             let d = self.disks[*disk].as_mut().expect("found");
-            if !length.is_multiple_of(self.grain) {
-                d.cuts.push(length);
+            for end in ends {
+                if !end.is_multiple_of(self.grain) && !d.cuts.contains(&end) {
+                    d.cuts.push(end);
+                }
             }
             self.shift(*disk, bottom, false);
         }
@@ -428,11 +462,13 @@ impl Data {
         window.disks.extend(above);
     }
 
-    fn resize(&mut self, disk: usize, length: u64) {
+    fn resize(&mut self, disk: usize, bytes: u64, now: u64) {
         let grain = self.grain;
+        let length = bytes.next_multiple_of(SECTOR);
         let d = self.disks[disk].as_mut().expect("open");
         let old = std::mem::replace(&mut d.length, length);
-        for cut in [old, length] {
+        d.bytes = bytes;
+        for cut in [old, length, bytes] {
             if cut % grain != 0 && !d.cuts.contains(&cut) {
                 d.cuts.push(cut);
             }
@@ -442,7 +478,7 @@ impl Data {
             index(length.div_ceil(grain)),
         );
         // What is cut off is gone: what grows back shows zeroes, and the layer decides it.
-        d.cut_off = d.cut_off.min(kept);
+        d.cut_off = (d.cut_off.0.min(kept), now);
         d.registers.resize(kept);
         d.registers.resize(grains);
         d.initial.resize(kept, 0);
@@ -451,12 +487,58 @@ impl Data {
             flags.resize(kept, new);
             flags.resize(grains, new);
         }
+        // The rest of the last sector is there as before, only empty. Of the grain at the end so little may be left that it shows zeroes.
+        let end = index(bytes.div_ceil(grain)).min(kept);
+        if (1..TELLING).contains(&(bytes % grain)) && bytes < old && end > 0 {
+            d.registers.shift(end - 1, &[0], false);
+            d.loose[end - 1] = true;
+        }
+        if end < kept && bytes < old {
+            let cut = Cut {
+                disk,
+                first: end,
+                last: kept,
+                since: now,
+            };
+            self.cut_off(cut, false);
+            self.window.get_or_insert_default().cut.push(cut);
+        }
+    }
+
+    /// Empties the end of a sector. `over`: it is empty by now, but for what was written meanwhile.
+    fn cut_off(&mut self, cut: Cut, over: bool) {
+        let Some(d) = &mut self.disks[cut.disk] else {
+            return;
+        };
+        for grain in cut.first..cut.last.min(d.initial.len()) {
+            let written = d.log.iter().any(|l| l.covers(grain) && l.end >= cut.since);
+            d.registers.shift(grain, &[0], over && !written);
+            let was = std::mem::replace(&mut d.initial[grain], 0);
+            if was != 0 && !d.former.contains(&(grain, was)) {
+                d.former.push((grain, was));
+            }
+        }
     }
 
     /// A resize that storage failed left something, and nobody knows what.
     fn doubt_lengths(&mut self, scenario: &Scenario, world: &World, bottom: &Bottom) {
-        for (disk, _) in self.resized(scenario, world, bottom) {
+        for (disk, _) in self.resized(scenario, world, bottom, None) {
             self.disks[disk].as_mut().expect("open").unknown = true;
         }
     }
 }
+
+/// The image that this step gives a length.
+fn resizes(scenario: &Scenario, world: &World, step: StepId) -> Option<usize> {
+    match &scenario.steps.get(step.0 as usize)?.action {
+        Action::Command { execute, arguments } if execute == "block_resize" => {
+            let name = arguments.get("node-name")?;
+            Data::disk_of(scenario, world, world.graph.find(name.as_str()?)?)
+        }
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+#[path = "data_cut_tests.rs"]
+mod tests;

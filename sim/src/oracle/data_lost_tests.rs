@@ -79,6 +79,8 @@ fn what_is_below_does_not_show_where_an_overlay_was_flushed() {
         // The flush is under way yet.
         assert_eq!(left(&flushed, true, end, 0, BASE), Ok(()), "{end:?}");
     }
+    // Nothing was lost of the overlay.
+    is_lost(left(&flushed[..1], false, End::FlushFailed(0), 0, BASE));
     // What it held from the start hides the layers below as well.
     is_lost(left(&[], false, CUT, 512, BASE));
 }

@@ -392,7 +392,7 @@ fn command(run: &mut Run, step: u32, what: &'static str, answer: Result<serde_js
     drop(run.record(&Record::Ended(StepId(step), Outcome::Command(answer))));
 }
 
-fn flush_fails(run: &mut Run, image: u32) {
+pub(super) fn flush_fails(run: &mut Run, image: u32) {
     run.record(&Record::Fault(Fault {
         image,
         kind: FaultKind::Flush,
@@ -448,6 +448,68 @@ fn a_closed_image_may_hold_what_it_held_last() {
     assert_eq!(closed(BASE), Ok(()), "copied from below");
     let v = closed(TOP).expect_err("nobody wrote that");
     assert!(v.message.contains("after a failed flush"), "{}", v.message);
+}
+
+/// As above, and a flush fails that may lose the write: its cluster may have been filled when there was nothing below.
+#[test]
+fn a_lost_write_may_leave_what_was_copied_from_another_chain() {
+    let reopen = |backing: &str| {
+        format!(
+            r#"{{"actor":"m","execute":"blockdev-reopen","arguments":{{"options":[
+            {{"driver":"qcow2","node-name":"t","file":"ft","backing":{backing}}}]}}}}"#
+        )
+    };
+    let closed = |written: u64, left: Option<Source>, flushed: bool| {
+        let steps = [
+            guest_step("write", written, 64, "x"),
+            reopen("null"),
+            reopen(r#""b""#),
+            r#"{"actor":"g","export":"x","do":"flush"}"#.to_owned(),
+        ];
+        let mut run = Run::of(scenario(&steps.each_ref().map(String::as_str)));
+        run.begin(0);
+        for n in [1, 2] {
+            drop(run.record(&Record::Issued(StepId(6 + n))));
+            let what = "blockdev-reopen";
+            drop(run.record(&Record::Layer(Event::MainBegin { what })));
+            assert!(run.oracle.accepts(), "reopen {n}");
+            if n == 1 {
+                run.done(0);
+            }
+            command(&mut run, 6 + n, what, Ok(json!({})));
+        }
+        if flushed {
+            run.begin(3);
+            run.done(3);
+        }
+        flush_fails(&mut run, 1);
+        let mut bytes = initial();
+        match left {
+            Some(source) => bytes[64..128].copy_from_slice(&stamped(64, 64, source)),
+            None => bytes[64..128].fill(0),
+        }
+        let view = View {
+            scenario: &run.scenario,
+            now: 1000,
+            layer: None,
+        };
+        let content = FinalContent {
+            name: "top",
+            bytes: &bytes,
+            allocated: &[],
+            zeroes: &[],
+        };
+        run.oracle.closed(&view, &[content])
+    };
+    for left in [Some(step(0)), Some(BASE), None] {
+        assert_eq!(closed(64, left, false), Ok(()), "{left:?}");
+    }
+    assert_eq!(closed(64, Some(step(0)), true), Ok(()));
+    assert!(closed(64, None, true).is_err(), "a flush made sure of the write");
+    assert!(closed(64, Some(TOP), false).is_err(), "nobody wrote that");
+    // Written was another cluster: nothing was copied into this one.
+    assert_eq!(closed(576, Some(BASE), false), Ok(()));
+    assert!(closed(576, None, false).is_err(), "only the layer below decides");
 }
 
 /// An export moves from a to b by a reopen that storage fails. Nobody knows which of them requests beside it reached, and c shows a; d has

@@ -438,10 +438,10 @@ impl Oracle for Modelled {
         view: &View<'_>,
         contents: &[(FinalContent<'_>, Vec<usize>)],
     ) -> Result<(), Violation> {
-        self.data.after_power_cut(view, contents)
+        self.data.after_power_cut(view, &self.bottom, contents)
     }
 
     fn closed(&mut self, view: &View<'_>, contents: &[FinalContent<'_>]) -> Result<(), Violation> {
-        self.data.closed(view, &self.follower, contents)
+        self.data.closed(view, (&self.follower, &self.bottom), contents)
     }
 }

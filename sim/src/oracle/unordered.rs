@@ -95,6 +95,6 @@ impl Oracle for Unordered {
         if self.lost {
             return Ok(());
         }
-        self.data.closed(view, &self.follower, contents)
+        self.data.closed(view, (&self.follower, &self.bottom), contents)
     }
 }

@@ -1,0 +1,159 @@
+//! What may be gone after a flush that failed or a power cut, and what may not.
+//!
+//! Rules: an image that lost something holds of each grain what it held at its last good flush, or something written since; a FUA write
+//! that ended well is never lost. Where it need not hold a grain itself, what is below shows, which may have lost something in turn. What
+//! it held by way of layers that are not below any more may have been copied into it with a cluster that a guest wrote to.
+//! Not covered: after a power cut images whose length changed or that a command put on something else.
+
+use blkcheck_model::register::Value;
+
+use super::grains::{content_text, history, seen, torn_between_writes};
+use super::{Data, Disk, FinalContent, Logged, OracleName, SECTOR, Seen, View, Violation, index, violation};
+use crate::oracle::bottom::Bottom;
+use crate::scenario::Scenario;
+use crate::stamp::{self, Content};
+
+/// A grain of an image, with the images below it.
+#[derive(Clone, Copy)]
+struct Place<'a> {
+    disk: usize,
+    chain: &'a [usize],
+    grain: usize,
+}
+
+impl Data {
+    /// An image above `chain`, of which (or of a layer below) what was not flushed may be lost.
+    pub(super) fn at_least_flushed(
+        &self,
+        view: &View<'_>,
+        bottom: &Bottom,
+        (disk, chain): (usize, &[usize]),
+        content: &FinalContent<'_>,
+    ) -> Result<(), Violation> {
+        let Some(d) = self.disks[disk].as_ref().filter(|d| !d.unknown) else {
+            return Ok(());
+        };
+        for (grain, bytes) in content.bytes.chunks(index(self.grain)).enumerate() {
+            let at = grain as u64 * self.grain;
+            let saw = match seen(bytes, at, &d.cuts, self.grain) {
+                Seen::Value(value) => value,
+                Seen::Skip => continue,
+                Seen::Wrong(Content::Torn) if torn_between_writes(d, bytes, at, grain, view.now) => continue,
+                Seen::Wrong(content) => return Err(lost_text(view.scenario, d, grain, disk, content)),
+            };
+            if !self.may_be_left(bottom, Place { disk, chain, grain }, saw) {
+                return Err(lost_text(view.scenario, d, grain, disk, stamp::read(bytes, at)));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether an image may show this after all that was not durable was lost in part, of it and of the images below.
+    fn may_be_left(&self, bottom: &Bottom, Place { disk, chain, grain }: Place<'_>, value: Value) -> bool {
+        let at = grain as u64 * self.grain;
+        let Some(d) = self.disks[disk].as_ref() else {
+            return true;
+        };
+        // What is not long enough shows zeroes, whatever is below.
+        if at >= d.length {
+            return value == 0;
+        }
+        let (surely, perhaps) = bottom.holds(disk, at, at + self.grain);
+        let lost = self.lost.contains(&disk);
+        // Nothing need be lost: it may hold what it held last.
+        let last = d.unknown || d.registers.possible(grain).contains(&value);
+        if last || lost && d.may_hold(grain, value, perhaps) {
+            return true;
+        }
+        // Where it holds the grain itself whatever was lost, nothing below shows.
+        if if lost { d.must_hold(grain) } else { surely } {
+            return false;
+        }
+        match chain.split_first() {
+            _ if d.loose[grain] => true,
+            Some((&disk, chain)) => self.may_be_left(bottom, Place { disk, chain, grain }, value),
+            None => value == 0,
+        }
+    }
+
+    /// The power failed: what a good flush had found is there, and nothing that was never written. Judged are images, as long as
+    /// they were, that stand on what they always stood on: with or without what streams took out, for a header may be behind.
+    pub(crate) fn after_power_cut(
+        &mut self,
+        view: &View<'_>,
+        bottom: &Bottom,
+        contents: &[(FinalContent<'_>, Vec<usize>)],
+    ) -> Result<(), Violation> {
+        self.lost = (0..self.disks.len()).collect();
+        for (content, below) in contents {
+            let image = view.scenario.images.iter().position(|i| i.file == content.name);
+            let Some((disk, d)) = image.and_then(|at| Some((at, self.disks[at].as_ref()?))) else {
+                continue;
+            };
+            let length = (content.bytes.len() as u64).next_multiple_of(SECTOR);
+            let stood = d.chain == *below || d.chains.contains(below);
+            if stood && !d.moved && d.length == length {
+                self.at_least_flushed(view, bottom, (disk, below), content)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Disk {
+    /// Writes to a grain that no failure takes away: with FUA, or ended before the last good flush began.
+    fn durable(&self, grain: usize) -> impl Iterator<Item = &Logged> {
+        self.log.iter().filter(move |l| {
+            let ended = l.end < self.flushed || l.fua && l.end != u64::MAX;
+            l.covers(grain) && l.what != "discard" && ended
+        })
+    }
+
+    /// Whether this image itself decides a grain, whatever was lost since the last good flush. Discards and changes of its length may
+    /// have undone that.
+    fn must_hold(&self, grain: usize) -> bool {
+        let kept_since = |start: u64| {
+            let undoes = |l: &Logged| l.covers(grain) && l.what == "discard" && l.end >= start;
+            !self.log.iter().any(undoes) && !self.is_discarded(grain)
+        };
+        let (cut_off, when) = self.cut_off;
+        let is_there = |since: u64| (grain < cut_off || since > when) && kept_since(since);
+        self.own.get(grain) == Some(&true) && is_there(0)
+            || self.durable(grain).any(|l| !l.crossed && is_there(l.start))
+    }
+
+    /// Whether a grain may hold this after everything since the last good flush was lost in part. `copied`: the image itself may hold
+    /// the grain.
+    fn may_hold(&self, grain: usize, value: Value, copied: bool) -> bool {
+        // Copies are in no log.
+        if value == 0 && self.is_discarded(grain) || self.target && self.former.contains(&(grain, value)) {
+            return true;
+        }
+        // A write that is durable hides everything that ended before the write began.
+        let hidden = |end: u64| self.durable(grain).any(|l| l.start > end);
+        // A copy in a cluster that a guest had begun to write may be from what was below then.
+        let before =
+            self.initial.get(grain) == Some(&value) || copied && self.former.contains(&(grain, value));
+        let initially = before && self.durable(grain).next().is_none();
+        initially
+            || self
+                .log
+                .iter()
+                .any(|l| l.covers(grain) && l.value == value && (l.end == u64::MAX || !hidden(l.end)))
+    }
+}
+
+fn lost_text(scenario: &Scenario, d: &Disk, grain: usize, disk: usize, content: Content) -> Violation {
+    let message = format!(
+        "after a failed flush or a power cut, {} at {:#x} holds {}, which a flush before had made impossible",
+        scenario.images[disk].file,
+        grain as u64 * u64::from(scenario.grain),
+        content_text(scenario, content)
+    );
+    violation(
+        OracleName::Transparency,
+        None,
+        message,
+        history(scenario, d, grain),
+    )
+}
