@@ -111,8 +111,8 @@ impl Graph {
         self.refresh(&[self.edge(edge).child])
     }
 
-    /// Removes an edge. The node below gets the masks that are left; if those were refused (which letting go of
-    /// something should never be), it keeps the old ones.
+    /// Removes an edge. The node below gets the masks that are left; if those are refused (writers that may not resize, and a length
+    /// that is no multiple of the alignment any more), what is below it keeps the old ones.
     pub fn remove_edge_and_refresh(&mut self, edge: EdgeId) {
         let child = self.remove_edge(edge).child;
         // Stale masks are stricter than needed, never looser: nothing else to do about a refusal.

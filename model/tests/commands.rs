@@ -2,8 +2,8 @@
 
 mod common;
 
-use blkcheck_model::{JobStatus, Outcome, World};
-use common::{MIB, image, refused, run};
+use blkcheck_model::{JobStatus, Outcome, Perm, World};
+use common::{MIB, flat, image, refused, run};
 use serde_json::{Value, json};
 
 /// n0 ← n1 ← n2 ← n3, each a writable qcow2 over its own file; `c` is free-standing.
@@ -278,4 +278,35 @@ fn a_window_at_the_start_of_a_file_shows_its_header() {
     // Opening the file by its name gives something else than the window, yet that name is what a header can record.
     assert_eq!(world.graph.full_name(node("w")), None);
     assert_eq!(world.graph.name_on_record(node("w")).as_deref(), Some("/f3"));
+}
+
+/// A writer that may not resize needs a length that is a multiple of the alignment. Where `block_resize` leaves another one, it cannot
+/// let go of its permission below the node, until the length is even again.
+#[test]
+fn a_length_that_does_not_suit_the_writers_keeps_the_permission_below() {
+    let (name, mut file) = flat("/r", 28672);
+    file.request_alignment = 4096;
+    let mut world = World::new([(name, file)]);
+    let raw = json!({"driver": "raw", "node-name": "n", "file": {"driver": "file", "node-name": "f", "filename": "/r"}});
+    let options = json!({"driver": "copy-on-read", "node-name": "c", "file": raw});
+    run(&mut world, "blockdev-add", options).unwrap();
+    let above = |world: &World, name: &str| {
+        let node = world.graph.find(name).unwrap();
+        world.graph.edge(world.graph.node(node).parents[0]).masks.perm
+    };
+    let plain = Perm::WRITE_UNCHANGED;
+    for (size, below) in [
+        (54272, plain | Perm::RESIZE),
+        (57344, plain),
+        (54272, plain | Perm::RESIZE),
+    ] {
+        run(
+            &mut world,
+            "block_resize",
+            json!({"node-name": "n", "size": size}),
+        )
+        .unwrap();
+        assert_eq!((above(&world, "n"), above(&world, "f")), (plain, below), "{size}");
+        assert_eq!(world.graph.node(world.graph.find("n").unwrap()).parents.len(), 1);
+    }
 }

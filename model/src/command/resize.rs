@@ -11,7 +11,7 @@ use serde_json::Value;
 use crate::blockers::Op;
 use crate::command::args::Args;
 use crate::command::bitmap::check_change;
-use crate::graph::NodeId;
+use crate::graph::{NodeId, Parent};
 use crate::perm::{Driver, Masks, Perm};
 use crate::refusal::Refusal;
 use crate::window::Window;
@@ -32,12 +32,15 @@ pub(crate) fn block_resize(world: &mut World, arguments: &Value) -> Result<(), R
         .ok_or_else(|| Refusal::new(format!("Cannot find device='{device}' nor node-name='{name}'")))?;
     let size = u64::try_from(size).map_err(|_| Refusal::new("Parameter 'size' expects a >0 size"))?;
     world.graph.check_op(node, Op::Resize)?;
-    world
+    let nobody = Parent::JobBackend(Rc::from(""));
+    let backend = world
         .graph
-        .check_root(node, Masks::new(Perm::RESIZE, Perm::all()))?;
+        .attach_root(nobody, node, "root", Masks::new(Perm::RESIZE, Perm::all()))?;
     truncate(world, node, size)?;
     world.graph.resize_bitmaps(false);
     world.graph.lengths_follow();
+    // Where the new length does not suit writers that may not resize, what is below keeps the masks of this moment.
+    world.graph.remove_edge_and_refresh(backend);
     Ok(())
 }
 
