@@ -7,10 +7,11 @@
 //! one edge at a time, a job parks only while it is above zero, and a parked job handles no chunk.
 //! Errors: the action that `BLOCK_JOB_ERROR` tells is one that the job's `on-error` takes (`stop` on lack of space only
 //! after storage ran out of it); after `report` or `ignore` a job that is not cancelled fails, and none fails in its run
-//! phase without having told such an error (a backup of `sync=top` may, while it asks what its source holds); after `stop` it handles no chunk until it is resumed. A stream does
+//! phase without having told such an error (a backup of `sync=top` may while it asks what its source holds, until its first copy); after `stop` it handles no chunk until it is resumed. A stream does
 //! not ignore more errors than its device can have sectors.
 //! Jobs of a grouped transaction all end well, or none does.
-//! Unchecked: which verbs are admitted when (`refusals`, by the model), the wall-clock rate.
+//! Unchecked: which verbs are admitted when (`refusals`, by the model), the wall-clock rate; when a backup of `sync=top` has done asking,
+//! where nobody tells of copies (the daemon).
 
 use std::rc::Rc;
 
@@ -20,7 +21,7 @@ use blkcheck_impl::jobs::JobStatus::{
     self, Aborting, Concluded, Created, Null, Paused, Pending, Ready, Running, Standby,
 };
 use blkcheck_impl::jobs::JobStatus::{Undefined, Waiting};
-use blkcheck_impl::types::JobId;
+use blkcheck_impl::types::{JobId, NodeId};
 use serde_json::Value;
 
 use super::{FinalContent, Oracle, OracleName, View, Violation, violation};
@@ -84,6 +85,10 @@ struct Job {
     stopped: bool,
     /// Errors that it told and went on.
     ignored: u64,
+    /// The filter of a backup.
+    filter: Option<NodeId>,
+    /// It has begun to copy behind its filter.
+    copies: bool,
 }
 
 /// See the module.
@@ -96,6 +101,8 @@ pub struct Jobs {
     groups: Vec<Vec<(String, Option<bool>)>>,
     /// Storage ran out of space.
     no_space: bool,
+    /// The filter that came last, for the job that is created next.
+    filter: Option<NodeId>,
     /// In the longest that any node may be.
     sectors: u64,
 }
@@ -121,6 +128,23 @@ impl Jobs {
                 None => Err(wrong(format!("the unknown job {job:?} handles a chunk"))),
             },
             Event::Qmp { name, data } => self.qmp(name, data),
+            Event::MainBegin { .. } => {
+                self.filter = None;
+                Ok(())
+            }
+            Event::FilterInserted { filter, .. } => {
+                self.filter = Some(*filter);
+                Ok(())
+            }
+            Event::CopyBegin {
+                filter,
+                background: true,
+                ..
+            } => {
+                let own = self.jobs.iter_mut().filter(|j| j.filter == Some(*filter));
+                own.for_each(|j| j.copies = true);
+                Ok(())
+            }
             // Whatever else happens: a status change is told before anything of the main context ends.
             Event::MainEnd { .. } => match self.jobs.iter().find(|j| j.untold) {
                 Some(j) => Err(wrong(format!(
@@ -159,6 +183,8 @@ impl Jobs {
                     doomed: false,
                     stopped: false,
                     ignored: 0,
+                    filter: self.filter.take(),
+                    copies: false,
                 });
                 self.jobs.len() - 1
             }
@@ -295,10 +321,8 @@ impl Jobs {
         let Some(at) = at else {
             return Err(wrong(format!("{name} names no job: {data}")));
         };
-        let untold = self
-            .policies
-            .iter()
-            .any(|p| p.asks_first && *p.id == *self.jobs[at].id);
+        let asks_first = |p: &Policy| p.asks_first && *p.id == *self.jobs[at].id;
+        let asks = !self.jobs[at].copies && self.policies.iter().any(asks_first);
         let j = &mut self.jobs[at];
         let is = status_name(j.status);
         let said = |what: &str| Err(wrong(format!("{name} of job '{}' {what}", j.id)));
@@ -343,7 +367,7 @@ impl Jobs {
                 if name == "BLOCK_JOB_COMPLETED" && j.doomed && !failed {
                     return said("has no error, although it told one that it does not survive");
                 }
-                if name == "BLOCK_JOB_COMPLETED" && failed && !j.doomed && !j.prepared && !untold {
+                if name == "BLOCK_JOB_COMPLETED" && failed && !j.doomed && !j.prepared && !asks {
                     return said("has an error that it never told");
                 }
                 if name == "BLOCK_JOB_CANCELLED" && j.status == Pending {
@@ -404,6 +428,7 @@ impl Oracle for Jobs {
         self.policies.clear();
         self.groups.clear();
         self.no_space = false;
+        self.filter = None;
     }
 
     fn record(&mut self, view: &View<'_>, record: &Record) -> Result<(), Violation> {

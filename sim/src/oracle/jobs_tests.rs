@@ -275,6 +275,64 @@ fn errors_are_handled_as_the_policy_says() {
     }
 }
 
+/// A backup of this `sync` fails and never told an error. `copies`: a copy had begun, for the job or for a guest, behind the filter of
+/// this number; that of the job has number 0.
+fn fails_untold(sync: &str, copies: Option<(u32, bool)>) -> Result<(), Violation> {
+    let scenario = scenario_of(&format!(
+        r#"{{"version":1,"grain":64,"images":[],"steps":[{{"actor":"m","execute":"blockdev-backup",
+        "arguments":{{"job-id":"j","device":"d","target":"t","sync":"{sync}"}}}}]}}"#
+    ));
+    let mut oracle = Jobs::default();
+    oracle.reset(&scenario);
+    let mut records = vec![
+        Record::Issued(StepId(0)),
+        Record::Layer(Event::FilterInserted {
+            filter: NodeId(0),
+            below: NodeId(7),
+        }),
+    ];
+    let mut walk = |from, to, copy: Option<(u32, bool)>| {
+        records.extend(copy.map(|(filter, background)| {
+            Record::Layer(Event::CopyBegin {
+                filter: NodeId(filter),
+                task: 0,
+                offset: 0,
+                bytes: 64,
+                zero: false,
+                background,
+            })
+        }));
+        records.push(Record::Layer(Event::JobStatus {
+            job: JobId(0),
+            id: "j".into(),
+            from,
+            to,
+        }));
+        let told = json!({"id": "j", "status": status_name(to)});
+        records.push(Record::Layer(qmp("JOB_STATUS_CHANGE", told)));
+    };
+    walk(Undefined, Created, None);
+    walk(Created, Running, None);
+    walk(Running, Aborting, copies);
+    let data = json!({"device": "j", "error": "Input/output error"});
+    records.push(Record::Layer(qmp("BLOCK_JOB_COMPLETED", data)));
+    feed_on(&mut oracle, &scenario, records)
+}
+
+#[test]
+fn who_asks_what_is_there_may_fail_untold_until_it_copies() {
+    for copies in [None, Some((0, false)), Some((1, true))] {
+        assert_eq!(fails_untold("top", copies), Ok(()), "{copies:?}");
+        assert!(fails_untold("full", copies).is_err(), "{copies:?}");
+    }
+    let v = fails_untold("top", Some((0, true))).expect_err("it was copying");
+    assert!(
+        v.message.contains("has an error that it never told"),
+        "{}",
+        v.message
+    );
+}
+
 /// Two backups of one transaction, and how each ends: `ok` or not.
 fn group(mode: &str, ends: [bool; 2]) -> Result<(), Violation> {
     let scenario = scenario_of(&format!(
