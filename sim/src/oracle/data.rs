@@ -9,29 +9,29 @@
 //! Writes to a lower layer under an overlay in use: where the overlay has no data of its own it may show the old content
 //! (copied up before) or the new, so any value that the lower layer has had is accepted there, for as long as the
 //! overlay's initial content would be: until a guest write to the overlay has ended.
-//! A grain of more than 512 bytes may be torn between writes that overlap; its sectors are then judged one by one, by
-//! membership only.
+//! A grain of more than 512 bytes may be torn: each of its sectors is a register.
 //! An image whose flush failed may have lost on close what was not flushed before, and only that: a grain then holds
 //! what it held at the last flush that succeeded, or what was written since; a FUA write that ended well is never lost.
 //! What a power cut leaves is judged alike.
 //! Unchecked: windows (`raw` with offset or size), `null-co`, the plain bytes of a qcow2 file, disks whose image is open
 //! twice or was written below its format (contents then have no meaning).
 
-use blkcheck_model::register::{self, Effect, OpId, Registers, Value};
+use blkcheck_model::register::{self, Effect, OpId, Value};
 use blkcheck_model::{Driver, NodeId, World};
 
 use super::bottom::Bottom;
 use super::{FinalContent, OracleName, View, Violation, status, violation};
 use crate::follow::Follower;
 use crate::history::{Fault, FaultKind, StepId};
-use crate::image::build;
-use crate::scenario::{Action, Format, GuestOp, Image, Range, Scenario};
+use crate::scenario::{Action, Format, GuestOp, Range, Scenario};
 use crate::stamp::{Content, Source};
 
 pub(crate) use backup::Copied;
 use backup::Copies;
 use change::{Other, Window};
-use grains::seen;
+pub(crate) use disks::allocation;
+use disks::file_of;
+use sectors::Sectors;
 
 const SECTOR: u64 = 512;
 
@@ -65,7 +65,7 @@ struct Disk {
     length: u64,
     /// Length of its content in bytes as opened or resized. A raw file may have grown to the end of that sector since.
     bytes: u64,
-    registers: Registers,
+    registers: Sectors,
     initial: Vec<Value>,
     /// Byte positions inside a grain where content may end: of this image and of those below.
     cuts: Vec<u64>,
@@ -92,8 +92,6 @@ struct Disk {
     kept: Vec<bool>,
     /// A backup filled it.
     target: bool,
-    /// Storage failed under a write, of which it may have done a part: in a layer below, too.
-    torn: bool,
     /// Per grain: a backup discards it, or did. That is no entry of the log; none as long as there was no such backup.
     discarded: Vec<bool>,
 }
@@ -136,8 +134,6 @@ pub(crate) struct Data {
     flushes: Vec<(StepId, usize, u64)>,
     /// Images a flush of whose file failed.
     lost: Vec<usize>,
-    /// Storage failed under a write.
-    torn: bool,
     /// Exports that were there once: a request may be issued while one goes.
     exports: Vec<(String, usize)>,
     values: Vec<Option<Value>>,
@@ -152,21 +148,12 @@ pub(crate) struct Data {
     copies: Copies,
 }
 
-/// A grain that nothing explains: what the register says, or content that is none.
+/// A part of a grain, by its place among all parts of the disk, that nothing explains: what the register says of its grain, or content that
+/// is none.
 type Unexplained = (usize, Result<register::Violation, Content>);
 
 fn index(v: u64) -> usize {
     usize::try_from(v).expect("small disks")
-}
-
-/// The file whose bytes a leaf or a format node is about.
-fn file_of(world: &World, node: NodeId) -> Option<std::rc::Rc<str>> {
-    world
-        .graph
-        .node(node)
-        .filename
-        .clone()
-        .or_else(|| world.image_file(node))
 }
 
 /// A stamp as a value of the model; never 0.
@@ -197,7 +184,6 @@ impl Data {
         self.open.clear();
         self.flushes.clear();
         self.lost.clear();
-        self.torn = false;
         self.exports.clear();
         self.window = None;
         self.crossed.clear();
@@ -210,13 +196,6 @@ impl Data {
         let image = fault.image as usize;
         if fault.kind == FaultKind::Flush && !self.lost.contains(&image) {
             self.lost.push(image);
-        }
-        if matches!(
-            fault.kind,
-            FaultKind::Write | FaultKind::WriteZeroes | FaultKind::Discard
-        ) {
-            self.torn = true;
-            self.disks.iter_mut().flatten().for_each(|d| d.torn = true);
         }
     }
 
@@ -242,207 +221,6 @@ impl Data {
     /// The image on which a request of this step is under way.
     pub(crate) fn disk_under(&self, step: StepId) -> Option<usize> {
         self.open.get(step.0 as usize)?.map(|o| o.disk)
-    }
-
-    /// The disk that a node shows, by image.
-    pub(crate) fn disk_of(scenario: &Scenario, world: &World, node: NodeId) -> Option<usize> {
-        let facts = world.graph.node(node);
-        let leaf = |format| {
-            let file = file_of(world, node)?;
-            scenario
-                .images
-                .iter()
-                .position(|i| *i.file == *file && i.format == format)
-        };
-        match facts.driver {
-            Driver::CopyOnRead | Driver::Throttle | Driver::CopyBeforeWrite => {
-                Self::disk_of(scenario, world, world.graph.filter_child(node)?)
-            }
-            Driver::Raw if facts.windowed => None,
-            Driver::Raw => Self::disk_of(scenario, world, world.graph.primary_child(node)?),
-            Driver::Qcow2 => leaf(Format::Qcow2),
-            Driver::File | Driver::HostDevice => leaf(Format::Raw),
-            Driver::NullCo | Driver::SnapshotAccess => None,
-        }
-    }
-
-    /// Images below the one that `node` shows, nearest first; `None` where one of them cannot be judged.
-    fn chain_of(scenario: &Scenario, world: &World, mut node: NodeId) -> Option<Vec<usize>> {
-        let mut chain = Vec::new();
-        loop {
-            let facts = world.graph.node(node);
-            node = match facts.driver {
-                Driver::CopyOnRead | Driver::Throttle | Driver::CopyBeforeWrite => {
-                    world.graph.filter_child(node)?
-                }
-                Driver::Raw => world.graph.primary_child(node)?,
-                Driver::Qcow2 => match world.graph.cow_child(node) {
-                    None => return Some(chain),
-                    Some(below) => {
-                        chain.push(Self::disk_of(scenario, world, below)?);
-                        below
-                    }
-                },
-                Driver::File | Driver::HostDevice | Driver::NullCo | Driver::SnapshotAccess => {
-                    return Some(chain);
-                }
-            };
-        }
-    }
-
-    /// The graph of the model changed: disks appear, chains change. Of a `command` that may be the purpose; otherwise
-    /// chains get shorter, and nobody may notice. Disks whose content changed, lower ones first.
-    pub(crate) fn sync(&mut self, scenario: &Scenario, world: &World, command: bool) -> Vec<usize> {
-        let mut changed: Vec<usize> = Vec::new();
-        for (id, node) in world.graph.nodes() {
-            if !matches!(node.driver, Driver::Qcow2 | Driver::File | Driver::HostDevice) {
-                continue;
-            }
-            let Some(disk) = Self::disk_of(scenario, world, id) else {
-                continue;
-            };
-            let chain = Self::chain_of(scenario, world, id);
-            let twice = node.driver == Driver::Qcow2
-                && world.graph.nodes().any(|(other, n)| {
-                    other > id
-                        && n.driver == Driver::Qcow2
-                        && Self::disk_of(scenario, world, other) == Some(disk)
-                });
-            let tails = self.tails(scenario, chain.iter().flatten());
-            match (&mut self.disks[disk], chain) {
-                (None, Some(chain)) => {
-                    // Lower layers first: an overlay shows them. A layer opened inline is younger than its overlay.
-                    for at in (0..chain.len())
-                        .rev()
-                        .filter(|at| self.disks[chain[*at]].is_none())
-                        .collect::<Vec<_>>()
-                    {
-                        let opened = self.opened(scenario, chain[at], chain[at + 1..].to_vec());
-                        self.disks[chain[at]] = Some(opened);
-                    }
-                    let opened = self.opened(scenario, disk, chain);
-                    self.disks[disk] = Some(opened);
-                }
-                (None, None) => {
-                    let mut opened = self.opened(scenario, disk, Vec::new());
-                    opened.unknown = true;
-                    self.disks[disk] = Some(opened);
-                }
-                (Some(d), Some(chain)) if d.chain != chain => {
-                    if command {
-                        changed.push(disk);
-                        d.cuts.extend(tails);
-                        d.moved = true;
-                    } else {
-                        // A stream leaves layers out; anything else shows another content.
-                        let mut old = d.chain.iter();
-                        d.unknown |= !chain.iter().all(|c| old.any(|o| o == c));
-                        d.chains.push(d.chain.clone());
-                    }
-                    d.chain = chain;
-                }
-                (Some(_), Some(_)) => {}
-                (Some(d), None) => d.unknown = true,
-            }
-            if let (true, Some(d)) = (twice, &mut self.disks[disk]) {
-                d.unknown = true;
-            }
-        }
-        for export in &world.exports {
-            if let Some(disk) = Self::disk_of(scenario, world, world.graph.edge(export.root).child)
-                && !self
-                    .exports
-                    .iter()
-                    .any(|(name, d)| *name == *export.name && *d == disk)
-            {
-                self.exports.retain(|(name, _)| *name != *export.name);
-                self.exports.push((export.name.to_string(), disk));
-            }
-        }
-        let depth = |disk: &usize| self.disks[*disk].as_ref().map_or(0, |d| d.chain.len());
-        changed.sort_by_key(depth);
-        changed.dedup();
-        changed
-    }
-
-    /// Where these disks end, or did, within a grain.
-    fn tails<'a>(&self, scenario: &Scenario, disks: impl Iterator<Item = &'a usize>) -> Vec<u64> {
-        let mut tails = Vec::new();
-        for disk in disks {
-            tails.push(scenario.images[*disk].size);
-            tails.extend(self.disks[*disk].iter().flat_map(|d| &d.cuts));
-        }
-        tails.retain(|tail| tail % self.grain != 0);
-        tails.sort_unstable();
-        tails.dedup();
-        tails
-    }
-
-    fn opened(&mut self, scenario: &Scenario, disk: usize, chain: Vec<usize>) -> Disk {
-        let image = &scenario.images[disk];
-        let length = image.size.next_multiple_of(SECTOR);
-        let grains = index(length.div_ceil(self.grain));
-        let mut own = allocation(image, self.grain, grains);
-        own.resize(grains, image.format == Format::Raw);
-        let mut loose = vec![false; grains];
-        self.buffer.clear();
-        self.buffer.resize(index(length), 0);
-        let number = u16::try_from(disk).expect("few images");
-        build::content(image, number, scenario.grain, 0, &mut self.buffer);
-        let cuts = self.tails(scenario, chain.iter().chain([&disk]));
-        let below = chain.first().and_then(|b| self.disks[*b].as_ref());
-        let mut unknown = below.is_some_and(|b| b.unknown);
-        let mut initial = Vec::with_capacity(grains);
-        for (g, bytes) in self.buffer.chunks(index(self.grain)).enumerate() {
-            let at = g as u64 * self.grain;
-            let value = if own[g] {
-                match seen(bytes, at, &cuts, self.grain) {
-                    Seen::Value(v) => v,
-                    Seen::Skip | Seen::Wrong(_) => {
-                        unknown |= !cuts.iter().any(|c| (at..at + self.grain).contains(c));
-                        0
-                    }
-                }
-            } else {
-                match below.filter(|b| at < b.length) {
-                    None => 0,
-                    Some(b) => {
-                        loose[g] = b.loose[g] || b.log.iter().any(|l| l.covers(g));
-                        b.initial[g]
-                    }
-                }
-            };
-            initial.push(value);
-        }
-        let mut registers = Registers::new(initial.iter().copied());
-        // What a lower layer holds by now, where that was changed since.
-        for g in (0..grains).filter(|g| loose[*g]) {
-            let now = below.map_or(Vec::new(), |b| b.registers.possible(g));
-            if !now.is_empty() && now != [initial[g]] {
-                registers.shift(g, &now, false);
-            }
-        }
-        Disk {
-            length,
-            bytes: image.size,
-            registers,
-            initial,
-            cuts,
-            chain,
-            chains: Vec::new(),
-            loose,
-            own,
-            cut_off: (usize::MAX, 0),
-            log: Vec::new(),
-            former: Vec::new(),
-            flushed: 0,
-            unknown,
-            moved: false,
-            kept: vec![false; grains],
-            target: false,
-            torn: self.torn,
-            discarded: Vec::new(),
-        }
     }
 
     /// A guest request is issued.
@@ -590,19 +368,6 @@ impl Data {
     }
 }
 
-/// Which grains an image decides from the start.
-pub(crate) fn allocation(image: &Image, grain: u64, grains: usize) -> Vec<bool> {
-    let mut own = vec![image.format == Format::Raw; grains];
-    if image.format == Format::Qcow2 {
-        let cluster = u64::from(image.cluster_size);
-        for (c, _) in build::forms(image) {
-            let end = index(((c + 1) * cluster).div_ceil(grain)).min(grains);
-            own[index(c * cluster / grain).min(end)..end].fill(true);
-        }
-    }
-    own
-}
-
 /// Whether a block-status walk from this node meets every layer.
 fn walks_to_the_end(world: &World, node: NodeId) -> bool {
     let graph = &world.graph;
@@ -631,6 +396,8 @@ pub(crate) fn guest(scenario: &Scenario, step: StepId) -> Option<(&str, &GuestOp
 mod backup;
 #[path = "data_change.rs"]
 mod change;
+#[path = "data_disks.rs"]
+mod disks;
 #[path = "data_end.rs"]
 mod end;
 #[path = "data_grains.rs"]
@@ -639,6 +406,8 @@ mod grains;
 mod last;
 #[path = "data_lost.rs"]
 mod lost;
+#[path = "data_sectors.rs"]
+mod sectors;
 #[cfg(test)]
 #[path = "data_tests.rs"]
 mod tests;

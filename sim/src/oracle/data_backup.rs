@@ -17,7 +17,7 @@ use blkcheck_model::job::{Backup as Job, Sync};
 use blkcheck_model::register::{Effect, OpId, Value};
 use blkcheck_model::{Driver, NodeId, World};
 
-use super::grains::{content_text, history, seen, texts, torn_between_writes};
+use super::grains::{content_text, history, parts, texts};
 use super::{Data, Disk, FinalContent, OracleName, Seen, View, Violation, index, value_text, violation};
 use crate::history::{Outcome, StepId};
 use crate::oracle::bottom::Bottom;
@@ -240,12 +240,17 @@ impl Data {
     }
 
     fn fill(&mut self, source: usize, target: usize, bottom: &Bottom, grains: &[Grain]) -> Vec<Option<OpId>> {
-        let written = self.written(source);
         let grain = self.grain;
         let Some(d) = self.disks[target].as_mut() else {
             return Vec::new();
         };
-        d.former.extend(written);
+        // A copy may be all that is left of a grain when what came later is lost.
+        let copied = grains
+            .iter()
+            .enumerate()
+            .filter(|(_, grain)| grain.1 != Copied::Not);
+        d.former
+            .extend(copied.flat_map(|(g, grain)| grain.0.iter().map(move |value| (g, *value))));
         d.target = true;
         let fleecing = d.chain.first() == Some(&source);
         // What is in between hides it, or not: nobody follows that.
@@ -254,16 +259,6 @@ impl Data {
             let (start, end) = (g as u64 * grain, (g as u64 + 1) * grain);
             fleecing && !bottom.holds(target, start, end).1
         })
-    }
-
-    /// Whatever was written to a grain, for grains that are torn between writes.
-    fn written(&self, disk: usize) -> Vec<(usize, Value)> {
-        let Some(d) = &self.disks[disk] else {
-            return Vec::new();
-        };
-        let initially = d.initial.iter().copied().enumerate();
-        let later = d.log.iter().flat_map(|l| (l.first..l.last).map(|g| (g, l.value)));
-        initially.chain(later).collect()
     }
 
     fn lose(&mut self, target: Option<usize>) {
@@ -398,15 +393,15 @@ impl Data {
                 .grains
                 .get(g)
                 .map_or(&[][..], |(values, _)| values.as_slice());
-            let wrong = match seen(piece, at, &source.cuts, self.grain) {
+            let seen = parts(piece, at, &source.cuts, self.grain);
+            let wrong = seen.into_iter().find_map(|part| match part {
                 // Nobody knows what it held.
                 _ if allowed.is_empty() => None,
                 Seen::Skip => None,
                 Seen::Value(value) if allowed.contains(&value) => None,
                 Seen::Value(value) => Some(value_text(view.scenario, value)),
-                Seen::Wrong(_) if torn_between_writes(source, piece, at, g, view.now) => None,
                 Seen::Wrong(content) => Some(content_text(view.scenario, content)),
-            };
+            });
             if let Some(saw) = wrong {
                 let expected = texts(view.scenario, allowed);
                 let message = format!(

@@ -11,6 +11,7 @@
 use blkcheck_model::World;
 use blkcheck_model::register::{Effect, Value};
 
+use super::sectors::{Sectors, per_grain};
 use super::{Data, Disk, Logged, Open, SECTOR, Scenario, Unexplained, View, Violation, index};
 use crate::follow::{Followed, Follower};
 use crate::history::{Outcome, StepId};
@@ -53,9 +54,11 @@ struct Cut {
 const TELLING: u64 = 16;
 
 /// What a grain of a disk would show if nothing were on top.
-struct Below {
+struct Below<'a> {
     values: Vec<Value>,
     loose: bool,
+    /// The image below and its length, where it reaches that far.
+    disk: Option<(&'a Sectors, u64)>,
 }
 
 impl Data {
@@ -176,18 +179,20 @@ impl Data {
     }
 
     /// What a grain shows through a disk that does not hold it.
-    fn below(&self, disk: &Disk, grain: usize) -> Below {
+    fn below(&self, disk: &Disk, grain: usize) -> Below<'_> {
         let at = grain as u64 * self.grain;
         let below = disk.chain.first().and_then(|b| self.disks[*b].as_ref());
         let Some(below) = below.filter(|b| at < b.length) else {
             return Below {
                 values: vec![0],
                 loose: false,
+                disk: None,
             };
         };
         Below {
             values: below.registers.possible(grain),
             loose: below.loose[grain] || below.log.iter().any(|l| l.covers(grain) && l.end == u64::MAX),
+            disk: Some((&below.registers, below.length)),
         }
     }
 
@@ -207,12 +212,20 @@ impl Data {
             if surely {
                 continue;
             }
-            let Below { values, loose } = self.below(&d, grain);
+            let Below {
+                values,
+                loose,
+                disk: below,
+            } = self.below(&d, grain);
             if values.is_empty() {
                 d.unknown = true;
                 break;
             }
-            d.registers.shift(grain, &values, over && !perhaps);
+            let only = over && !perhaps;
+            match below {
+                Some(below) => d.registers.shift_to(grain, below, only),
+                None => d.registers.shift(grain, &values, only),
+            }
             d.loose[grain] |= loose;
             let was = std::mem::replace(&mut d.initial[grain], values[0]);
             if was != values[0] && !d.former.contains(&(grain, was)) {
@@ -402,7 +415,7 @@ impl Data {
         let unexplained = self.end_read(view, step, open, outcome);
         if let (Some(d), Some(before)) = (&mut self.disks[open.disk], before) {
             d.registers = before;
-            let unseen = (open.first..open.last).map(|_| None);
+            let unseen = (0..(open.last - open.first) * per_grain(self.grain)).map(|_| None);
             d.registers.observe(open.op, unseen, |_| ());
         }
         unexplained
@@ -479,8 +492,7 @@ impl Data {
         );
         // What is cut off is gone: what grows back shows zeroes, and the layer decides it.
         d.cut_off = (d.cut_off.0.min(kept), now);
-        d.registers.resize(kept);
-        d.registers.resize(grains);
+        d.registers.resize(old.min(length), grains);
         d.initial.resize(kept, 0);
         d.initial.resize(grains, 0);
         for (flags, new) in [(&mut d.loose, false), (&mut d.own, true), (&mut d.kept, false)] {

@@ -2,8 +2,9 @@
 
 use blkcheck_model::register::{self, OpId, Value};
 
-use super::grains::{collect, content_text, explain, history, texts};
-use super::{Data, Disk, Open, OracleName, Unexplained, View, Violation, status, violation};
+use super::grains::{collect, content_text, explain, history, is_tail, texts};
+use super::sectors::per_grain;
+use super::{Data, Disk, Open, OracleName, SECTOR, Unexplained, View, Violation, status, violation};
 use crate::history::{Outcome, StepId};
 
 impl Data {
@@ -39,14 +40,15 @@ impl Data {
             None => self.end_read(view, step, open, outcome)?,
             Some(_) => self.end_read_of_two(view, step, open, outcome)?,
         };
-        let Some((g, saw)) = unexplained.into_iter().next() else {
+        let Some((part, saw)) = unexplained.into_iter().next() else {
             return Ok(());
         };
         let is_status = matches!(outcome, Outcome::Status(_));
         let grain = self.grain;
         let disk = self.disks[open.disk].as_ref().expect("judged");
         let who = crate::oracle::liveness::act_text(view.scenario, step).unwrap_or_default();
-        let at = g as u64 * grain;
+        let g = part / per_grain(grain);
+        let at = part as u64 * grain.min(SECTOR);
         let plain = if disk.target {
             OracleName::PointInTime
         } else {
@@ -106,37 +108,46 @@ impl Data {
         };
         self.values.clear();
         let (mut wrong, offset) = (None, open.first as u64 * grain);
+        let parts = (open.last - open.first) * per_grain(grain);
         match outcome {
             _ if open.blind || disk.unknown => {}
             Outcome::Read(Ok(bytes)) => {
-                wrong = collect(bytes, offset, disk, grain, &mut self.values, &open, view);
+                wrong = collect(bytes, open.first, disk, grain, &mut self.values);
             }
             Outcome::Status(Ok(runs)) => {
                 let (length, trusted) = open.status.expect("a status query");
                 status::shape(view.scenario, step, length, runs)?;
-                self.values.resize(open.last - open.first, None);
-                status::zeroes(runs, (offset, grain), trusted, &disk.cuts, &mut self.values);
+                self.values.resize(parts, None);
+                status::zeroes(
+                    runs,
+                    (offset, grain.min(SECTOR)),
+                    trusted,
+                    &disk.cuts,
+                    &mut self.values,
+                );
             }
             _ => {}
         }
         // A failed read says nothing; nor does a grain that was not returned.
-        self.values.resize(open.last - open.first, None);
-        let mut unexplained: Vec<_> = wrong.into_iter().map(|(g, c)| (g, Err(c))).collect();
-        self.judge_all(open, view.now, |v| unexplained.push((v.grain, Ok(v))));
+        self.values.resize(parts, None);
+        let mut unexplained: Vec<_> = wrong.into_iter().map(|(part, c)| (part, Err(c))).collect();
+        self.judge_all(open, view.now, |part, v| unexplained.push((part, Ok(v))));
         Ok(unexplained)
     }
 
-    pub(super) fn judge(&mut self, open: Open, now: u64) -> Result<(), register::Violation> {
+    /// The first part that nothing explains.
+    pub(super) fn judge(&mut self, open: Open, now: u64) -> Option<(usize, register::Violation)> {
         let mut first = None;
-        self.judge_all(open, now, |v| {
-            first.get_or_insert(v);
+        self.judge_all(open, now, |part, v| {
+            first.get_or_insert((part, v));
         });
-        first.map_or(Ok(()), Err)
+        first
     }
 
     /// Puts the collected values to the registers. On a loose grain a value of a lower layer passes as well, as long as
     /// the initial content would; while such a layer is being written to, it says nothing about later.
-    fn judge_all(&mut self, open: Open, now: u64, mut unexplained: impl FnMut(register::Violation)) {
+    fn judge_all(&mut self, open: Open, now: u64, mut unexplained: impl FnMut(usize, register::Violation)) {
+        let (grain, per_grain) = (self.grain, per_grain(self.grain));
         let Data { disks, values, .. } = self;
         let (before, rest) = disks.split_at_mut(open.disk);
         let (disk, after) = rest.split_first_mut().expect("in range");
@@ -145,6 +156,7 @@ impl Data {
             initial,
             loose,
             chain,
+            cuts,
             ..
         } = disk.as_mut().expect("open requests have a disk");
         let other = |c: usize| {
@@ -159,7 +171,8 @@ impl Data {
             let changes = |d: &Disk| d.log.iter().any(|l| l.covers(g) && l.end == u64::MAX);
             chain.iter().any(|c| other(*c).is_some_and(changes))
         };
-        for (g, value) in (open.first..).zip(values.iter_mut()) {
+        for (part, value) in (open.first * per_grain..).zip(values.iter_mut()) {
+            let g = part / per_grain;
             if value.is_some() && loose[g] && changes_below(g) {
                 *value = None;
             }
@@ -176,12 +189,16 @@ impl Data {
             };
             chain.iter().any(holds)
         };
-        registers.observe(open.op, values.iter().copied(), |v| {
+        registers.observe(open.op, values.iter().copied(), |mut v| {
+            let part = v.grain;
+            v.grain = part / per_grain;
             // Nobody has written there on top of the layers below.
-            let open = v.allowed.contains(&initial[v.grain]) || v.allowed.iter().any(|a| lower(v.grain, *a));
-            let passes = is_streamed_away(v.saw) || lower(v.grain, v.saw);
+            let tail = is_tail(cuts, part, grain);
+            let first = |value: &Value| *value == initial[v.grain] || tail && *value == 0;
+            let open = v.allowed.iter().any(|a| first(a) || lower(v.grain, *a));
+            let passes = is_streamed_away(v.saw) || lower(v.grain, v.saw) || tail && v.saw == 0;
             if !(loose[v.grain] && open && passes) {
-                unexplained(v);
+                unexplained(part, v);
             }
         });
     }

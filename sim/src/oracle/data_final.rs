@@ -6,7 +6,8 @@ use blkcheck_model::layer::Format as LayerFormat;
 use blkcheck_model::register::Effect;
 
 use super::grains::{collect, content_text, explain, history};
-use super::{Data, FinalContent, Open, OracleName, View, Violation, status, violation};
+use super::sectors::per_grain;
+use super::{Data, FinalContent, Open, OracleName, SECTOR, View, Violation, status, violation};
 use crate::follow::Follower;
 use crate::oracle::bottom::Bottom;
 use crate::scenario::{Format, Scenario};
@@ -39,16 +40,17 @@ impl Data {
             status: None,
         };
         self.values.clear();
-        let wrong = collect(content.bytes, 0, d, grain, &mut self.values, &open, view);
-        self.values.resize(last, None);
+        let wrong = collect(content.bytes, 0, d, grain, &mut self.values);
+        self.values.resize(last * per_grain(grain), None);
         let verdict = self.judge(open, view.now);
         let d = self.disks[disk].as_ref().expect("judged");
-        let (g, what) = match (wrong, verdict) {
-            (Some((g, content)), _) => (g, format!("holds {}", content_text(view.scenario, content))),
-            (None, Err(v)) => (v.grain, explain(view.scenario, d, &v, view.now)),
-            (None, Ok(())) => return Ok(()),
+        let (part, what) = match (wrong, verdict) {
+            (Some((part, content)), _) => (part, format!("holds {}", content_text(view.scenario, content))),
+            (None, Some((part, v))) => (part, explain(view.scenario, d, &v, view.now)),
+            (None, None) => return Ok(()),
         };
-        let message = format!("at the end, {} at {:#x} {what}", content.name, g as u64 * grain);
+        let at = part as u64 * grain.min(SECTOR);
+        let message = format!("at the end, {} at {at:#x} {what}", content.name);
         Err(violation(
             if d.target {
                 OracleName::PointInTime
@@ -57,7 +59,7 @@ impl Data {
             },
             None,
             message,
-            history(view.scenario, d, g),
+            history(view.scenario, d, part / per_grain(grain)),
         ))
     }
 

@@ -2,39 +2,83 @@
 
 use blkcheck_model::register::{Value, Violation as Unexplained};
 
-use super::{Disk, Open, SECTOR, Seen, View, index, value_of, value_text};
+use super::{Disk, SECTOR, Seen, index, value_of, value_text};
 use crate::scenario::Scenario;
 use crate::stamp::{self, Content};
 
-/// Turns bytes into values. The first grain that nothing can explain is returned.
+/// Turns bytes from a grain on into values, by parts. The first part that nothing can explain is returned, by its place on the disk.
 pub(super) fn collect(
     bytes: &[u8],
-    offset: u64,
+    first: usize,
     disk: &Disk,
     grain: u64,
     values: &mut Vec<Option<Value>>,
-    open: &Open,
-    view: &View<'_>,
 ) -> Option<(usize, Content)> {
     let mut wrong = None;
-    for (i, piece) in bytes.chunks(index(grain)).enumerate() {
-        let g = open.first + i;
-        let at = offset + i as u64 * grain;
-        let value = match seen(piece, at, &disk.cuts, grain) {
-            Seen::Value(value) => Some(value),
-            Seen::Wrong(content) => {
-                if wrong.is_none()
-                    && !(content == Content::Torn && torn_between_writes(disk, piece, at, g, view.now))
-                {
-                    wrong = Some((g, content));
+    for (g, piece) in (first..).zip(bytes.chunks(index(grain))) {
+        for (part, seen) in disk
+            .registers
+            .of(g)
+            .zip(parts(piece, g as u64 * grain, &disk.cuts, grain))
+        {
+            values.push(match seen {
+                Seen::Value(value) => Some(value),
+                Seen::Skip => None,
+                Seen::Wrong(content) => {
+                    wrong.get_or_insert((part, content));
+                    None
                 }
-                None
-            }
-            Seen::Skip => None,
-        };
-        values.push(value);
+            });
+        }
     }
     wrong
+}
+
+/// What the parts of a grain hold: all the same if it is whole.
+pub(super) fn parts(piece: &[u8], at: u64, cuts: &[u64], grain: u64) -> Vec<Seen> {
+    let part = index(grain.min(SECTOR));
+    let count = piece.len().div_ceil(part);
+    match stamp::read(piece, at) {
+        Content::Zero => vec![Seen::Value(0); count],
+        Content::Stamp(source) => vec![Seen::Value(value_of(source)); count],
+        _ if count > 1 => {
+            let sectors = piece.chunks(part).zip((0..).step_by(part));
+            sectors
+                .map(|(sector, offset)| seen_in(sector, at, offset, cuts))
+                .collect()
+        }
+        _ => vec![seen(piece, at, cuts, grain)],
+    }
+}
+
+/// What a sector of the grain at `at` holds, knowing that content may end within it.
+fn seen_in(sector: &[u8], at: u64, offset: u64, cuts: &[u64]) -> Seen {
+    match stamp::read(sector, at) {
+        Content::Zero => Seen::Value(0),
+        Content::Stamp(source) => Seen::Value(value_of(source)),
+        content => cuts
+            .iter()
+            .filter_map(|cut| cut.checked_sub(at + offset))
+            .filter(|end| *end < sector.len() as u64)
+            .find_map(|end| headed(sector, at, index(end)))
+            .unwrap_or(Seen::Wrong(content)),
+    }
+}
+
+/// What is seen of content that ends after so many bytes.
+fn headed(piece: &[u8], at: u64, end: usize) -> Option<Seen> {
+    let (head, tail) = piece.split_at(end.min(piece.len()));
+    if tail.iter().any(|b| *b != 0) {
+        return None;
+    }
+    // Too short for a whole stamp: nobody can tell.
+    if head.len() < 16 {
+        return Some(Seen::Skip);
+    }
+    match stamp::read(head, at) {
+        Content::Stamp(source) => Some(Seen::Value(value_of(source))),
+        _ => None,
+    }
 }
 
 /// What one grain holds, knowing that content may end within it.
@@ -42,56 +86,12 @@ pub(super) fn seen(piece: &[u8], at: u64, cuts: &[u64], grain: u64) -> Seen {
     match stamp::read(piece, at) {
         Content::Zero => Seen::Value(0),
         Content::Stamp(source) => Seen::Value(value_of(source)),
-        content => {
-            for cut in cuts.iter().filter(|c| (at..at + grain).contains(c)) {
-                let (head, tail) = piece.split_at(index(cut - at).min(piece.len()));
-                if tail.iter().any(|b| *b != 0) {
-                    continue;
-                }
-                // Too short for a whole stamp: nobody can tell.
-                if head.len() < 16 {
-                    return Seen::Skip;
-                }
-                if let Content::Stamp(source) = stamp::read(head, at) {
-                    return Seen::Value(value_of(source));
-                }
-            }
-            Seen::Wrong(content)
-        }
+        content => cuts
+            .iter()
+            .filter(|c| (at..at + grain).contains(c))
+            .find_map(|c| headed(piece, at, index(c - at)))
+            .unwrap_or(Seen::Wrong(content)),
     }
-}
-
-/// Whether each sector of a large grain is one of its values, and writes to it did overlap, or one below failed halfway.
-pub(super) fn torn_between_writes(disk: &Disk, piece: &[u8], at: u64, grain: usize, now: u64) -> bool {
-    if piece.len() as u64 <= SECTOR {
-        return false;
-    }
-    piece
-        .chunks(index(SECTOR))
-        .all(|sector| match stamp::read(sector, at) {
-            Content::Zero => {
-                disk.initial[grain] == 0
-                    || disk.former.contains(&(grain, 0))
-                    || disk.log.iter().any(|l| l.covers(grain) && l.value == 0)
-                    || disk.loose[grain]
-                    || disk.is_discarded(grain)
-            }
-            Content::Stamp(source) => {
-                let value = value_of(source);
-                value == disk.initial[grain]
-                    || disk.loose[grain]
-                    || disk.former.contains(&(grain, value))
-                    || disk
-                        .log
-                        .iter()
-                        .any(|l| l.covers(grain) && l.value == value && l.start <= now)
-            }
-            Content::Misplaced(..) | Content::Torn => false,
-        })
-        && (disk.log.iter().any(|l| l.covers(grain))
-            || disk.target
-            || disk.is_discarded(grain)
-            || disk.torn && disk.loose[grain])
 }
 
 pub(super) fn content_text(scenario: &Scenario, content: Content) -> String {
@@ -131,6 +131,13 @@ pub(super) fn explain(scenario: &Scenario, disk: &Disk, v: &Unexplained, start: 
         (None, false) => String::new(),
     };
     format!("holds {saw}{why}, expected {}", texts(scenario, &v.allowed))
+}
+
+/// Whether content that ends within the grain of this part ends before the part.
+pub(super) fn is_tail(cuts: &[u64], part: usize, grain: u64) -> bool {
+    let at = part as u64 * grain.min(SECTOR);
+    let start = at / grain * grain;
+    cuts.iter().any(|cut| (start + 1..=at).contains(cut))
 }
 
 /// Who wrote a grain, when.

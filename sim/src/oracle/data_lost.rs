@@ -1,17 +1,18 @@
 //! What may be gone after a flush that failed or a power cut, and what may not.
 //!
 //! Rules: an image that lost something holds of each grain what it held at its last good flush, or something written since; a FUA write
-//! that ended well is never lost. Where it need not hold a grain itself, what is below shows, which may have lost something in turn. What
+//! that ended well is never lost. Of a large grain each sector is judged for itself: a write that may be lost may be lost in part. Where it need not hold a grain itself, what is below shows, which may have lost something in turn. What
 //! it held by way of layers that are not below any more may have been copied into it with a cluster that a guest wrote to.
 //! Not covered: after a power cut images whose length changed or that a command put on something else.
 
 use blkcheck_model::register::Value;
 
-use super::grains::{content_text, history, seen, torn_between_writes};
-use super::{Data, Disk, FinalContent, Logged, OracleName, SECTOR, Seen, View, Violation, index, violation};
+use super::grains::{content_text, history, is_tail, parts};
+use super::{
+    Data, Disk, FinalContent, Logged, OracleName, SECTOR, Seen, View, Violation, index, value_text, violation,
+};
 use crate::oracle::bottom::Bottom;
 use crate::scenario::Scenario;
-use crate::stamp::{self, Content};
 
 /// A grain of an image, with the images below it.
 #[derive(Clone, Copy)]
@@ -19,6 +20,8 @@ struct Place<'a> {
     disk: usize,
     chain: &'a [usize],
     grain: usize,
+    /// Of the grain, by its place on the disk.
+    part: usize,
 }
 
 impl Data {
@@ -35,34 +38,47 @@ impl Data {
         };
         for (grain, bytes) in content.bytes.chunks(index(self.grain)).enumerate() {
             let at = grain as u64 * self.grain;
-            let saw = match seen(bytes, at, &d.cuts, self.grain) {
-                Seen::Value(value) => value,
-                Seen::Skip => continue,
-                Seen::Wrong(Content::Torn) if torn_between_writes(d, bytes, at, grain, view.now) => continue,
-                Seen::Wrong(content) => return Err(lost_text(view.scenario, d, grain, disk, content)),
-            };
-            if !self.may_be_left(bottom, Place { disk, chain, grain }, saw) {
-                return Err(lost_text(view.scenario, d, grain, disk, stamp::read(bytes, at)));
+            let seen = parts(bytes, at, &d.cuts, self.grain);
+            for (part, saw) in d.registers.of(grain).zip(seen) {
+                let place = Place {
+                    disk,
+                    chain,
+                    grain,
+                    part,
+                };
+                let text = match saw {
+                    Seen::Value(value) if self.may_be_left(bottom, place, value) => continue,
+                    Seen::Value(value) => value_text(view.scenario, value),
+                    Seen::Skip => continue,
+                    Seen::Wrong(content) => content_text(view.scenario, content),
+                };
+                return Err(lost_text(view.scenario, d, place, &text));
             }
         }
         Ok(())
     }
 
     /// Whether an image may show this after all that was not durable was lost in part, of it and of the images below.
-    fn may_be_left(&self, bottom: &Bottom, Place { disk, chain, grain }: Place<'_>, value: Value) -> bool {
+    fn may_be_left(&self, bottom: &Bottom, place: Place<'_>, value: Value) -> bool {
+        let Place {
+            disk,
+            chain,
+            grain,
+            part,
+        } = place;
         let at = grain as u64 * self.grain;
         let Some(d) = self.disks[disk].as_ref() else {
             return true;
         };
         // What is not long enough shows zeroes, whatever is below.
-        if at >= d.length {
+        if part as u64 * self.grain.min(SECTOR) >= d.length {
             return value == 0;
         }
         let (surely, perhaps) = bottom.holds(disk, at, at + self.grain);
         let lost = self.lost.contains(&disk);
         // Nothing need be lost: it may hold what it held last.
-        let last = d.unknown || d.registers.possible(grain).contains(&value);
-        if last || lost && d.may_hold(grain, value, perhaps) {
+        let last = d.unknown || d.registers.possible_in(part).contains(&value);
+        if last || lost && d.may_hold(place, value, perhaps, self.grain) {
             return true;
         }
         // Where it holds the grain itself whatever was lost, nothing below shows.
@@ -71,7 +87,7 @@ impl Data {
         }
         match chain.split_first() {
             _ if d.loose[grain] => true,
-            Some((&disk, chain)) => self.may_be_left(bottom, Place { disk, chain, grain }, value),
+            Some((&disk, chain)) => self.may_be_left(bottom, Place { disk, chain, ..place }, value),
             None => value == 0,
         }
     }
@@ -124,16 +140,19 @@ impl Disk {
 
     /// Whether a grain may hold this after everything since the last good flush was lost in part. `copied`: the image itself may hold
     /// the grain.
-    fn may_hold(&self, grain: usize, value: Value, copied: bool) -> bool {
+    fn may_hold(&self, Place { grain, part, .. }: Place<'_>, value: Value, copied: bool, size: u64) -> bool {
         // Copies are in no log.
         if value == 0 && self.is_discarded(grain) || self.target && self.former.contains(&(grain, value)) {
             return true;
         }
         // A write that is durable hides everything that ended before the write began.
         let hidden = |end: u64| self.durable(grain).any(|l| l.start > end);
+        // Where the content below ends within the grain, the rest was zeroes, if it was not cut off only later.
+        let tail = is_tail(&self.cuts, part, size);
+        let full = !tail || grain + 1 >= self.cut_off.0;
+        let first = full && self.initial.get(grain) == Some(&value) || tail && value == 0;
         // A copy in a cluster that a guest had begun to write may be from what was below then.
-        let before =
-            self.initial.get(grain) == Some(&value) || copied && self.former.contains(&(grain, value));
+        let before = first || copied && self.former.contains(&(grain, value));
         let initially = before && self.durable(grain).next().is_none();
         initially
             || self
@@ -143,17 +162,16 @@ impl Disk {
     }
 }
 
-fn lost_text(scenario: &Scenario, d: &Disk, grain: usize, disk: usize, content: Content) -> Violation {
+fn lost_text(scenario: &Scenario, d: &Disk, place: Place<'_>, saw: &str) -> Violation {
     let message = format!(
-        "after a failed flush or a power cut, {} at {:#x} holds {}, which a flush before had made impossible",
-        scenario.images[disk].file,
-        grain as u64 * u64::from(scenario.grain),
-        content_text(scenario, content)
+        "after a failed flush or a power cut, {} at {:#x} holds {saw}, which a flush before had made impossible",
+        scenario.images[place.disk].file,
+        place.part as u64 * u64::from(scenario.grain).min(SECTOR),
     );
     violation(
         OracleName::Transparency,
         None,
         message,
-        history(scenario, d, grain),
+        history(scenario, d, place.grain),
     )
 }

@@ -46,7 +46,7 @@ impl Run {
         Run::of(scenario(&steps.iter().map(String::as_str).collect::<Vec<_>>()))
     }
 
-    fn of(scenario: Scenario) -> Run {
+    pub(super) fn of(scenario: Scenario) -> Run {
         let mut run = Run::unopened(scenario);
         for step in 0..6 {
             run.record(&Record::Issued(StepId(step))).expect("opens");
