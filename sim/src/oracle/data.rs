@@ -31,6 +31,7 @@ use backup::Copies;
 use change::{Other, Window};
 pub(crate) use disks::allocation;
 use disks::file_of;
+pub(crate) use lost::LEFT_OUT;
 use sectors::Sectors;
 
 const SECTOR: u64 = 512;
@@ -71,7 +72,7 @@ struct Disk {
     cuts: Vec<u64>,
     /// Images below, nearest first.
     chain: Vec<usize>,
-    /// Chains that it had before streams took layers out.
+    /// Chains that it had before streams took layers out, the longest first; none from before a command put it on something else.
     chains: Vec<Vec<usize>>,
     /// Per grain: not decided by this image from the start, and a guest wrote to a lower layer there.
     loose: Vec<bool>,

@@ -111,6 +111,7 @@ impl Data {
                         changed.push(disk);
                         d.cuts.extend(tails);
                         d.moved = true;
+                        d.chains.clear();
                     } else {
                         // A stream leaves layers out; anything else shows another content.
                         let mut old = d.chain.iter();

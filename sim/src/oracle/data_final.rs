@@ -103,7 +103,7 @@ impl Data {
                 continue;
             }
             if self.lost.contains(&disk) || d.chain.iter().any(|below| self.lost.contains(below)) {
-                self.at_least_flushed(view, bottom, (disk, &d.chain), content)?;
+                self.at_least_flushed(view, bottom, (disk, None), content)?;
             } else {
                 self.whole(view, disk, content)?;
             }

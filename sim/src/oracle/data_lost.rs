@@ -14,6 +14,9 @@ use super::{
 use crate::oracle::bottom::Bottom;
 use crate::scenario::Scenario;
 
+/// How evidence begins that names the images which a stream had taken out of a header, when the power failed.
+pub(crate) const LEFT_OUT: &str = "its header leaves out what a stream has copied:";
+
 /// A grain of an image, with the images below it.
 #[derive(Clone, Copy)]
 struct Place<'a> {
@@ -25,17 +28,19 @@ struct Place<'a> {
 }
 
 impl Data {
-    /// An image above `chain`, of which (or of a layer below) what was not flushed may be lost.
+    /// An image of which (or of a layer below) what was not flushed may be lost. It is as good as on what it stood on before streams, which
+    /// have copied what they took out. `below`: what its header names, if that is not what it must be.
     pub(super) fn at_least_flushed(
         &self,
         view: &View<'_>,
         bottom: &Bottom,
-        (disk, chain): (usize, &[usize]),
+        (disk, below): (usize, Option<&[usize]>),
         content: &FinalContent<'_>,
     ) -> Result<(), Violation> {
         let Some(d) = self.disks[disk].as_ref().filter(|d| !d.unknown) else {
             return Ok(());
         };
+        let chain = d.fullest();
         for (grain, bytes) in content.bytes.chunks(index(self.grain)).enumerate() {
             let at = grain as u64 * self.grain;
             let seen = parts(bytes, at, &d.cuts, self.grain);
@@ -52,7 +57,13 @@ impl Data {
                     Seen::Skip => continue,
                     Seen::Wrong(content) => content_text(view.scenario, content),
                 };
-                return Err(lost_text(view.scenario, d, place, &text));
+                let mut lost = lost_text(view.scenario, d, place, &text);
+                if let Some(below) = below.filter(|below| *below != chain) {
+                    let left_out = chain.iter().filter(|image| !below.contains(image));
+                    let names: Vec<&str> = left_out.map(|i| view.scenario.images[*i].file.as_str()).collect();
+                    lost.evidence.push(format!("{LEFT_OUT} {}", names.join(", ")));
+                }
+                return Err(lost);
             }
         }
         Ok(())
@@ -93,7 +104,8 @@ impl Data {
     }
 
     /// The power failed: what a good flush had found is there, and nothing that was never written. Judged are images, as long as
-    /// they were, that stand on what they always stood on: with or without what streams took out, for a header may be behind.
+    /// they were, that stand on what they always stood on: with or without what streams take out, for a header may be behind the model, or
+    /// ahead of it.
     pub(crate) fn after_power_cut(
         &mut self,
         view: &View<'_>,
@@ -107,9 +119,10 @@ impl Data {
                 continue;
             };
             let length = (content.bytes.len() as u64).next_multiple_of(SECTOR);
-            let stood = d.chain == *below || d.chains.contains(below);
+            let mut stood = d.fullest().iter();
+            let stood = below.iter().all(|image| stood.any(|other| other == image));
             if stood && !d.moved && d.length == length {
-                self.at_least_flushed(view, bottom, (disk, below), content)?;
+                self.at_least_flushed(view, bottom, (disk, Some(below)), content)?;
             }
         }
         Ok(())
@@ -117,6 +130,11 @@ impl Data {
 }
 
 impl Disk {
+    /// Images below as long as no stream had taken any out.
+    fn fullest(&self) -> &[usize] {
+        self.chains.first().unwrap_or(&self.chain)
+    }
+
     /// Writes to a grain that no failure takes away: with FUA, or ended before the last good flush began.
     fn durable(&self, grain: usize) -> impl Iterator<Item = &Logged> {
         self.log.iter().filter(move |l| {

@@ -4,6 +4,7 @@ use blkcheck_impl::jobs::JobStatus::{self, Created, Pending, Running, Undefined,
 use blkcheck_impl::types::JobId;
 
 use super::*;
+use crate::oracle::data::LEFT_OUT;
 
 /// How a run ended, with the images below the overlay by its header.
 #[derive(Clone, Copy, Debug)]
@@ -34,15 +35,19 @@ fn left(steps: &[String], open: bool, end: End<'_>, at: usize, source: Source) -
             run.done(n);
         }
     }
-    judged(&mut run, end, at, source)
+    judged(&mut run, end, at, Some(source))
 }
 
-fn judged(run: &mut Run, end: End<'_>, at: usize, source: Source) -> Result<(), Violation> {
+/// `None`: zeroes.
+fn judged(run: &mut Run, end: End<'_>, at: usize, source: Option<Source>) -> Result<(), Violation> {
     if let End::FlushFailed(image) = end {
         flush_fails(run, image);
     }
     let mut bytes = initial();
-    bytes[at..at + 64].copy_from_slice(&stamped(at as u64, 64, source));
+    bytes[at..at + 64].fill(0);
+    if let Some(source) = source {
+        bytes[at..at + 64].copy_from_slice(&stamped(at as u64, 64, source));
+    }
     let view = View {
         scenario: &run.scenario,
         now: 1000,
@@ -137,8 +142,8 @@ fn a_fua_write_that_ended_well_is_not_lost() {
     assert_eq!(left(&two("write-fua", "write"), false, CUT, 512, step(0)), Ok(()));
 }
 
-/// The overlay was streamed: it stands on nothing any more, whatever its header says yet. Then a guest wrote, and flushed.
-fn streamed() -> Run {
+/// The overlay is streamed: it stands on nothing any more when that is `over`, whatever its header says yet. A guest has `written`, and flushed.
+fn streamed(over: bool, written: bool) -> Run {
     let opening = r#"[
         {"actor":"m","execute":"blockdev-add","arguments":{"driver":"file","node-name":"fb","filename":"base"}},
         {"actor":"m","execute":"blockdev-add","arguments":{"driver":"raw","node-name":"b","file":"fb"}},
@@ -165,11 +170,14 @@ fn streamed() -> Run {
         }
         command(&mut run, step, what, Ok(json!({})));
     }
-    walk(&mut run, &[Created, Running, Waiting, Pending]);
-    let name = "BLOCK_JOB_COMPLETED";
-    let data = json!({"device": "j", "type": "stream", "len": 2048, "offset": 2048, "speed": 0}).into();
-    drop(run.record(&Record::Layer(Event::Qmp { name, data })));
-    for n in 0..2 {
+    walk(&mut run, &[Created, Running]);
+    if over {
+        walk(&mut run, &[Running, Waiting, Pending]);
+        let name = "BLOCK_JOB_COMPLETED";
+        let data = json!({"device": "j", "type": "stream", "len": 2048, "offset": 2048, "speed": 0}).into();
+        drop(run.record(&Record::Layer(Event::Qmp { name, data })));
+    }
+    for n in if written { 0..2 } else { 0..0 } {
         run.begin(n);
         run.done(n);
     }
@@ -189,11 +197,24 @@ fn walk(run: &mut Run, states: &[JobStatus]) {
 
 #[test]
 fn an_image_is_judged_after_a_stream_whether_its_header_knows_or_not() {
-    for below in [&[][..], &[0]] {
+    for (over, below) in [(true, &[][..]), (true, &[0]), (false, &[]), (false, &[0])] {
         let end = End::PowerCut(below);
-        assert_eq!(judged(&mut streamed(), end, 0, step(0)), Ok(()), "{below:?}");
-        is_lost(judged(&mut streamed(), end, 0, BASE));
+        let left = |at, source| judged(&mut streamed(over, at == 0), end, at, source);
+        assert_eq!(left(0, Some(step(0))), Ok(()), "{over} {below:?}");
+        is_lost(left(0, Some(BASE)));
+        // What was not written there is the base's, copied or not.
+        assert_eq!(left(64, Some(BASE)), Ok(()));
+        let v = left(64, None).expect_err("the copy is lost");
+        let told = v
+            .evidence
+            .iter()
+            .any(|line| line.starts_with(LEFT_OUT) && line.ends_with(" base"));
+        assert_eq!(told, below.is_empty(), "{v:?}");
+        is_lost(Err(v));
     }
     // It never stood on that: nothing can be said.
-    assert_eq!(judged(&mut streamed(), End::PowerCut(&[1]), 0, BASE), Ok(()));
+    assert_eq!(
+        judged(&mut streamed(true, true), End::PowerCut(&[1]), 0, Some(BASE)),
+        Ok(())
+    );
 }
