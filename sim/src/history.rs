@@ -85,6 +85,10 @@ pub enum Record {
         volatile: u32,
         /// How many of them are there all the same, as a whole.
         kept: u32,
+        /// Sectors of those changes that are there, and that are not; a sector that was changed twice counts twice.
+        sectors: [u64; 2],
+        /// Tells what the file holds from what else it might have held.
+        hash: u64,
     },
 }
 

@@ -29,6 +29,14 @@ impl Fold {
         z ^ (z >> 32)
     }
 
+    /// The hash of these bytes and nothing else.
+    #[must_use]
+    pub(crate) fn of(bytes: &[u8]) -> u64 {
+        let mut fold = Fold::default();
+        fold.bytes(bytes);
+        fold.value()
+    }
+
     #[inline]
     fn word(&mut self, word: u64) {
         self.0 = (self.0.rotate_left(23) ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15);
@@ -107,10 +115,16 @@ impl Fold {
                 image,
                 volatile,
                 kept,
+                sectors,
+                hash,
             } => {
                 self.word(5);
                 self.pair(*image, *volatile);
                 self.word(u64::from(*kept));
+                for word in sectors {
+                    self.word(*word);
+                }
+                self.word(*hash);
             }
             Record::Fault(fault) => {
                 self.pair(3, fault.image);

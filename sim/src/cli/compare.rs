@@ -9,6 +9,7 @@ use super::{CliError, Found, load, print_out};
 use crate::compare::campaign::{self, Reported, Summary, Work};
 use crate::compare::known::DEFECTS;
 use crate::compare::{Kind, What};
+use crate::scenario::Disk;
 
 /// Seeds of a campaign without arguments.
 const DEFAULT_SEEDS: std::ops::Range<u64> = 0..1000;
@@ -18,7 +19,13 @@ pub(super) fn compare(args: &CompareArgs) -> Result<Found, CliError> {
         return super::agree::agree(args, count);
     }
     let work = if !args.files.is_empty() {
-        let file = |path: &PathBuf| Ok((path.display().to_string(), load(path)?));
+        let file = |path: &PathBuf| {
+            let (name, scenario) = (path.display().to_string(), load(path)?);
+            if let Some(what) = left_out(&scenario.disk) {
+                eprintln!("{name}: {what}: compare does without, `replay --on qemu` does not");
+            }
+            Ok((name, scenario))
+        };
         Work::Files(args.files.iter().map(file).collect::<Result<_, CliError>>()?)
     } else if let Some(depth) = args.exhaustive {
         Work::Exhaustive(depth)
@@ -59,6 +66,16 @@ pub(super) fn compare(args: &CompareArgs) -> Result<Found, CliError> {
     } else {
         Found::Nothing
     })
+}
+
+/// What storage was to do to a scenario, and will not.
+fn left_out(disk: &Disk) -> Option<&'static str> {
+    match (disk.faults.is_some(), disk.power_cut.is_some()) {
+        (false, false) => None,
+        (true, false) => Some("storage fails (`faults`)"),
+        (false, true) => Some("the power fails (`power-cut`)"),
+        (true, true) => Some("storage and the power fail (`faults`, `power-cut`)"),
+    }
 }
 
 fn divergence(reported: &Reported) -> Value {
@@ -198,4 +215,29 @@ fn as_text(summary: &Summary) -> String {
         }
     }
     out.trim_end().to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::scenario::Faults;
+
+    #[test]
+    fn what_storage_was_to_do_is_told() {
+        let with = |faults, power_cut| {
+            left_out(&Disk {
+                faults,
+                power_cut,
+                ..Disk::default()
+            })
+        };
+        assert_eq!(with(None, None), None);
+        let told = |faults, power_cut, words: &[&str]| {
+            let text = with(faults, power_cut).expect("something is left out");
+            assert!(words.iter().all(|word| text.contains(word)), "{text}");
+        };
+        told(Some(Faults::default()), None, &["`faults`"]);
+        told(None, Some(3), &["`power-cut`"]);
+        told(Some(Faults::default()), Some(3), &["`faults`", "`power-cut`"]);
+    }
 }

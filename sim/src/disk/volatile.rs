@@ -50,6 +50,8 @@ pub struct Remains {
     pub volatile: u32,
     /// How many of them are there, as a whole.
     pub kept: u32,
+    /// Sectors of those changes that are there, and that are not.
+    pub sectors: [u64; 2],
 }
 
 impl Volatile {
@@ -91,12 +93,16 @@ impl Volatile {
             bytes: self.durable.clone(),
             volatile: 0,
             kept: 0,
+            sectors: [0; 2],
         };
         let mut one = |change: &Change, order: [Part; 4]| {
             let part = order[choose(if change.is_long() { 4 } else { 2 }) as usize];
             change.apply(&mut remains.bytes, part);
             remains.volatile += 1;
             remains.kept += u32::from(part == Part::All);
+            let (all, there) = (sectors(change.range()), sectors(change.part(part)));
+            remains.sectors[0] += there;
+            remains.sectors[1] += all - there;
         };
         for (change, forced) in &self.changes {
             if *forced {
@@ -127,15 +133,24 @@ impl Change {
         end > start && start / SECTOR < (end - 1) / SECTOR
     }
 
-    fn apply(&self, bytes: &mut Vec<u8>, part: Part) {
+    /// The range that a part of it changes.
+    fn part(&self, part: Part) -> (u64, u64) {
         let (start, end) = self.range();
         let middle = (start.midpoint(end) / SECTOR * SECTOR).clamp(start, end);
-        let (from, to) = match part {
+        match part {
             Part::All => (start, end),
-            Part::Nothing => return,
+            Part::Nothing => (start, start),
             Part::First => (start, middle),
             Part::Last => (middle, end),
-        };
+        }
+    }
+
+    fn apply(&self, bytes: &mut Vec<u8>, part: Part) {
+        if part == Part::Nothing {
+            return;
+        }
+        let (start, _) = self.range();
+        let (from, to) = self.part(part);
         let (from, mut to) = (size(from), size(to));
         let grows = match self {
             Change::Length(length) => return bytes.resize(size(*length), 0),
@@ -159,6 +174,15 @@ impl Change {
             }
             _ => bytes[from..to].fill(0),
         }
+    }
+}
+
+/// Sectors that a range touches.
+fn sectors((start, end): (u64, u64)) -> u64 {
+    if start < end {
+        end.div_ceil(SECTOR) - start / SECTOR
+    } else {
+        0
     }
 }
 
@@ -198,7 +222,7 @@ mod tests {
         file.flushed(flush);
         let lost = cut(&file, &[1]);
         assert_eq!(lost.bytes, [[1; 512], [0; 512]].concat());
-        assert_eq!((lost.volatile, lost.kept), (1, 0));
+        assert_eq!((lost.volatile, lost.kept, lost.sectors), (1, 0, [0, 1]));
         assert_eq!(cut(&file, &[0]).bytes, [[1; 512], [2; 512]].concat());
         file.flushed(flush);
         assert_eq!(
@@ -217,7 +241,10 @@ mod tests {
         file.changed(write(512, 2, 512), true);
         assert_eq!(cut(&file, &[1, 1]).bytes, [[0; 512], [2; 512]].concat());
         file.changed(write(512, 3, 512), false);
-        assert_eq!(cut(&file, &[0, 0, 0]).bytes, [[1; 512], [3; 512]].concat());
+        let all = cut(&file, &[0, 0, 0]);
+        assert_eq!(all.bytes, [[1; 512], [3; 512]].concat());
+        assert_eq!(all.sectors, [4, 0]);
+        assert_eq!(cut(&file, &[3, 0, 1]).sectors, [2, 2]);
     }
 
     #[test]

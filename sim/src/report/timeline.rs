@@ -68,12 +68,16 @@ pub fn lines(scenario: &Scenario, records: &[Record]) -> Vec<Line> {
                 image,
                 volatile,
                 kept,
+                sectors: [there, gone],
+                hash,
             } => out.push(Line {
                 at,
                 lane: "storage".to_owned(),
                 text: format!(
-                    "POWER FAILS {}: of {volatile} changes that are not durable {kept} survive as a whole",
-                    file_name(scenario, *image)
+                    "POWER FAILS {}: of {volatile} changes that are not durable {kept} survive as a whole, of their {} sectors {there}; \
+                     what is left has the hash {hash:016x}",
+                    file_name(scenario, *image),
+                    there + gone
                 ),
                 step: None,
                 detail: false,

@@ -6,6 +6,7 @@ use crate::finish;
 use crate::history::Record;
 use crate::oracle::{Oracle, OracleName, View, Violation};
 use crate::target::Target;
+use crate::trace::Fold;
 
 impl Runner {
     /// Nothing can happen and nothing is left to clear away: is everything done?
@@ -104,6 +105,8 @@ impl Runner {
                 image,
                 volatile: remains.volatile,
                 kept: remains.kept,
+                sectors: remains.sectors,
+                hash: Fold::of(&file.bytes),
             });
             files.push(file);
         }

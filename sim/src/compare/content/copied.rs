@@ -9,7 +9,8 @@ use blkcheck_model::{NodeId, World};
 use super::{Books, File};
 
 impl Books {
-    /// The same, by a copy of what is below.
+    /// As [`Books::populate`], by a job or a copy-on-read filter: what was not held before and shows zeroes may have been stored, or left
+    /// out.
     pub(super) fn populate_copied(&mut self, world: &World, top: NodeId, grains: Span<usize>) {
         let Some(name) = world.image_file(top) else { return };
         let Some(layer) = self.files.get(&*name).map(|file| &file.layer) else {

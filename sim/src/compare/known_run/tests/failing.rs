@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::history::{Fault, FaultKind};
+use crate::oracle::data::LEFT_OUT;
 use blkcheck_impl::jobs::JobStatus::{Created, Pending, Running, Undefined, Waiting};
 use blkcheck_impl::types::JobId;
 
@@ -336,8 +337,10 @@ fn what_a_stream_has_copied_is_lost_with_the_power_only() {
         image: 1,
         volatile: 0,
         kept: 0,
+        sectors: [0, 1],
+        hash: 0,
     };
-    let lost = |file: &str| {
+    let lost_with = |file: &str, evidence: &[String]| {
         let text = format!(
             "after a failed flush or a power cut, {file} at 0x0 holds zeroes, which a flush before had made impossible"
         );
@@ -345,10 +348,10 @@ fn what_a_stream_has_copied_is_lost_with_the_power_only() {
             oracle: OracleName::Transparency,
             message: text,
             step: None,
-            evidence: Vec::new(),
+            evidence: evidence.to_vec(),
         }
     };
-    let of_run = |file: &str, over: bool, power: bool, guests: &[Record]| {
+    let of_evidence = |file: &str, over: bool, power: bool, guests: &[Record], evidence: &[String]| {
         let mut records = Vec::new();
         records.extend(accepted(0, "blockdev-add"));
         records.extend(accepted(1, "blockdev-add"));
@@ -363,11 +366,17 @@ fn what_a_stream_has_copied_is_lost_with_the_power_only() {
         }
         records.extend_from_slice(guests);
         records.extend(power.then(|| cut.clone()));
-        ran(&steps, &lost(file), &records)
+        ran(&steps, &lost_with(file, evidence), &records)
     };
+    let of_run =
+        |file: &str, over: bool, power: bool, guests: &[Record]| of_evidence(file, over, power, guests, &[]);
     let of = |file: &str, over: bool, power: bool| of_run(file, over, power, &[]);
     assert_eq!(of("b", true, true), Some("stream-completes-in-cache"));
     assert_eq!(of("b", false, true), None, "it is not over");
+    let header = [format!("{LEFT_OUT} a")];
+    let rewritten = |power: bool| of_evidence("b", false, power, &[], &header);
+    assert_eq!(rewritten(true), Some("stream-completes-in-cache"), "all but over");
+    assert_eq!(rewritten(false), None, "no power cut");
     assert_eq!(of("b", true, false), None, "no power cut");
     assert_eq!(of("a", true, true), None, "below it");
     let well = |step| ended(step, Outcome::Done(Ok(())));
