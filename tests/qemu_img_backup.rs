@@ -17,6 +17,7 @@ use std::rc::Rc;
 
 use blkcheck_impl::Layer;
 use blkcheck_impl::env::Env;
+use blkcheck_impl::event::{Event, Observer};
 use blkcheck_impl::io::backend::Backend;
 use blkcheck_impl::real::{RealEnv, RealOptions};
 use blkcheck_impl::types::ReqFlags;
@@ -160,14 +161,33 @@ async fn request(export: &Backend, guest: usize, n: usize, written: &Written) {
     written.requests.set(written.requests.get() + 1);
 }
 
-fn layer(dir: &Path, inline: bool) -> (Rc<Layer>, RealEnv) {
+/// Counts copies that storage made, and those that it could not make.
+#[derive(Debug, Default)]
+struct Offloaded {
+    well: Cell<usize>,
+    failed: Cell<usize>,
+}
+
+impl Observer for Offloaded {
+    fn event(&self, event: &Event) {
+        if let Event::CopyOffloaded { result, .. } = event {
+            let count = if result.is_ok() { &self.well } else { &self.failed };
+            count.set(count.get() + 1);
+        }
+    }
+}
+
+fn layer(dir: &Path, inline: bool, offloaded: &Rc<Offloaded>) -> (Rc<Layer>, RealEnv) {
     let options = RealOptions {
         root: Some(dir.to_owned()),
         inline,
         ..RealOptions::default()
     };
     let env = RealEnv::new(options).expect("an environment");
-    (Rc::new(Layer::new(Rc::new(env.clone()), None)), env)
+    (
+        Rc::new(Layer::new(Rc::new(env.clone()), Some(Rc::clone(offloaded) as _))),
+        env,
+    )
 }
 
 async fn ok(layer: &Layer, command: &str, arguments: Value) {
@@ -266,6 +286,8 @@ struct Case {
     inline: bool,
     /// What is copied is compressed.
     compress: bool,
+    /// Storage copies by itself.
+    offload: bool,
 }
 
 /// What was seen in the directory of a case.
@@ -319,7 +341,7 @@ async fn backup(dir: &Path, case: Case, before: BTreeSet<usize>, layer: &Rc<Laye
     .await;
 
     let mut arguments = json!({"job-id": "j", "device": source, "target": "target", "sync": case.sync,
-                               "x-perf": {"max-workers": 2, "max-chunk": CLUSTER}});
+                               "x-perf": {"max-workers": 2, "max-chunk": CLUSTER, "use-copy-range": case.offload}});
     if case.compress {
         arguments["compress"] = json!(true);
     }
@@ -405,7 +427,8 @@ fn marks(case: Case, seen: &Seen) -> (BTreeSet<usize>, BTreeSet<usize>) {
 /// What a later backup by bitmap `b` makes of the target: the source as it is then.
 fn once_more(dir: &Path, case: Case) {
     qemu_img(dir, &["convert", "-O", "raw", "source.qcow2", "later.raw"]);
-    let (layer, env) = layer(dir, case.inline);
+    let offloaded = Rc::<Offloaded>::default();
+    let (layer, env) = layer(dir, case.inline, &offloaded);
     env.block_on(async {
         add(&layer, "base", true, Value::Null).await;
         add(&layer, "previous", true, Value::Null).await;
@@ -435,7 +458,8 @@ fn check(case: Case) {
     }
     create.extend(["target.qcow2", "4M"]);
     qemu_img(dir, &create);
-    let (layer, env) = layer(dir, case.inline);
+    let offloaded = Rc::<Offloaded>::default();
+    let (layer, env) = layer(dir, case.inline, &offloaded);
     let seen = env.block_on(async {
         let seen = backup(dir, case, before, &layer, &env).await;
         layer.shutdown().await;
@@ -445,6 +469,7 @@ fn check(case: Case) {
         seen.beside, REQUESTS,
         "{case:?}: both guests wrote beside the job"
     );
+    assert_eq!(offloaded.well.get() > 0, case.offload, "{case:?}: {offloaded:?}");
     for image in ["source.qcow2", "target.qcow2"] {
         sound(dir, image);
     }
@@ -500,6 +525,7 @@ fn cases(sync: &'static str, bitmap_modes: &[Option<&'static str>], cancelled: b
             cancelled,
             inline: n % 2 == 1,
             compress: false,
+            offload: false,
         });
     }
 }
@@ -521,6 +547,29 @@ fn compressed_copies_are_of_the_instant() {
             cancelled: false,
             inline: sync == "top",
             compress: true,
+            offload: false,
+        });
+    }
+}
+
+#[test]
+fn copies_that_storage_makes_are_of_the_instant() {
+    if !tools("copies_that_storage_makes_are_of_the_instant") {
+        return;
+    }
+    for (sync, bitmap_mode, inline) in [
+        ("full", None, true),
+        ("full", Some("always"), false),
+        ("top", None, true),
+        ("incremental", Some("on-success"), false),
+    ] {
+        check(Case {
+            sync,
+            bitmap_mode,
+            cancelled: false,
+            inline,
+            compress: false,
+            offload: true,
         });
     }
 }

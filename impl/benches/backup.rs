@@ -36,11 +36,12 @@ fn image(directory: &Path, node: &str, aio: Option<&str>) -> Value {
     json!({ "driver": "qcow2", "node-name": node, "file": file })
 }
 
-fn backup() -> Value {
-    json!({ "job-id": "job", "device": "source", "target": "target", "sync": "full" })
+fn backup(offload: bool) -> Value {
+    json!({ "job-id": "job", "device": "source", "target": "target", "sync": "full",
+            "x-perf": { "use-copy-range": offload } })
 }
 
-fn ours(directory: &Path, engine: Engine) -> Cost {
+fn ours(directory: &Path, engine: Engine, offload: bool) -> Cost {
     let (env, layer) = layer(RealOptions {
         engine,
         ..RealOptions::default()
@@ -53,7 +54,7 @@ fn ours(directory: &Path, engine: Engine) -> Cost {
         forget_peak();
         let start = Instant::now();
         layer
-            .execute("blockdev-backup", &backup())
+            .execute("blockdev-backup", &backup(offload))
             .await
             .expect("it starts");
         while layer.job("job").is_some() {
@@ -66,10 +67,10 @@ fn ours(directory: &Path, engine: Engine) -> Cost {
 }
 
 /// From the command to BLOCK_JOB_COMPLETED.
-fn daemon(directory: &Path, aio: &str) -> Cost {
+fn daemon(directory: &Path, aio: &str, offload: bool) -> Cost {
     let mut daemon = Daemon::start(&["source", "target"].map(|node| image(directory, node, Some(aio))));
     let start = Instant::now();
-    daemon.send("blockdev-backup", &backup());
+    daemon.send("blockdev-backup", &backup(offload));
     daemon.until(|m| m["event"] == "BLOCK_JOB_COMPLETED");
     let cost = (start.elapsed().as_secs_f64(), daemon.peak());
     daemon.quit();
@@ -108,20 +109,28 @@ fn check(directory: &Path, compare: bool) {
 type Contender<T> = (&'static str, Box<dyn Fn(&Path) -> T>);
 
 fn whole_images(place: &str, directory: &Path, size: &str, rounds: usize) {
-    let contenders: [Contender<Cost>; 5] = [
+    let contenders: [Contender<Cost>; 7] = [
         ("qemu-img convert", Box::new(convert)),
         (
             "qemu-storage-daemon, aio=threads",
-            Box::new(|dir| daemon(dir, "threads")),
+            Box::new(|dir| daemon(dir, "threads", false)),
         ),
         (
             "qemu-storage-daemon, aio=io_uring",
-            Box::new(|dir| daemon(dir, "io_uring")),
+            Box::new(|dir| daemon(dir, "io_uring", false)),
         ),
-        ("blkcheck-impl", Box::new(|dir| ours(dir, Engine::Auto))),
+        (
+            "qemu-storage-daemon, copy-range",
+            Box::new(|dir| daemon(dir, "io_uring", true)),
+        ),
+        ("blkcheck-impl", Box::new(|dir| ours(dir, Engine::Auto, false))),
         (
             "blkcheck-impl, threads",
-            Box::new(|dir| ours(dir, Engine::Threads)),
+            Box::new(|dir| ours(dir, Engine::Threads, false)),
+        ),
+        (
+            "blkcheck-impl, copy-range",
+            Box::new(|dir| ours(dir, Engine::Auto, true)),
         ),
     ];
     let mut costs = vec![(Vec::new(), Vec::new()); contenders.len()];
@@ -145,7 +154,7 @@ fn whole_images(place: &str, directory: &Path, size: &str, rounds: usize) {
         println!(
             "{name:<36} {seconds:>8.3} {:>11.2} {:>10.2} {mib:>9.1}",
             costs[0].0 / seconds,
-            costs[1].0.min(costs[2].0) / seconds
+            costs[1].0.min(costs[2].0).min(costs[3].0) / seconds
         );
     }
 }

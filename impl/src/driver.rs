@@ -12,6 +12,7 @@ use crate::Layer;
 use crate::env::Fut;
 use crate::error::{Errno, QmpError};
 use crate::graph::node::Node;
+use crate::io::copy_range::{CopySource, CopyTarget};
 use crate::types::{EdgeId, NodeId, OpenFlags, Perm, ReqFlags, Role, StatusFlags};
 
 /// Static properties of a driver.
@@ -208,6 +209,29 @@ pub trait Driver: fmt::Debug {
 
     /// Discards; `ENOTSUP` pieces are skipped silently by the generic layer.
     fn discard<'a>(&'a self, _cx: &'a Cx, _offset: u64, _bytes: u64) -> Fut<'a, Result<(), Errno>> {
+        Box::pin(std::future::ready(Err(Errno::ENOTSUP)))
+    }
+
+    /// Copy offload, from here on its way down to the file: passes the places of the bytes on to the layer. The range is
+    /// within the driver's length.
+    fn copy_range_from<'a>(
+        &'a self,
+        _cx: &'a Cx,
+        _offset: u64,
+        _bytes: u64,
+        _to: CopyTarget,
+    ) -> Fut<'a, Result<(), Errno>> {
+        Box::pin(std::future::ready(Err(Errno::ENOTSUP)))
+    }
+
+    /// Copy offload, to here: a write of bytes that lie in a file. On an error some may have come.
+    fn copy_range_to<'a>(
+        &'a self,
+        _cx: &'a Cx,
+        _offset: u64,
+        _bytes: u64,
+        _from: CopySource<'a>,
+    ) -> Fut<'a, Result<(), Errno>> {
         Box::pin(std::future::ready(Err(Errno::ENOTSUP)))
     }
 

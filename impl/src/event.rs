@@ -225,6 +225,15 @@ pub enum Event {
         /// How.
         result: Result<(), Errno>,
     },
+    /// A task tried to have its data copied by storage, without reading it.
+    CopyOffloaded {
+        /// The copy-before-write filter.
+        filter: NodeId,
+        /// The task.
+        task: u64,
+        /// An error: the task reads and writes, and so do all that come after it.
+        result: Result<(), Errno>,
+    },
     /// Clusters need no copying after all: the layer does not hold them, or nobody will ask for them.
     CopySkipped {
         /// The copy-before-write filter.

@@ -494,6 +494,26 @@ impl Storage for MemoryFile {
         Ok(())
     }
 
+    fn copy_from<'a>(
+        &'a self,
+        source: &'a dyn Storage,
+        source_offset: u64,
+        offset: u64,
+        bytes: u64,
+    ) -> Fut<'a, Result<(), Errno>> {
+        Box::pin(async move {
+            let source = source
+                .as_any()
+                .downcast_ref::<MemoryFile>()
+                .ok_or(Errno::ENOTSUP)?;
+            let mut data = vec![0; usize::try_from(bytes).map_err(|_| Errno::ENOMEM)?];
+            if source.read(source_offset, &mut data).await? < data.len() {
+                return Err(Errno::EINVAL);
+            }
+            self.write(offset, &data).await
+        })
+    }
+
     fn as_any(&self) -> &dyn std::any::Any {
         self
     }

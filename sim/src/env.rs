@@ -145,6 +145,24 @@ impl Storage for SimFile {
         Ok(())
     }
 
+    /// Two requests, one after the other, as a kernel does it: neither is the copy atomic, nor is what fails left as it was.
+    fn copy_from<'a>(
+        &'a self,
+        source: &'a dyn Storage,
+        source_offset: u64,
+        offset: u64,
+        bytes: u64,
+    ) -> Fut<'a, Result<(), Errno>> {
+        Box::pin(async move {
+            let source = source.as_any().downcast_ref::<SimFile>().ok_or(Errno::ENOTSUP)?;
+            let mut data = vec![0; usize::try_from(bytes).expect("files are small")];
+            if source.read(source_offset, &mut data).await? < data.len() {
+                return Err(Errno::EINVAL);
+            }
+            self.write(offset, &data).await
+        })
+    }
+
     fn as_any(&self) -> &dyn std::any::Any {
         self
     }

@@ -277,7 +277,7 @@ impl Fold {
                 self.word(*offset);
                 self.word(*bytes);
             }
-            Event::CopyEnd { filter, task, result } => {
+            Event::CopyEnd { filter, task, result } | Event::CopyOffloaded { filter, task, result } => {
                 self.pair(filter.0, result.err().map_or(0, |e| e.0.unsigned_abs()));
                 self.word(*task);
             }
@@ -355,6 +355,7 @@ fn tag(event: &Event) -> u64 {
             Event::CopySkipped { .. } => 29,
             Event::CopyWaits { .. } => 30,
             Event::SnapshotBroken { .. } => 31,
+            Event::CopyOffloaded { .. } => 32,
         }
 }
 

@@ -49,6 +49,16 @@ enum Walk {
     Over(Outcome),
 }
 
+/// What became of a task.
+struct Started {
+    /// Where the walk goes on.
+    end: u64,
+    /// It copies data, not zeroes or nothing.
+    data: bool,
+    /// The call is over.
+    over: Option<Outcome>,
+}
+
 impl BlockCopy {
     /// Runs a call to its end. A guest's request holds off graph changes meanwhile.
     pub(crate) async fn run(&self, layer: &Layer, call: &Call<'_>) -> Outcome {
@@ -84,17 +94,27 @@ impl BlockCopy {
         let mut found = false;
         let mut over = None;
         let mut at = call.range.start;
-        let longest = self.longest_task(call.max_chunk);
+        let mut grown = 0;
         while over.is_none() && pool.failure().is_none() {
             if !(call.go_on)() {
                 over = Some(Outcome::Stopped);
                 break;
             }
-            let Some(task) = self.take(at, call.range.end, longest) else {
+            let longest = self.longest_task(call.max_chunk);
+            let most = longest.max(grown);
+            let Some(task) = self.take(at, call.range.end, most) else {
                 break;
             };
             found = true;
-            over = self.start(layer, call, task, &mut pool, &mut at).await;
+            let started = self.start(layer, call, task, &mut pool, longest).await;
+            at = started.end;
+            over = started.over;
+            // Where there is nothing to copy there often is more of it, and it costs a look at the tables only.
+            grown = if started.data {
+                0
+            } else {
+                self.longer_task(most, call.max_chunk)
+            };
             if call.background && over.is_none() {
                 pool.beside(turn()).await;
             }
@@ -109,31 +129,42 @@ impl BlockCopy {
         }
     }
 
-    /// Decides about a task and sends it off; `at` becomes the place where the walk goes on.
+    /// Decides about a task and sends it off; with data in it, it becomes no longer than `longest`.
     async fn start<'a>(
         &'a self,
         layer: &'a Layer,
         call: &Call<'_>,
         mut task: Task,
         pool: &mut Pool<'a>,
-        at: &mut u64,
-    ) -> Option<Outcome> {
+        longest: u64,
+    ) -> Started {
         let kind = pool
             .beside(async {
                 let _read = layer.graph_read().await;
                 self.kind(layer, task).await
             })
             .await;
-        self.shrink(&mut task, kind.end);
-        *at = task.end;
-        if self.skip_unallocated.get() && !kind.allocated {
+        let skipped = self.skip_unallocated.get() && !kind.allocated;
+        let data = !kind.zero && !skipped;
+        let end = if data {
+            kind.end.min(task.start + longest)
+        } else {
+            kind.end
+        };
+        self.shrink(&mut task, end);
+        let started = |over| Started {
+            end: task.end,
+            data,
+            over,
+        };
+        if skipped {
             self.end(task, false);
             self.forget(layer, task.start..task.end);
-            return None;
+            return started(None);
         }
         if call.background && self.charge(0) > 0 {
             self.end(task, true);
-            return Some(Outcome::Throttled);
+            return started(Some(Outcome::Throttled));
         }
         self.charge(task.bytes());
         pool.beside(self.reserve(task.bytes())).await;
@@ -142,10 +173,10 @@ impl BlockCopy {
             // Whoever fails does not begin anything new.
             self.release(task.bytes());
             self.end(task, true);
-            return None;
+            return started(None);
         }
         pool.push(Box::pin(self.copy(layer, task, kind.zero, call.background)));
-        None
+        started(None)
     }
 
     fn charge(&self, bytes: u64) -> Nanos {

@@ -6,8 +6,8 @@
 //! bitmap and tasks, so whoever needs a cluster that another call copies waits for it. A call ends well only once nothing in
 //! its range is marked or under way. Every cluster is in exactly one state: marked, taken by a task, done.
 //! Memory is bounded over all calls. The last cluster may be short; alone it is copied as data.
-//!
-//! Not here: copy offload (asked for, it is as if it had failed at once).
+//! Copy offload is tried when asked for, with longer tasks once it has worked; the first failure ends it for good, and the
+//! task it happened to goes on by reading and writing.
 
 mod call;
 mod pool;
@@ -40,6 +40,10 @@ pub(crate) const SMALLEST_CLUSTER: u64 = 64 * 1024;
 pub(crate) const MEMORY: u64 = 128 * 1024 * 1024;
 /// Largest stretch of one task, unless a cluster is larger, bytes.
 const LARGEST_TASK: u64 = 1024 * 1024;
+/// Largest stretch of one task that has no data to copy: zeroes, or what is left out; bytes.
+const LARGEST_BLANK: u64 = 16 * LARGEST_TASK;
+/// Largest stretch of one task once offload has worked, bytes.
+const LARGEST_OFFLOADED: u64 = 16 * 1024 * 1024;
 /// Buffers kept for the next tasks, each of [`LARGEST_TASK`] at most: a new one costs as much as a copy.
 const SPARE_BUFFERS: usize = 8;
 
@@ -60,6 +64,15 @@ pub(crate) trait Watcher {
     fn remaining(&self, bytes: u64);
     /// Charges a task; the answer is how long the next one of a background call should wait.
     fn charge(&self, bytes: u64) -> Nanos;
+}
+
+/// Whether data is copied without passing through here.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Offload {
+    /// Not asked for, or it failed.
+    Off,
+    Untried,
+    Works,
 }
 
 /// The state that all calls share.
@@ -84,6 +97,7 @@ pub(crate) struct BlockCopy {
     max_transfer: u64,
     write_flags: Cell<ReqFlags>,
     discard_source: bool,
+    offload: Cell<Offload>,
     tasks: RefCell<Vec<Task>>,
     next_task: Cell<u64>,
     /// Bytes taken by tasks.
@@ -169,6 +183,7 @@ impl BlockCopy {
                 ReqFlags::empty()
             }),
             discard_source,
+            offload: Cell::new(Offload::Off),
             tasks: RefCell::default(),
             next_task: Cell::new(0),
             in_flight: Cell::new(0),
@@ -245,6 +260,14 @@ impl BlockCopy {
     pub(crate) fn compress(&self) {
         self.write_flags
             .set(self.write_flags.get() | ReqFlags::WRITE_COMPRESSED);
+    }
+
+    /// Copies without reading, as long as that works; compressed copies are made here.
+    pub(crate) fn offload(&self) {
+        let compresses = self.write_flags.get().contains(ReqFlags::WRITE_COMPRESSED);
+        if !compresses && self.max_transfer >= self.cluster {
+            self.offload.set(Offload::Untried);
+        }
     }
 
     /// Has a job follow, or nobody any more.
@@ -333,9 +356,20 @@ impl BlockCopy {
         let own = if compresses || self.max_transfer < self.cluster {
             self.cluster
         } else {
-            self.cluster.max(LARGEST_TASK).min(self.max_transfer)
+            let most = match self.offload.get() {
+                Offload::Works => LARGEST_OFFLOADED,
+                Offload::Off | Offload::Untried => LARGEST_TASK,
+            };
+            self.cluster.max(most).min(self.max_transfer)
         };
         align_down(min_nonzero(own, max_chunk), self.cluster).max(self.cluster)
+    }
+
+    /// How much the task after a blank one may take, which took up to `last`: no data is transferred, so that only what
+    /// the job asks for is a limit, and how long others may have to wait.
+    fn longer_task(&self, last: u64, max_chunk: u64) -> u64 {
+        let most = align_down(min_nonzero(LARGEST_BLANK, max_chunk), self.cluster);
+        (2 * last).min(most).max(last)
     }
 
     /// Bytes marked or under way.

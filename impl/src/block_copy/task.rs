@@ -4,10 +4,11 @@
 //! `discard_source` what was copied is discarded before the task ends (QEMU: after): a guest's write that waits for the task
 //! must not be discarded.
 
-use super::{BlockCopy, Failure, LARGEST_TASK, MEMORY, SPARE_BUFFERS, attached, ends_within};
+use super::{BlockCopy, Failure, LARGEST_TASK, MEMORY, Offload, SPARE_BUFFERS, attached, ends_within};
 use crate::Layer;
 use crate::error::Errno;
 use crate::event::Event;
+use crate::io::copy_range::CopyTarget;
 use crate::io::size;
 use crate::types::{ReqFlags, StatusFlags};
 
@@ -185,6 +186,30 @@ impl BlockCopy {
             let flags = self.write_flags.get() - ReqFlags::WRITE_COMPRESSED;
             let zeroed = layer.write_zeroes(self.target, at, bytes, flags);
             return zeroed.await.map_err(failed(false));
+        }
+        if self.offload.get() != Offload::Off {
+            let to = CopyTarget {
+                edge: self.target,
+                offset: at,
+                flags: self.write_flags.get(),
+            };
+            let result = layer.copy_range(self.source, at, bytes, to).await;
+            let filter = self.filter;
+            layer.emit(|| Event::CopyOffloaded {
+                filter,
+                task: task.id,
+                result,
+            });
+            match result {
+                Ok(()) => {
+                    if self.offload.get() == Offload::Untried {
+                        self.offload.set(Offload::Works);
+                    }
+                    return Ok(());
+                }
+                // Whatever it was: reading and writing meets it again if it matters, and says on which side.
+                Err(_) => self.offload.set(Offload::Off),
+            }
         }
         let mut data = self.take_buffer(size(bytes));
         let read = layer.read(self.source, at, &mut data, ReqFlags::empty()).await;

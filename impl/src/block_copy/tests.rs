@@ -391,3 +391,59 @@ fn events_tell_every_task() {
         ]
     );
 }
+
+#[test]
+fn where_nothing_is_tasks_grow_and_data_is_taken_in_small_ones() {
+    const MIB: u64 = 1 << 20;
+    let bench = Bench::new();
+    let (_, source) = bench.node("source", 80 * MIB, 65536);
+    bench.node("target", 80 * MIB, 65536);
+    source.put(40 * MIB, &vec![7; crate::io::size(3 * MIB)]);
+    let options = json!({"file": "source", "target": "target"});
+    let copy = block_copy(&bench.open(&FACTS, "filter", options).expect("opens")).expect("a filter");
+    let lengths = |max_chunk, skip| {
+        copy.dirty().mark(0, 80 * MIB);
+        copy.set_skip_unallocated(skip);
+        let call = Call {
+            range: 0..80 * MIB,
+            workers: 1,
+            max_chunk,
+            background: true,
+            go_on: &|| true,
+        };
+        assert_eq!(bench.run(copy.run(&bench.layer, &call)), Outcome::Done);
+        let mut events = bench.events.0.borrow_mut();
+        let tasks = events.drain(..).filter_map(|event| match event {
+            Event::CopyBegin { bytes, zero, .. } => Some((bytes, zero)),
+            Event::CopySkipped { bytes, .. } => Some((bytes, true)),
+            _ => None,
+        });
+        let mut tasks: Vec<_> = tasks.collect();
+        tasks.dedup();
+        tasks
+            .into_iter()
+            .map(|(bytes, zero)| (bytes / MIB, zero))
+            .collect::<Vec<_>>()
+    };
+    let grown = [
+        (1, true),
+        (2, true),
+        (4, true),
+        (8, true),
+        (16, true),
+        (9, true),  // up to 40
+        (1, false), // three times
+        (1, true),
+        (2, true),
+        (4, true),
+        (8, true),
+        (16, true),
+        (6, true), // up to 80
+    ];
+    assert_eq!(lengths(0, true), grown, "left out");
+    assert_eq!(lengths(0, false), grown, "zeroes");
+    assert_eq!(
+        lengths(2 * MIB, false),
+        [(1, true), (2, true), (1, true), (1, false), (1, true), (2, true)]
+    );
+}

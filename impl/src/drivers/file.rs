@@ -17,6 +17,7 @@ use crate::driver::{Cx, Driver, DriverFacts, DriverStatus, Limits, OpenArgs, Wri
 use crate::drivers::{no_children, required_str, take_bool, take_enum, take_int};
 use crate::env::{Fut, OpenStorage, Storage, StorageKind};
 use crate::error::{Errno, QmpError};
+use crate::io::copy_range::{CopySource, CopyTarget};
 use crate::io::{align_down, align_up};
 use crate::types::{OpenFlags, Perm, ReqFlags, StatusFlags};
 
@@ -239,6 +240,46 @@ impl Driver for File {
                 return Err(Errno::ENOTSUP);
             }
             remember(self.storage.discard(offset, bytes).await, &self.no_discard)
+        })
+    }
+
+    fn copy_range_from<'a>(
+        &'a self,
+        cx: &'a Cx,
+        offset: u64,
+        bytes: u64,
+        to: CopyTarget,
+    ) -> Fut<'a, Result<(), Errno>> {
+        Box::pin(async move {
+            let from = CopySource {
+                storage: &*self.storage,
+                offset,
+            };
+            // The file may end within its last sector.
+            let inside = bytes.min(self.storage.length()?.saturating_sub(offset));
+            if inside > 0 {
+                cx.layer.copy_range_to(to, inside, from).await?;
+            }
+            if inside == bytes {
+                return Ok(());
+            }
+            let CopyTarget { edge, offset, flags } = to.after(inside);
+            cx.layer.write_zeroes(edge, offset, bytes - inside, flags).await
+        })
+    }
+
+    fn copy_range_to<'a>(
+        &'a self,
+        _cx: &'a Cx,
+        offset: u64,
+        bytes: u64,
+        from: CopySource<'a>,
+    ) -> Fut<'a, Result<(), Errno>> {
+        Box::pin(async move {
+            self.check_writable()?;
+            self.storage
+                .copy_from(from.storage, from.offset, offset, bytes)
+                .await
         })
     }
 

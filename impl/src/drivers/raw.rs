@@ -18,6 +18,7 @@ use crate::drivers::{attach_file, take_size};
 use crate::env::Fut;
 use crate::error::{Errno, QmpError};
 use crate::graph::perm::default_perms;
+use crate::io::copy_range::{CopySource, CopyTarget};
 use crate::types::{MAX_LENGTH, Perm, ReqFlags, Role, SECTOR, StatusFlags};
 
 /// Driver `raw`.
@@ -190,6 +191,36 @@ impl Driver for Raw {
         Box::pin(async move {
             let at = self.place(cx, offset, bytes, Errno::ENOSPC)?;
             cx.layer.discard(cx.file()?, at, bytes).await
+        })
+    }
+
+    fn copy_range_from<'a>(
+        &'a self,
+        cx: &'a Cx,
+        offset: u64,
+        bytes: u64,
+        to: CopyTarget,
+    ) -> Fut<'a, Result<(), Errno>> {
+        Box::pin(async move {
+            let at = self.place(cx, offset, bytes, Errno::EINVAL)?;
+            cx.layer.copy_range(cx.file()?, at, bytes, to).await
+        })
+    }
+
+    fn copy_range_to<'a>(
+        &'a self,
+        cx: &'a Cx,
+        offset: u64,
+        bytes: u64,
+        from: CopySource<'a>,
+    ) -> Fut<'a, Result<(), Errno>> {
+        Box::pin(async move {
+            let to = CopyTarget {
+                edge: cx.file()?,
+                offset: self.place(cx, offset, bytes, Errno::ENOSPC)?,
+                flags: ReqFlags::empty(),
+            };
+            cx.layer.copy_range_to(to, bytes, from).await
         })
     }
 

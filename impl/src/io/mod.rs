@@ -4,10 +4,10 @@
 //! Rules: what a driver gets is checked, aligned and free of conflicts. The permission an edge lacks is a bug of
 //! the caller and asserted, everything a guest or a disk can cause is an [`Errno`]. The caller holds the graph
 //! read lock (a [`backend::Backend`] takes it for each of its requests).
-//! Not here: what marks dirty bitmaps (`crate::dirty`), throttling (`crate::throttle`); copy offload, which this layer does
-//! not have.
+//! Not here: what marks dirty bitmaps (`crate::dirty`), throttling (`crate::throttle`).
 
 pub mod backend;
+pub mod copy_range;
 pub(crate) mod cor;
 mod discard;
 mod flush;

@@ -404,8 +404,8 @@ fn backup_args(mut args: Args<'_>) -> Result<BackupArgs, QmpError> {
         target: String::new(),
     };
     if let Some(mut perf) = args.opt_object("x-perf")? {
-        perf.opt_bool("use-copy-range")?;
         backup.perf = Perf {
+            use_copy_range: perf.opt_bool("use-copy-range")?.unwrap_or(false),
             max_workers: perf
                 .opt_int("max-workers")?
                 .unwrap_or(Perf::default().max_workers),

@@ -61,6 +61,11 @@ impl Detector {
                     self.hit(Mark::CopyFails);
                 }
             }
+            Event::CopyOffloaded { result, .. } => self.hit(if result.is_ok() {
+                Mark::CopyOffloaded
+            } else {
+                Mark::OffloadFails
+            }),
             Event::CopyWaits { .. } => self.hit(Mark::WriteMeetsBackup),
             Event::DrainBegin { .. } if !self.backups.copies.is_empty() => self.hit(Mark::DrainDuringCopy),
             _ => {}

@@ -42,6 +42,10 @@ marks! {
     WriteCopiesFirst = "guest write copies before it writes",
     /// A copy of a backup fails, and its clusters are to be copied again.
     CopyFails = "failure between copy and re-dirty",
+    /// Storage copies clusters of a backup by itself.
+    CopyOffloaded = "copy without reading",
+    /// Storage cannot, or fails; the copy is made by reading and writing.
+    OffloadFails = "copy without reading fails and is made by reading",
     /// A node is to be drained while a cluster is being copied.
     DrainDuringCopy = "drain during copy",
     /// A bitmap is merged, cleared or switched while a backup runs.
@@ -343,6 +347,8 @@ impl Mark {
                 | Mark::BackupSucceeds
                 | Mark::BackupAborts
                 | Mark::GroupedBackups
+                | Mark::CopyOffloaded
+                | Mark::OffloadFails
                 | Mark::CopyFails
         )
     }

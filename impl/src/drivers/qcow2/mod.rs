@@ -16,6 +16,7 @@ mod bitmaps;
 mod cache;
 mod commit;
 mod compress;
+mod copy;
 #[cfg(test)]
 mod crash_tests;
 mod create;
@@ -52,6 +53,7 @@ use crate::driver::{Cx, Driver, DriverFacts, DriverInfo, DriverStatus, Limits, W
 use crate::env::Fut;
 use crate::error::{Errno, QmpError};
 use crate::graph::perm::default_perms;
+use crate::io::copy_range::{CopySource, CopyTarget};
 use crate::types::{OpenFlags, ReqFlags, SECTOR};
 use units::GuestOffset;
 
@@ -154,6 +156,32 @@ impl Driver for Qcow2 {
     fn discard<'a>(&'a self, cx: &'a Cx, offset: u64, bytes: u64) -> Fut<'a, Result<(), Errno>> {
         Box::pin(async move {
             let result = self.discard_at(cx, GuestOffset(offset), bytes).await;
+            self.end(cx, result).await
+        })
+    }
+
+    fn copy_range_from<'a>(
+        &'a self,
+        cx: &'a Cx,
+        offset: u64,
+        bytes: u64,
+        to: CopyTarget,
+    ) -> Fut<'a, Result<(), Errno>> {
+        Box::pin(async move {
+            let result = self.copy_out(cx, GuestOffset(offset), bytes, to).await;
+            self.end(cx, result).await
+        })
+    }
+
+    fn copy_range_to<'a>(
+        &'a self,
+        cx: &'a Cx,
+        offset: u64,
+        bytes: u64,
+        from: CopySource<'a>,
+    ) -> Fut<'a, Result<(), Errno>> {
+        Box::pin(async move {
+            let result = self.copy_in(cx, GuestOffset(offset), bytes, from).await;
             self.end(cx, result).await
         })
     }

@@ -15,6 +15,7 @@ use crate::io::backend::Backend;
 use crate::memory::MemoryEnv;
 use crate::types::{NodeId, Perm, ReqFlags};
 
+mod copy;
 mod packed;
 
 /// A small generator: tests must not depend on anything random.

@@ -12,6 +12,33 @@ use super::map::Stop;
 use super::units::{ClusterIndex, GuestOffset, HostOffset, us};
 use crate::driver::Cx;
 use crate::error::Errno;
+use crate::io::copy_range::{CopySource, CopyTarget};
+use crate::types::ReqFlags;
+
+/// What is written.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Data<'a> {
+    /// These bytes.
+    Bytes(&'a [u8]),
+    /// So many bytes of a file, which are not read.
+    Copied(CopySource<'a>, u64),
+}
+
+impl<'a> Data<'a> {
+    fn len(self) -> u64 {
+        match self {
+            Data::Bytes(buf) => buf.len() as u64,
+            Data::Copied(_, bytes) => bytes,
+        }
+    }
+
+    fn first(self, bytes: u64) -> Data<'a> {
+        match self {
+            Data::Bytes(buf) => Data::Bytes(&buf[..us(bytes)]),
+            Data::Copied(from, all) => Data::Copied(from, bytes.min(all)),
+        }
+    }
+}
 
 /// What one step of a write does.
 enum Plan {
@@ -59,7 +86,7 @@ impl Qcow2 {
                 self.host_write(cx, host, &rest[..us(bytes)]).await?;
                 done += us(bytes);
             } else {
-                done += Box::pin(self.write_step(cx, at, rest)).await?;
+                done += us(Box::pin(self.write_step(cx, at, Data::Bytes(rest))).await?);
             }
         }
         Ok(())
@@ -106,31 +133,46 @@ impl Qcow2 {
         Some((HostOffset(start.0 + within), bytes))
     }
 
-    /// Writes the first run of `buf`; returns its length.
-    async fn write_step(&self, cx: &Cx, guest: GuestOffset, buf: &[u8]) -> Result<usize, Errno> {
+    /// Writes the first run of `data`; returns its length.
+    pub(super) async fn write_step(&self, cx: &Cx, guest: GuestOffset, data: Data<'_>) -> Result<u64, Errno> {
         let first = guest.0 >> self.geometry.cluster_bits;
         let guard = self.lock_clear(first, first + 1).await;
         self.prepare_writable(cx).await?;
-        match self.plan(cx, guest, buf.len() as u64).await? {
+        match self.plan(cx, guest, data.len()).await? {
             Plan::InPlace(host, bytes) => {
                 let _writing = self.epochs.enter();
                 drop(guard);
-                self.host_write(cx, host, &buf[..us(bytes)]).await?;
-                Ok(us(bytes))
+                self.host_put(cx, host, data.first(bytes)).await?;
+                Ok(bytes)
             }
             Plan::Allocated(allocation) => {
                 drop(guard);
-                self.write_allocated(cx, &allocation, &buf[..us(allocation.bytes)])
+                self.write_allocated(cx, &allocation, data.first(allocation.bytes))
                     .await
             }
         }
     }
 
-    async fn write_allocated(&self, cx: &Cx, allocation: &Allocation, buf: &[u8]) -> Result<usize, Errno> {
+    /// Puts data down where it belongs in the image file.
+    async fn host_put(&self, cx: &Cx, at: HostOffset, data: Data<'_>) -> Result<(), Errno> {
+        match data {
+            Data::Bytes(buf) => self.host_write(cx, at, buf).await,
+            Data::Copied(from, bytes) => {
+                let to = CopyTarget {
+                    edge: cx.file()?,
+                    offset: at.0,
+                    flags: ReqFlags::empty(),
+                };
+                cx.layer.copy_range_to(to, bytes, from).await
+            }
+        }
+    }
+
+    async fn write_allocated(&self, cx: &Cx, allocation: &Allocation, data: Data<'_>) -> Result<u64, Errno> {
         if allocation.reused {
             self.leave_to_readers().await;
         }
-        let written = self.write_data(cx, allocation, buf).await;
+        let written = self.write_data(cx, allocation, data).await;
         let _guard = self.lock.lock().await;
         let result = match written {
             Ok(()) => self.link(cx, allocation).await,
@@ -141,7 +183,7 @@ impl Qcow2 {
         }
         self.meta.borrow_mut().in_flight.retain(|f| f.0 != allocation.id);
         self.settled.open();
-        result.map(|()| buf.len())
+        result.map(|()| allocation.bytes)
     }
 
     /// A zero cluster that kept its place may still be read by who looked it up when it held data. Who sees our data
@@ -261,7 +303,7 @@ impl Qcow2 {
     }
 
     /// Writes the data of a run and the edges of its first and last cluster.
-    async fn write_data(&self, cx: &Cx, run: &Allocation, buf: &[u8]) -> Result<(), Errno> {
+    async fn write_data(&self, cx: &Cx, run: &Allocation, data: Data<'_>) -> Result<(), Errno> {
         let geometry = self.geometry;
         let host = geometry.host(run.host);
         let end = run.guest.0 + run.bytes;
@@ -270,7 +312,7 @@ impl Qcow2 {
         let data_at = HostOffset(host.0 + head as u64);
         let zero = (head == 0 || run.head_zero) && (tail == 0 || run.tail_zero);
         if head + tail == 0 || run.virgin && zero {
-            return self.host_write(cx, data_at, buf).await;
+            return self.host_put(cx, data_at, data).await;
         }
         let mut before = vec![0; head];
         let mut after = vec![0; tail];
@@ -282,8 +324,16 @@ impl Qcow2 {
         }
         let blank = |bytes: &[u8]| bytes.iter().all(|b| *b == 0);
         if run.virgin && blank(&before) && blank(&after) {
-            return self.host_write(cx, data_at, buf).await;
+            return self.host_put(cx, data_at, data).await;
         }
+        let Data::Bytes(buf) = data else {
+            // Nobody here has the bytes between the edges.
+            self.host_write(cx, host, &before).await?;
+            self.host_put(cx, data_at, data).await?;
+            return self
+                .host_write(cx, HostOffset(data_at.0 + data.len()), &after)
+                .await;
+        };
         let cs = us(geometry.cs());
         if run.clusters == 1 || run.clusters << geometry.cluster_bits <= limits::MERGE_BYTES {
             before.reserve_exact(buf.len() + tail);

@@ -65,9 +65,11 @@ pub(crate) struct BackupArgs {
     pub(crate) perf: Perf,
 }
 
-/// `x-perf`. `use-copy-range` has no effect.
+/// `x-perf`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Perf {
+    /// Copy offload is tried.
+    pub(crate) use_copy_range: bool,
     /// Most tasks at a time.
     pub(crate) max_workers: i64,
     /// Longest task, bytes; 0: no limit.
@@ -79,6 +81,7 @@ pub(crate) struct Perf {
 impl Default for Perf {
     fn default() -> Perf {
         Perf {
+            use_copy_range: false,
             max_workers: 64,
             max_chunk: 0,
             min_cluster_size: 0,

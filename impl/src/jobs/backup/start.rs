@@ -149,6 +149,9 @@ impl Layer {
         if args.compress {
             copy.compress();
         }
+        if args.perf.use_copy_range {
+            copy.offload();
+        }
         let backup = Rc::new(Backup {
             source: plan.source,
             filter: Cell::new(Some(filter)),
