@@ -328,11 +328,15 @@ impl Qcow2 {
         }
         let Data::Bytes(buf) = data else {
             // Nobody here has the bytes between the edges.
-            self.host_write(cx, host, &before).await?;
+            if head != 0 {
+                self.host_write(cx, host, &before).await?;
+            }
             self.host_put(cx, data_at, data).await?;
-            return self
-                .host_write(cx, HostOffset(data_at.0 + data.len()), &after)
-                .await;
+            if tail != 0 {
+                let at = HostOffset(data_at.0 + data.len());
+                self.host_write(cx, at, &after).await?;
+            }
+            return Ok(());
         };
         let cs = us(geometry.cs());
         if run.clusters == 1 || run.clusters << geometry.cluster_bits <= limits::MERGE_BYTES {
