@@ -116,13 +116,17 @@ pub(super) enum What {
     Unknown,
 }
 
-/// Content as runs of (bytes, what). `offset`: where it begins, a multiple of 16.
-pub(super) fn runs(bytes: &[u8], offset: u64, grain: u32) -> Vec<(u64, What)> {
+/// Content as runs of (bytes, what). `offset`: where it begins, a multiple of 16. A unit that is cut off somewhere within does
+/// not tell what it is.
+pub(super) fn runs(bytes: &[u8], offset: u64, grain: u32, cuts: &[u64]) -> Vec<(u64, What)> {
     let mut runs: Vec<(u64, What)> = Vec::new();
     for (n, unit) in (0u64..).zip(bytes.chunks(16)) {
         // A stamp names the start of its grain.
         let at = (offset + n * 16) & !(u64::from(grain) - 1);
+        let start = offset + n * 16;
+        let cut = cuts.iter().any(|cut| start < *cut && *cut < start + 16);
         let value = match stamp::read(unit, at) {
+            _ if cut => What::Unknown,
             Content::Zero => What::Zero,
             Content::Stamp(source) => What::Written(source),
             Content::Misplaced(..) | Content::Torn => What::Unknown,
@@ -161,7 +165,9 @@ mod tests {
     fn content_is_told_in_runs() {
         let mut bytes = vec![0; 200];
         stamp::fill(&mut bytes[64..128], 576, 64, Source::Step(StepId(3)));
-        let runs = runs(&bytes, 512, 64);
+        let cut = runs(&bytes, 512, 64, &[512 + 1]);
+        assert_eq!(cut[0], (16, What::Unknown), "it ends within");
+        let runs = runs(&bytes, 512, 64, &[512, 512 + 16]);
         let written = What::Written(Source::Step(StepId(3)));
         assert_eq!(runs, [(64, What::Zero), (64, written), (72, What::Zero)]);
     }

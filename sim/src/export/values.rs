@@ -20,6 +20,8 @@ pub(super) struct Values {
     /// None: stamps.
     bytes: Option<BTreeMap<Source, u8>>,
     grain: u32,
+    /// Where disks are cut off, bytes: what is left of the stamp there may look like zeroes, and of a writer's bytes like data.
+    cuts: Vec<u64>,
 }
 
 /// All writers, in order.
@@ -44,6 +46,17 @@ fn writers(scenario: &Scenario) -> Vec<Source> {
         .collect()
 }
 
+/// The lengths that commands ask for.
+fn cuts(scenario: &Scenario) -> Vec<u64> {
+    let length = |action: &Action| match action {
+        Action::Command { execute, arguments } if execute == "block_resize" => {
+            arguments.get("size")?.as_u64()
+        }
+        _ => None,
+    };
+    scenario.steps.iter().filter_map(|s| length(&s.action)).collect()
+}
+
 impl Values {
     /// A byte for each writer; none when there are too many.
     pub(super) fn bytes(scenario: &Scenario) -> Option<Values> {
@@ -53,6 +66,7 @@ impl Values {
         Some(Values {
             bytes: Some(bytes),
             grain: scenario.grain,
+            cuts: cuts(scenario),
         })
     }
 
@@ -61,6 +75,7 @@ impl Values {
         Values {
             bytes: None,
             grain: scenario.grain,
+            cuts: cuts(scenario),
         }
     }
 
@@ -106,7 +121,7 @@ impl Values {
 
     /// Content as a list of (bytes, whose).
     pub(super) fn runs(&self, bytes: &[u8], offset: u64) -> String {
-        let runs = text::runs(bytes, offset, self.grain);
+        let runs = text::runs(bytes, offset, self.grain, &self.cuts);
         let runs = runs
             .into_iter()
             .map(|(n, what)| format!("({n:#x}, {})", self.of_run(what)));
