@@ -315,9 +315,12 @@ impl Tally {
 /// Marks that this campaign owed and did not meet.
 fn unmet(counts: &Counts, options: &Options) -> Vec<Mark> {
     let owed = |m: &Mark| match (options.setup.profile, options.setup.faults) {
-        (Profile::Mixed, Faults::None) => !m.needs_faults(),
+        (Profile::Mixed, Faults::None) => !m.needs_faults() && !m.needs_power_cuts(),
         (Profile::Mixed, _) => !m.needs_sound_storage() && !m.is_of_backups(),
-        (Profile::Backup, Faults::Errors) => m.is_of_backups(),
+        (Profile::Backup, Faults::None) => false,
+        (Profile::Backup, Faults::Errors) => m.is_of_backups() && !m.needs_power_cuts(),
+        (Profile::Backup, Faults::Crash) => m.is_of_backups() && !m.needs_faults(),
+        (Profile::Backup, Faults::All) => m.is_of_backups(),
         _ => false,
     };
     crate::marks::unmet(counts).into_iter().filter(owed).collect()

@@ -183,6 +183,14 @@ pub(crate) fn after_power_cut(
             });
         }
     }
+    for file in files.iter().filter(sound).filter(|f| f.format == Format::Qcow2) {
+        let image = Qcow2::parse(&file.bytes).expect("just checked");
+        let left = bitmaps::stored(&image).expect("just checked");
+        let left = left.map_or_else(Vec::new, |directory| directory.bitmaps);
+        oracles
+            .iter_mut()
+            .try_for_each(|oracle| oracle.bitmaps_left(view, &file.name, &left))?;
+    }
     let all = Closed(files);
     let mut reader = Reader::new(&all);
     let contents: Vec<_> = files

@@ -107,8 +107,7 @@ impl Setup {
     fn backs_up(&self) -> bool {
         match self.faults {
             Faults::None => true,
-            Faults::Errors => self.profile == Profile::Backup,
-            Faults::Crash | Faults::All => false,
+            Faults::Errors | Faults::Crash | Faults::All => self.profile == Profile::Backup,
         }
     }
 
@@ -118,7 +117,8 @@ impl Setup {
             On::Memory => Reach {
                 // What a snapshot leaves behind that storage failed is not told by the model.
                 snapshots: matches!(self.faults, Faults::None),
-                bitmaps: matches!(self.faults, Faults::None),
+                // The same of what is stored of bitmaps; that the power fails is told.
+                bitmaps: matches!(self.faults, Faults::None | Faults::Crash),
                 snapshot_access: self.backs_up(),
                 backup: self.backs_up(),
                 // Lengths that are lost are not judged.

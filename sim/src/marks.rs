@@ -139,6 +139,7 @@ impl Detector {
             Record::Ended(step, outcome) => self.ended(scenario, *step, outcome),
             Record::Layer(event) => self.event(event),
             Record::Fault(fault) => self.fault(fault),
+            Record::PowerCut { image: 0, .. } => self.power_failed_beside_backup(),
             Record::PowerCut { .. } => {}
         }
     }
@@ -389,9 +390,12 @@ impl Detector {
                 self.request(r, parent);
             }
             Event::RequestWaits { request, on } => self.waits(*request, *on),
-            Event::RequestEnd { request, .. } => {
+            Event::RequestEnd { request, result, .. } => {
                 if let Some(i) = self.requests.iter().rposition(|r| r.id == *request) {
-                    self.requests.swap_remove(i);
+                    let over = self.requests.swap_remove(i);
+                    if over.kind == ReqKind::Flush && result.is_ok() {
+                        self.flushed(over.node);
+                    }
                 }
             }
             Event::CopyOnRead {

@@ -56,6 +56,8 @@ pub enum Stream {
     UnrestBesideBackups,
     /// Which backups compress.
     CompressedBackups,
+    /// Which targets of backups are flushed or closed before the power fails.
+    DurableBackups,
 }
 
 impl Rng {
@@ -75,6 +77,7 @@ impl Rng {
             Stream::CopyOnReadAboveFilters => 0x636f_7261_626f_7665,
             Stream::UnrestBesideBackups => 0x756e_7265_7374_0000,
             Stream::CompressedBackups => 0x636f_6d70_7265_7373,
+            Stream::DurableBackups => 0x6475_7261_626c_6500,
         };
         // Mixed before use: seeds that follow each other must not give shifted copies of one stream.
         let mut rng = Rng {

@@ -37,12 +37,7 @@ pub(super) fn run(args: &RunArgs) -> Result<Found, CliError> {
     super::check_tier(args.on, args.tier)?;
     match args.faults {
         Faults::None => {}
-        Faults::Crash | Faults::All if args.profile == Profile::Backup => {
-            let text =
-                "--profile backup: no backups are made where the power fails; use --faults none or errors";
-            return Err(CliError::Request(text.to_owned()));
-        }
-        Faults::Errors if args.profile == Profile::Backup && args.on == On::Qemu => {
+        faults if faults != Faults::None && args.profile == Profile::Backup && args.on == On::Qemu => {
             let text = "--profile backup: --on qemu makes no backups where storage fails; use --on memory, or --faults none";
             return Err(CliError::Request(text.to_owned()));
         }

@@ -197,7 +197,7 @@ impl Watched {
         {
             let target = graph.children(id).find(|(_, edge)| edge.name == "target");
             let target = target.and_then(|(_, edge)| Data::disk_of(scenario, &follower.world, edge.child));
-            data.copying_begins(id, (None, target), bottom, (None, |_, _| Copied::Perhaps));
+            data.copying_begins(id, (None, target), bottom, (None, |_, _| Copied::Perhaps), 0);
         }
     }
 }

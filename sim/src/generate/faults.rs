@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 use super::backup::backups_of;
 use super::command;
 use crate::rng::{Rng, Stream};
-use crate::scenario::{Action, Faults, Scenario, Step, WaitJob};
+use crate::scenario::{Action, Faults, GuestOp, Scenario, Step, WaitJob};
 
 /// Lets storage fail in this scenario.
 pub fn add_faults(scenario: &mut Scenario, seed: u64) {
@@ -27,6 +27,58 @@ pub fn add_power_cut(scenario: &mut Scenario, seed: u64) {
     // A run has tens to hundreds of requests; whichever has fewer ends in an orderly way.
     let scale = *rng.pick(&[8, 32, 64, 128, 256]);
     scenario.disk.power_cut = Some(rng.below(scale));
+    let rng = &mut Rng::stream(seed, Stream::DurableBackups);
+    make_durable(rng, &mut scenario.steps);
+}
+
+/// Has somebody flush what backups have filled, or close it, on the way or when they are done: before that nothing of it is sure.
+fn make_durable(rng: &mut Rng, steps: &mut Vec<Step>) {
+    let mut at = 0;
+    while at < steps.len() {
+        let Action::Command { execute, arguments } = &mut steps[at].action else {
+            at += 1;
+            continue;
+        };
+        let text = |backup: &Map<String, Value>, key: &str| backup.get(key)?.as_str().map(str::to_owned);
+        let started: Vec<(String, String)> = backups_of(&execute.clone(), arguments)
+            .into_iter()
+            .filter(|backup| backup.get("sync").is_some_and(|sync| sync != "none"))
+            .filter_map(|backup| Some((text(backup, "job-id")?, text(backup, "target")?)))
+            .collect();
+        at += 1;
+        let actor = steps[at - 1].actor.clone();
+        for (id, target) in started {
+            let flush = Step {
+                actor: actor.clone(),
+                action: Action::Guest {
+                    export: format!("x-{target}"),
+                    op: GuestOp::Flush,
+                },
+                wait: true,
+            };
+            let del = command(&actor, "blockdev-del", json!({"node-name": target}));
+            let done = wait_until(
+                &actor,
+                &id,
+                *rng.pick(&["pending", "concluded", "concluded", "null"]),
+            );
+            let viewed = steps.iter().any(|step| match &step.action {
+                Action::Command { execute, arguments } => {
+                    execute == "block-export-add"
+                        && arguments.get("id") == Some(&json!(format!("x-{target}")))
+                }
+                _ => false,
+            });
+            let mut more = match (rng.below(4), viewed) {
+                (0, _) => continue,
+                (1, true) => vec![flush],
+                (_, true) => vec![done, flush],
+                (_, false) => vec![done, del],
+            };
+            let to = (at + rng.below(6) as usize).min(steps.len());
+            steps.splice(to..to, more.drain(..));
+        }
+    }
 }
 
 fn plan(rng: &mut Rng, images: usize) -> Faults {
@@ -112,9 +164,13 @@ fn look_after_streams(rng: &mut Rng, steps: &mut Vec<Step>) {
 }
 
 fn wait_until_stopped(actor: &str, id: &str) -> Step {
+    wait_until(actor, id, "paused")
+}
+
+fn wait_until(actor: &str, id: &str, status: &str) -> Step {
     let job = WaitJob {
         id: id.to_owned(),
-        status: "paused".to_owned(),
+        status: status.to_owned(),
         offset: None,
     };
     Step {

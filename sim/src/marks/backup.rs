@@ -22,6 +22,10 @@ pub(super) struct Backups {
     filters: Vec<Filter>,
     /// Copies under way: filter and task.
     copies: Vec<(NodeId, u64)>,
+    /// Targets of filters that are gone.
+    filled: Vec<NodeId>,
+    /// One of them was flushed since.
+    flushed: bool,
 }
 
 impl Detector {
@@ -43,7 +47,10 @@ impl Detector {
                 let filters = self.backups.filters.iter_mut();
                 filters.for_each(|f| f.of_job |= f.filter == filter);
             }
-            Event::NodeRemoved { node } => self.backups.filters.retain(|f| f.filter != node),
+            Event::NodeRemoved { node } => {
+                let gone = self.backups.filters.extract_if(.., |f| f.filter == node);
+                self.backups.filled.extend(gone.map(|f| f.target));
+            }
             Event::CopyBegin {
                 filter,
                 task,
@@ -69,6 +76,21 @@ impl Detector {
             Event::CopyWaits { .. } => self.hit(Mark::WriteMeetsBackup),
             Event::DrainBegin { .. } if !self.backups.copies.is_empty() => self.hit(Mark::DrainDuringCopy),
             _ => {}
+        }
+    }
+
+    /// A flush ended well.
+    pub(super) fn flushed(&mut self, node: NodeId) {
+        self.backups.flushed |= self.backups.filled.contains(&node);
+    }
+
+    /// The power failed.
+    pub(super) fn power_failed_beside_backup(&mut self) {
+        if self.backups.filters.iter().any(|f| f.of_job) {
+            self.hit(Mark::PowerFailsUnderBackup);
+        }
+        if self.backups.flushed {
+            self.hit(Mark::PowerFailsAfterFlush);
         }
     }
 

@@ -46,6 +46,10 @@ marks! {
     CopyOffloaded = "copy without reading",
     /// Storage cannot, or fails; the copy is made by reading and writing.
     OffloadFails = "copy without reading fails and is made by reading",
+    /// The power fails while a backup is under way.
+    PowerFailsUnderBackup = "power fails under a backup",
+    /// The power fails, and what backups had put into a target had been flushed.
+    PowerFailsAfterFlush = "power fails after the target of a backup was flushed",
     /// A node is to be drained while a cluster is being copied.
     DrainDuringCopy = "drain during copy",
     /// A bitmap is merged, cleared or switched while a backup runs.
@@ -350,7 +354,15 @@ impl Mark {
                 | Mark::CopyOffloaded
                 | Mark::OffloadFails
                 | Mark::CopyFails
+                | Mark::PowerFailsUnderBackup
+                | Mark::PowerFailsAfterFlush
         )
+    }
+
+    /// Whether it can only occur when the power fails.
+    #[must_use]
+    pub fn needs_power_cuts(self) -> bool {
+        matches!(self, Mark::PowerFailsUnderBackup | Mark::PowerFailsAfterFlush)
     }
 }
 

@@ -7,6 +7,7 @@
 //! A closed image holds what the model says that it holds. What a backup owes its bitmap: `bitmap_owed.rs`.
 //! From outside no requests are told: guests' own mark, on the node that they are for and what it passes them on to, unless something
 //! else of the main context came in between; only closed images are looked at.
+//! After a power cut: `bitmap_left.rs`.
 //! Not judged: what requests left that failed, or that ended while a command on bitmaps was under way (a transaction drains
 //! first); what a closed image stores once storage failed; where qcow2 writes in its file; zeroing of less than whole blocks of the storage,
 //! which may or may not be padded to them.
@@ -260,10 +261,7 @@ impl Bitmaps {
             {
                 return wrong(&ours.name, &format!("ought to be {ours:?}, is {theirs:?}"));
             }
-            let is_set = |bit: u64| {
-                let byte = usize::try_from(bit / 8).ok().and_then(|at| theirs.bits.get(at));
-                byte.is_some_and(|byte| byte >> (bit % 8) & 1 == 1)
-            };
+            let is_set = |bit: u64| is_set(theirs, bit);
             let known = ours.dirty.as_ref().filter(|_| !ours.in_use);
             if let Some(dirty) = known
                 && let Some(bit) =
@@ -285,6 +283,12 @@ impl Bitmaps {
             None => Ok(()),
         }
     }
+}
+
+/// Whether an image stores this bit.
+fn is_set(stored: &Stored, bit: u64) -> bool {
+    let byte = usize::try_from(bit / 8).ok().and_then(|at| stored.bits.get(at));
+    byte.is_some_and(|byte| byte >> (bit % 8) & 1 == 1)
 }
 
 fn difference(ours: &Bitmap, theirs: &BitmapView, rest: bool) -> Option<String> {
@@ -323,6 +327,8 @@ fn difference(ours: &Bitmap, theirs: &BitmapView, rest: bool) -> Option<String> 
     None
 }
 
+#[path = "bitmap_left.rs"]
+mod left;
 #[path = "bitmap_owed.rs"]
 mod owed;
 

@@ -10,7 +10,7 @@
 //! (copied up before) or the new, so any value that the lower layer has had is accepted there, for as long as the
 //! overlay's initial content would be: until a guest write to the overlay has ended.
 //! A grain of more than 512 bytes may be torn: each of its sectors is a register.
-//! An image whose flush failed may have lost on close what was not flushed before, and only that: a grain then holds
+//! An image whose flush failed, or that could not be written when it was closed, may have lost what was not flushed before, and only that: a grain then holds
 //! what it held at the last flush that succeeded, or what was written since; a FUA write that ended well is never lost.
 //! What a power cut leaves is judged alike.
 //! Unchecked: windows (`raw` with offset or size), `null-co`, the plain bytes of a qcow2 file, disks whose image is open
@@ -31,6 +31,7 @@ use backup::Copies;
 use change::{Other, Window};
 pub(crate) use disks::allocation;
 use disks::file_of;
+use fill::{Closing, Fill};
 pub(crate) use lost::LEFT_OUT;
 use sectors::Sectors;
 
@@ -93,6 +94,10 @@ struct Disk {
     kept: Vec<bool>,
     /// A backup filled it.
     target: bool,
+    /// Per grain: a backup that ended well has put something there.
+    filled: Vec<bool>,
+    /// By whom it is filled, and was.
+    fills: Vec<Fill>,
     /// Per grain: a backup discards it, or did. That is no entry of the log; none as long as there was no such backup.
     discarded: Vec<bool>,
 }
@@ -135,6 +140,10 @@ pub(crate) struct Data {
     flushes: Vec<(StepId, usize, u64)>,
     /// Images a flush of whose file failed.
     lost: Vec<usize>,
+    /// How often storage failed.
+    faults: u64,
+    /// Commands under way that close images.
+    closing: Vec<Closing>,
     /// Exports that were there once: a request may be issued while one goes.
     exports: Vec<(String, usize)>,
     values: Vec<Option<Value>>,
@@ -185,6 +194,8 @@ impl Data {
         self.open.clear();
         self.flushes.clear();
         self.lost.clear();
+        self.faults = 0;
+        self.closing.clear();
         self.exports.clear();
         self.window = None;
         self.crossed.clear();
@@ -195,7 +206,10 @@ impl Data {
     /// Storage failed a request.
     pub(crate) fn fault(&mut self, fault: &Fault) {
         let image = fault.image as usize;
-        if fault.kind == FaultKind::Flush && !self.lost.contains(&image) {
+        self.faults += 1;
+        // Nobody hears of what could not be flushed when an image is closed.
+        let unflushed = fault.kind == FaultKind::Flush || !self.closing.is_empty();
+        if unflushed && !self.lost.contains(&image) {
             self.lost.push(image);
         }
     }
@@ -263,6 +277,7 @@ impl Data {
             }
             GuestOp::Discard(range) => (Effect::Discard, 0, "discard", range),
             GuestOp::Flush => {
+                let disk = disk.filter(|_| Data::flush_arrives(follower, export));
                 self.flushes.extend(disk.map(|disk| (step, disk, view.now)));
                 return;
             }
@@ -363,7 +378,7 @@ impl Data {
             .filter(|d| d.chain.contains(&disk))
         {
             for g in first..last.min(d.own.len()) {
-                d.loose[g] |= !d.own[g] && !d.kept[g];
+                d.loose[g] |= !d.own[g] && !d.filled[g] && !d.kept[g];
             }
         }
     }
@@ -401,6 +416,8 @@ mod change;
 mod disks;
 #[path = "data_end.rs"]
 mod end;
+#[path = "data_fill.rs"]
+mod fill;
 #[path = "data_grains.rs"]
 mod grains;
 #[path = "data_final.rs"]

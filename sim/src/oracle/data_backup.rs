@@ -2,7 +2,7 @@
 //! instant, and nothing that was written to it later.
 //!
 //! The instant is when the filter comes above the drained source. From then on a grain of the target that is to be copied may
-//! show what it did or what the source held at the instant; once the job has ended well it shows the latter. A target above its
+//! show what it did or what the source held at the instant; once its copy, or the job, has ended well it shows the latter. A target above its
 //! source (fleecing) shows the latter from the first moment on, as long as the job is there: what is not copied yet is below.
 //! What is to be copied: everything, what the source's own layer holds, or what a bitmap marks, by `sync`.
 //! With `discard-source` each cluster may be discarded in the source until its copy is over, and not after that.
@@ -10,6 +10,7 @@
 //! Unchecked: how much of a failed backup is in the target; sources of which nothing can be said, or that are written past their
 //! filter; block status of snapshots.
 
+use std::ops::Range as Span;
 use std::rc::Rc;
 
 use blkcheck_model::bitmap::Spans;
@@ -17,6 +18,7 @@ use blkcheck_model::job::{Backup as Job, Sync};
 use blkcheck_model::register::{Effect, OpId, Value};
 use blkcheck_model::{Driver, NodeId, World};
 
+use super::fill::Fill;
 use super::grains::{content_text, history, parts, texts};
 use super::{Data, Disk, FinalContent, OracleName, Seen, View, Violation, index, value_text, violation};
 use crate::history::{Outcome, StepId};
@@ -66,7 +68,7 @@ impl Copied {
 }
 
 /// What the source may have held at the instant (nothing where nobody knows), and whether it is copied.
-type Grain = (Vec<Value>, Copied);
+pub(super) type Grain = (Vec<Value>, Copied);
 
 /// A filter at work.
 #[derive(Debug)]
@@ -79,6 +81,10 @@ struct Copying {
     grains: Vec<Grain>,
     /// Per grain: the copy, as a write to the target.
     copies: Vec<Option<OpId>>,
+    /// Which of the target's fills this is.
+    fill: usize,
+    /// Copies under way: task, begin, grains.
+    tasks: Vec<(u64, u64, Span<usize>)>,
     discards: Option<Discards>,
 }
 
@@ -87,8 +93,6 @@ struct Copying {
 struct Discards {
     /// Per grain: the discard, until it is over.
     grains: Vec<Option<OpId>>,
-    /// Copies under way: task, grains.
-    tasks: Vec<(u64, std::ops::Range<usize>)>,
 }
 
 /// A read of a snapshot under way.
@@ -109,7 +113,7 @@ pub(super) struct Copies {
 impl Copies {
     /// A guest writes to a target, maybe between the instant and the copy: where the target shows the source the copy then does
     /// change something.
-    pub(super) fn meet_write(&mut self, disk: usize, d: &mut Disk, grains: std::ops::Range<usize>) {
+    pub(super) fn meet_write(&mut self, disk: usize, d: &mut Disk, grains: Span<usize>) {
         for copying in self.filters.iter_mut().filter(|c| c.target == Some(disk)) {
             for g in grains.clone().filter(|g| d.kept[*g]) {
                 if let (Some((values, copied)), Some(copy @ None)) =
@@ -131,6 +135,7 @@ impl Data {
         (source, target): (Option<usize>, Option<usize>),
         bottom: &Bottom,
         (job, copied): (Option<&Rc<str>>, impl Fn(u64, u64) -> Copied),
+        now: u64,
     ) {
         if let Some(target) = target {
             // What is above a target changes with it, nobody knows when.
@@ -145,6 +150,11 @@ impl Data {
         let range = |g: u64| copied(g * self.grain, (g + 1) * self.grain);
         let grains: Vec<Grain> = (0..).zip(instant).map(|(g, values)| (values, range(g))).collect();
         let copies = target.map_or_else(Vec::new, |target| self.fill(source, target, bottom, &grains));
+        let fills = target.and_then(|target| Some(&mut self.disks[target].as_mut()?.fills));
+        let fill = fills.map_or(0, |fills| {
+            fills.push(Fill::new(&grains, now));
+            fills.len() - 1
+        });
         self.copies.filters.push(Copying {
             job: job.map(Rc::clone),
             filter,
@@ -152,6 +162,8 @@ impl Data {
             target,
             grains,
             copies,
+            fill,
+            tasks: Vec::new(),
             discards: None,
         });
     }
@@ -182,33 +194,45 @@ impl Data {
             for (discarded, now) in d.discarded.iter_mut().zip(&grains) {
                 *discarded |= now.is_some();
             }
-            own.discards = Some(Discards {
-                grains,
-                tasks: Vec::new(),
-            });
+            own.discards = Some(Discards { grains });
         }
         self.copies.filters.push(own);
     }
 
-    /// A task of a filter begins to copy, and to discard after that if its backup does so; or it is over.
-    pub(crate) fn copying(&mut self, filter: NodeId, task: u64, begins: Option<(u64, u64)>) {
+    /// A task of a filter begins to copy.
+    pub(crate) fn copy_begins(&mut self, filter: NodeId, task: u64, (offset, bytes): (u64, u64), now: u64) {
         let grain = self.grain;
+        if let Some(copying) = self.copies.filters.iter_mut().find(|c| c.filter == filter) {
+            let grains = index(offset / grain)..index((offset + bytes).div_ceil(grain));
+            copying.tasks.push((task, now, grains));
+        }
+    }
+
+    /// It is over; if it ended `well`, its grains are there, and discarded in the source if its backup does so.
+    pub(crate) fn copy_ends(&mut self, filter: NodeId, task: u64, well: bool, now: u64) {
         let Some(copying) = self.copies.filters.iter_mut().find(|c| c.filter == filter) else {
+            return;
+        };
+        let Some(at) = copying.tasks.iter().position(|(other, ..)| *other == task) else {
+            return;
+        };
+        let (_, since, grains) = copying.tasks.swap_remove(at);
+        if !well {
+            return;
+        }
+        if let Some(d) = copying.target.and_then(|target| self.disks[target].as_mut()) {
+            d.fills[copying.fill].copied(grains.clone(), since, now);
+            for copy in grains.clone().filter_map(|g| copying.copies.get_mut(g)?.take()) {
+                d.registers.end(copy, true);
+            }
+        }
+        let Some(d) = self.disks[copying.source].as_mut() else {
             return;
         };
         let Some(discards) = &mut copying.discards else {
             return;
         };
-        if let Some((offset, bytes)) = begins {
-            let grains = index(offset / grain)..index((offset + bytes).div_ceil(grain));
-            discards.tasks.push((task, grains));
-            return;
-        }
-        let Some(d) = self.disks[copying.source].as_mut() else {
-            return;
-        };
-        let over = discards.tasks.extract_if(.., |(other, _)| *other == task);
-        for g in over.flat_map(|(_, grains)| grains) {
+        for g in grains {
             if let Some(op) = discards.grains.get_mut(g).and_then(Option::take) {
                 d.registers.end(op, true);
             }
@@ -244,13 +268,6 @@ impl Data {
         let Some(d) = self.disks[target].as_mut() else {
             return Vec::new();
         };
-        // A copy may be all that is left of a grain when what came later is lost.
-        let copied = grains
-            .iter()
-            .enumerate()
-            .filter(|(_, grain)| grain.1 != Copied::Not);
-        d.former
-            .extend(copied.flat_map(|(g, grain)| grain.0.iter().map(move |value| (g, *value))));
         d.target = true;
         let fleecing = d.chain.first() == Some(&source);
         // What is in between hides it, or not: nobody follows that.
@@ -310,14 +327,14 @@ impl Data {
     }
 
     /// A job is over. `well`: everything that was to be copied is.
-    pub(crate) fn backup_ended(&mut self, id: &str, well: bool) {
+    pub(crate) fn backup_ended(&mut self, id: &str, well: bool, now: u64) {
         let all = &mut self.copies.filters;
         let Some(at) = all.iter().position(|c| c.job.as_deref() == Some(id)) else {
             return;
         };
         let over = all.remove(at);
         if let Some(d) = over.target.and_then(|target| self.disks[target].as_mut()) {
-            d.release(&over.grains, &over.copies, well);
+            d.release(&over.grains, &over.copies, (over.fill, well), now);
         }
         let discards = over.discards.iter().flat_map(|d| d.grains.iter().flatten());
         if let Some(d) = self.disks[over.source].as_mut() {
@@ -456,16 +473,18 @@ impl Disk {
     }
 
     /// It is over: what was to be copied is there, or, if it was not `well`, may be.
-    fn release(&mut self, grains: &[Grain], copies: &[Option<OpId>], well: bool) {
+    fn release(&mut self, grains: &[Grain], copies: &[Option<OpId>], (fill, well): (usize, bool), now: u64) {
         for (g, (grain, copy)) in grains.iter().zip(copies).enumerate().take(self.initial.len()) {
             if let Some(copy) = copy {
                 self.registers.end(*copy, well && grain.1 == Copied::Surely);
             }
             if well && grain.1 == Copied::Surely {
-                self.own[g] = true;
+                self.filled[g] = true;
+                let since = self.fills[fill].begin();
+                self.fills[fill].copied(g..g + 1, since, now);
             } else if self.kept[g] {
                 // What was not copied is below again, and changes with it.
-                self.loose[g] |= !self.own[g];
+                self.loose[g] |= !self.own[g] && !self.filled[g];
             }
             self.kept[g] = false;
         }
@@ -474,4 +493,4 @@ impl Disk {
 
 #[cfg(test)]
 #[path = "data_backup_tests.rs"]
-mod tests;
+pub(crate) mod tests;

@@ -15,7 +15,7 @@ use crate::scenario::Action;
 use crate::stamp::{self, Source};
 
 /// What the source holds at the instant.
-const OLD: Source = Source::Fill { image: 0, fill: 0 };
+pub(crate) const OLD: Source = Source::Fill { image: 0, fill: 0 };
 
 /// A filled source, an empty target of the same length, both raw; then these commands, then guests: `w` writes the first
 /// grain above the filter, `s` and `t` read it from the snapshot and the target.
@@ -89,7 +89,7 @@ fn open(run: &mut Run, step: usize, filter: &'static str) {
     }
 }
 
-fn tell(run: &mut Run, record: &Record) {
+pub(crate) fn tell(run: &mut Run, record: &Record) {
     run.record(record).expect("nothing is wrong with it");
 }
 
@@ -111,8 +111,16 @@ fn by_hand() -> Run {
 
 /// A backup of everything, with a guest above.
 fn by_job() -> Run {
+    by_job_with(
+        &json!({"execute": "block-export-add", "arguments": {"type": "nbd", "id": "u", "name": "u", "node-name": "dst"}}),
+    )
+}
+
+/// The same, with one more command before it.
+pub(crate) fn by_job_with(before: &Value) -> Run {
     opened(
         &[
+            before.clone(),
             json!({"execute": "block-export-add", "arguments":
                 {"type": "nbd", "id": "w", "node-name": "src", "writable": true}}),
             json!({"execute": "blockdev-backup", "arguments":
@@ -134,7 +142,7 @@ fn stamped(source: Source) -> Box<[u8]> {
 }
 
 /// A guest overwrites the source.
-fn overwrite(run: &mut Run) -> Source {
+pub(crate) fn overwrite(run: &mut Run) -> Source {
     let step = guest(run, 0);
     tell(run, &Record::Issued(step));
     tell(run, &Record::Ended(step, Outcome::Done(Ok(()))));
@@ -168,7 +176,7 @@ fn status(run: &mut Run, from: JobStatus, to: JobStatus) {
 }
 
 /// The job runs to its end, this way.
-fn finish(run: &mut Run, walk: &[JobStatus], told: &'static str) {
+pub(crate) fn finish(run: &mut Run, walk: &[JobStatus], told: &'static str) {
     for pair in walk.windows(2) {
         status(run, pair[0], pair[1]);
     }

@@ -495,7 +495,12 @@ impl Data {
         d.registers.resize(old.min(length), grains);
         d.initial.resize(kept, 0);
         d.initial.resize(grains, 0);
-        for (flags, new) in [(&mut d.loose, false), (&mut d.own, true), (&mut d.kept, false)] {
+        for (flags, new) in [
+            (&mut d.loose, false),
+            (&mut d.own, true),
+            (&mut d.kept, false),
+            (&mut d.filled, false),
+        ] {
             flags.resize(kept, new);
             flags.resize(grains, new);
         }

@@ -230,6 +230,8 @@ impl Data {
             moved: false,
             kept: vec![false; grains],
             target: false,
+            filled: vec![false; grains],
+            fills: Vec::new(),
             discarded: Vec::new(),
         }
     }

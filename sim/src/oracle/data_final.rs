@@ -6,6 +6,7 @@ use blkcheck_model::layer::Format as LayerFormat;
 use blkcheck_model::register::Effect;
 
 use super::grains::{collect, content_text, explain, history};
+use super::lost::Left;
 use super::sectors::per_grain;
 use super::{Data, FinalContent, Open, OracleName, SECTOR, View, Violation, status, violation};
 use crate::follow::Follower;
@@ -103,7 +104,7 @@ impl Data {
                 continue;
             }
             if self.lost.contains(&disk) || d.chain.iter().any(|below| self.lost.contains(below)) {
-                self.at_least_flushed(view, bottom, (disk, None), content)?;
+                self.at_least_flushed(view, bottom, Left { disk, below: None }, content)?;
             } else {
                 self.whole(view, disk, content)?;
             }

@@ -3,6 +3,8 @@
 //! Rules: an image that lost something holds of each grain what it held at its last good flush, or something written since; a FUA write
 //! that ended well is never lost. Of a large grain each sector is judged for itself: a write that may be lost may be lost in part. Where it need not hold a grain itself, what is below shows, which may have lost something in turn. What
 //! it held by way of layers that are not below any more may have been copied into it with a cluster that a guest wrote to.
+//! What copies put into a target: `data_fill.rs`. A target that is above its source by a command only is judged where it holds the
+//! grain itself.
 //! Not covered: after a power cut images whose length changed or that a command put on something else.
 
 use blkcheck_model::register::Value;
@@ -27,22 +29,35 @@ struct Place<'a> {
     part: usize,
 }
 
+/// An image that was read.
+#[derive(Clone, Copy)]
+pub(super) struct Left<'a> {
+    pub(super) disk: usize,
+    /// What its header names, if that is not what it must be.
+    pub(super) below: Option<&'a [usize]>,
+}
+
 impl Data {
     /// An image of which (or of a layer below) what was not flushed may be lost. It is as good as on what it stood on before streams, which
-    /// have copied what they took out. `below`: what its header names, if that is not what it must be.
+    /// have copied what they took out. What it need not hold itself is not judged where its header never named what is below.
     pub(super) fn at_least_flushed(
         &self,
         view: &View<'_>,
         bottom: &Bottom,
-        (disk, below): (usize, Option<&[usize]>),
+        Left { disk, below }: Left<'_>,
         content: &FinalContent<'_>,
     ) -> Result<(), Violation> {
         let Some(d) = self.disks[disk].as_ref().filter(|d| !d.unknown) else {
             return Ok(());
         };
         let chain = d.fullest();
+        let named = view.scenario.images[disk].backing_file.is_some();
+        let alone = below.is_some() && !named && !chain.is_empty();
         for (grain, bytes) in content.bytes.chunks(index(self.grain)).enumerate() {
             let at = grain as u64 * self.grain;
+            if alone && !d.must_hold(grain) {
+                continue;
+            }
             let seen = parts(bytes, at, &d.cuts, self.grain);
             for (part, saw) in d.registers.of(grain).zip(seen) {
                 let place = Place {
@@ -122,7 +137,8 @@ impl Data {
             let mut stood = d.fullest().iter();
             let stood = below.iter().all(|image| stood.any(|other| other == image));
             if stood && !d.moved && d.length == length {
-                self.at_least_flushed(view, bottom, (disk, Some(below)), content)?;
+                let below = Some(&below[..]);
+                self.at_least_flushed(view, bottom, Left { disk, below }, content)?;
             }
         }
         Ok(())
@@ -154,25 +170,31 @@ impl Disk {
         let is_there = |since: u64| (grain < cut_off || since > when) && kept_since(since);
         self.own.get(grain) == Some(&true) && is_there(0)
             || self.durable(grain).any(|l| !l.crossed && is_there(l.start))
+            || self.durable_copies(grain).any(is_there)
     }
 
     /// Whether a grain may hold this after everything since the last good flush was lost in part. `copied`: the image itself may hold
     /// the grain.
     fn may_hold(&self, Place { grain, part, .. }: Place<'_>, value: Value, copied: bool, size: u64) -> bool {
-        // Copies are in no log.
-        if value == 0 && self.is_discarded(grain) || self.target && self.former.contains(&(grain, value)) {
+        if value == 0 && self.is_discarded(grain) {
             return true;
         }
+        let durable = || {
+            let writes = self.durable(grain).map(|l| l.start);
+            writes.chain(self.durable_copies(grain))
+        };
         // A write that is durable hides everything that ended before the write began.
-        let hidden = |end: u64| self.durable(grain).any(|l| l.start > end);
+        let hidden = |end: u64| durable().any(|start| start > end);
         // Where the content below ends within the grain, the rest was zeroes, if it was not cut off only later.
         let tail = is_tail(&self.cuts, part, size);
         let full = !tail || grain + 1 >= self.cut_off.0;
         let first = full && self.initial.get(grain) == Some(&value) || tail && value == 0;
         // A copy in a cluster that a guest had begun to write may be from what was below then.
         let before = first || copied && self.former.contains(&(grain, value));
-        let initially = before && self.durable(grain).next().is_none();
+        let initially = before && durable().next().is_none();
+        let mut copies = self.copies_of(grain);
         initially
+            || copies.any(|(copy, _, end)| copy == value && (end == u64::MAX || !hidden(end)))
             || self
                 .log
                 .iter()
@@ -186,10 +208,10 @@ fn lost_text(scenario: &Scenario, d: &Disk, place: Place<'_>, saw: &str) -> Viol
         scenario.images[place.disk].file,
         place.part as u64 * u64::from(scenario.grain).min(SECTOR),
     );
-    violation(
-        OracleName::Transparency,
-        None,
-        message,
-        history(scenario, d, place.grain),
-    )
+    let oracle = if d.target {
+        OracleName::PointInTime
+    } else {
+        OracleName::Transparency
+    };
+    violation(oracle, None, message, history(scenario, d, place.grain))
 }

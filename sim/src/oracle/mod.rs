@@ -182,6 +182,10 @@ pub trait Oracle: std::fmt::Debug {
     fn bitmaps(&mut self, _view: &View<'_>, _file: &str, _stored: &[Stored]) -> Result<(), Violation> {
         Ok(())
     }
+    /// The power failed; these bitmaps are left in a qcow2 image.
+    fn bitmaps_left(&mut self, _view: &View<'_>, _file: &str, _stored: &[Stored]) -> Result<(), Violation> {
+        Ok(())
+    }
     /// The power failed. `contents`: every image file that is left and can be read, with the images below it by its header,
     /// by their places in the scenario.
     fn after_power_cut(

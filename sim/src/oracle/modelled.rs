@@ -54,12 +54,12 @@ pub struct Modelled {
     errors: Errors,
     /// A request that marks bitmaps ended while the command under way was: before the instant of its backup, maybe, or after.
     disturbed: bool,
-    /// Images that copy-before-write filters fill.
-    targets: BTreeMap<LayerNode, usize>,
+    /// Copy-before-write filters, in the model, and the images that they fill.
+    targets: BTreeMap<LayerNode, (NodeId, Option<usize>)>,
     /// Outside: copies are not told; what the filters may do is taken for done when they are there.
     untold: Option<Untold>,
-    /// Filters whose backups discard what they have copied, in the model, and their sources.
-    discarded: BTreeMap<LayerNode, (NodeId, usize)>,
+    /// The sources of filters whose backups discard what they have copied.
+    discarded: BTreeMap<LayerNode, usize>,
     /// Something may have changed since the layer's books were last looked at.
     changed: bool,
     /// The layer's books when everything was settled last. Records come in batches, after the fact, so that books can
@@ -139,7 +139,7 @@ impl Modelled {
     }
 
     /// A copy-before-write filter is there: from now on it keeps what its source holds.
-    fn begins_to_copy(&mut self, scenario: &Scenario, id: NodeId) -> Filling {
+    fn begins_to_copy(&mut self, scenario: &Scenario, id: NodeId, now: u64) -> Filling {
         let graph = &self.follower.world.graph;
         let disk = |child: Option<NodeId>| Data::disk_of(scenario, &self.follower.world, child?);
         let target = graph.children(id).find(|(_, edge)| edge.name == "target");
@@ -170,7 +170,7 @@ impl Modelled {
             (None, None) => Copied::Perhaps,
         };
         self.data
-            .copying_begins(id, (source, target), bottom, (job.map(|(id, _)| id), copied));
+            .copying_begins(id, (source, target), bottom, (job.map(|(id, _)| id), copied), now);
         if let (Some(kept), Some(source)) = (kept, source)
             && kept.discards_source
         {
@@ -191,7 +191,8 @@ impl Modelled {
         let new: Vec<NodeId> = now.difference(&untold.filters).copied().collect();
         untold.filters = now;
         for filter in new {
-            let filling = self.begins_to_copy(scenario, filter);
+            // Its copies may have begun before anybody was told.
+            let filling = self.begins_to_copy(scenario, filter, 0);
             if let Some(target) = filling.target {
                 self.bottom.filled(target, 0, u64::MAX);
             }
@@ -213,15 +214,15 @@ impl Modelled {
     }
 
     /// What a copy-before-write filter does to its target.
-    fn copies(&mut self, scenario: &Scenario, event: &Event) {
+    fn copies(&mut self, scenario: &Scenario, event: &Event, now: u64) {
         match *event {
             Event::CopyBeforeWrite { filter, .. } => {
                 if let Some(id) = self.follower.world.graph.find(self.mirror.name(filter)) {
                     self.owes(filter, id);
-                    let filling = self.begins_to_copy(scenario, id);
-                    self.targets.extend(filling.target.map(|target| (filter, target)));
+                    let filling = self.begins_to_copy(scenario, id, now);
+                    self.targets.insert(filter, (id, filling.target));
                     self.discarded
-                        .extend(filling.discarded.map(|source| (filter, (id, source))));
+                        .extend(filling.discarded.map(|source| (filter, source)));
                 }
             }
             Event::SnapshotBroken { filter, .. } => {
@@ -238,21 +239,19 @@ impl Modelled {
                 bytes,
                 ..
             } => {
-                if let Some(target) = self.targets.get(&filter) {
-                    self.bottom.filled(*target, offset, bytes);
+                if let Some((id, target)) = self.targets.get(&filter) {
+                    self.data.copy_begins(*id, task, (offset, bytes), now);
+                    if let Some(target) = target {
+                        self.bottom.filled(*target, offset, bytes);
+                    }
                 }
-                if let Some((id, source)) = self.discarded.get(&filter) {
+                if let Some(source) = self.discarded.get(&filter) {
                     self.bottom.discarded(*source, offset, bytes);
-                    self.data.copying(*id, task, Some((offset, bytes)));
                 }
             }
-            Event::CopyEnd {
-                filter,
-                task,
-                result: Ok(()),
-            } => {
-                if let Some((id, _)) = self.discarded.get(&filter) {
-                    self.data.copying(*id, task, None);
+            Event::CopyEnd { filter, task, result } => {
+                if let Some((id, _)) = self.targets.get(&filter) {
+                    self.data.copy_ends(*id, task, result.is_ok(), now);
                 }
             }
             _ => {}
@@ -337,6 +336,7 @@ impl Oracle for Modelled {
             .follow(view.scenario, follower, &followed, bottom, view.now);
         match record {
             Record::Issued(step) => {
+                self.data.asked(view.scenario, *step, view.now);
                 if let Some((export, op)) = guest(view.scenario, *step) {
                     if let Some(untold) = &mut self.untold {
                         untold.flying += 1;
@@ -353,6 +353,8 @@ impl Oracle for Modelled {
             Record::Ended(step, Outcome::Command(got)) if followed.answered.is_some() => {
                 refusals::judge(view.scenario, *step, self.follower.prediction(), got)?;
                 self.filters_came(view.scenario);
+                self.data
+                    .answered(view.scenario, &self.follower.world, *step, got.is_ok());
                 // What failing storage may leave is settled below.
                 if got.is_err() && followed.settled && !self.follower.in_doubt() {
                     self.refused(view, *step)?;
@@ -371,14 +373,15 @@ impl Oracle for Modelled {
                 self.data.fault(fault);
             }
             Record::Layer(event) => {
-                self.copies(view.scenario, event);
+                self.copies(view.scenario, event, view.now);
                 if let (Some(outcome), Event::Qmp { data, .. }) = (followed.completed, event)
                     && let Some(id) = data.get("device").and_then(serde_json::Value::as_str)
                 {
                     self.changed = true;
                     self.bottom.completed(id, outcome);
                     self.bitmaps.job_ended(id, outcome == JobOutcome::Success);
-                    self.data.backup_ended(id, outcome == JobOutcome::Success);
+                    self.data
+                        .backup_ended(id, outcome == JobOutcome::Success, view.now);
                 }
                 self.bitmaps.event(&mut self.follower, &self.mirror, event);
                 self.bottom
@@ -431,6 +434,10 @@ impl Oracle for Modelled {
 
     fn bitmaps(&mut self, _view: &View<'_>, file: &str, stored: &[Stored]) -> Result<(), Violation> {
         self.bitmaps.stored(&self.follower.world, file, stored)
+    }
+
+    fn bitmaps_left(&mut self, _view: &View<'_>, file: &str, stored: &[Stored]) -> Result<(), Violation> {
+        self.bitmaps.left(&self.follower.world, file, stored)
     }
 
     fn after_power_cut(
