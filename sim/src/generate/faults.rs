@@ -57,11 +57,8 @@ fn make_durable(rng: &mut Rng, steps: &mut Vec<Step>) {
                 wait: true,
             };
             let del = command(&actor, "blockdev-del", json!({"node-name": target}));
-            let done = wait_until(
-                &actor,
-                &id,
-                *rng.pick(&["pending", "concluded", "concluded", "null"]),
-            );
+            let status = *rng.pick(&["pending", "concluded", "concluded", "null"]);
+            let done = wait_until(&actor, &id, status);
             let viewed = steps.iter().any(|step| match &step.action {
                 Action::Command { execute, arguments } => {
                     execute == "block-export-add"

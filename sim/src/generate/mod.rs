@@ -4,8 +4,8 @@
 //! Rules: draws only from the workload stream; stays within the target's capabilities; always yields a scenario that
 //! `validate` accepts. Nothing here looks at outcomes: a generated command may well be refused, and refusals are
 //! checked like results. A profile narrows the swarm, it never adds a feature of its own.
-//! What may fail is drawn apart, by [`add_faults`] and [`add_power_cut`]; whether it does is a choice. Not covered: snapshots,
-//! bitmaps and backups on failing storage, for which the model has no list of what may be left.
+//! What may fail is drawn apart, by [`add_faults`] and [`add_power_cut`]; whether it does is a choice. Not covered: snapshots and
+//! bitmaps on failing storage, for which the model has no list of what may be left.
 
 mod backup;
 mod bitmaps;

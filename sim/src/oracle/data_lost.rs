@@ -187,7 +187,8 @@ impl Disk {
         let hidden = |end: u64| durable().any(|start| start > end);
         // Where the content below ends within the grain, the rest was zeroes, if it was not cut off only later.
         let tail = is_tail(&self.cuts, part, size);
-        let full = !tail || grain + 1 >= self.cut_off.0;
+        let own = self.own.get(grain) == Some(&true);
+        let full = !tail || own || grain + 1 >= self.cut_off.0;
         let first = full && self.initial.get(grain) == Some(&value) || tail && value == 0;
         // A copy in a cluster that a guest had begun to write may be from what was below then.
         let before = first || copied && self.former.contains(&(grain, value));
