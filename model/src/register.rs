@@ -271,6 +271,38 @@ impl Registers {
         self.registers.resize(grains, Register { value: 0, busy: None });
     }
 
+    /// So many registers that have the history of this one, open requests included, which keep their names.
+    #[must_use]
+    pub fn split(&self, grain: usize, count: usize) -> Registers {
+        let open = self.open.iter().filter(|open| open.grains.contains(&grain));
+        let all = |open: &Open| Open {
+            grains: 0..count,
+            ..open.clone()
+        };
+        Registers {
+            registers: vec![self.registers[grain].clone(); count],
+            open: open.map(all).collect(),
+            next: self.next,
+        }
+    }
+
+    /// A request that has a name already begins on the whole disk, as in [`Registers::begin`].
+    ///
+    /// # Panics
+    /// When the name is older than one that is known here.
+    pub fn begin_as(&mut self, id: OpId, effect: Effect) {
+        assert!(id.0 >= self.next, "names get greater");
+        self.next = id.0;
+        self.begin(effect, 0..self.registers.len());
+    }
+
+    /// The grains of an open request.
+    #[must_use]
+    pub fn grains_of(&self, id: OpId) -> Option<Range<usize>> {
+        let open = self.open.iter().find(|open| open.id == id)?;
+        Some(open.grains.clone())
+    }
+
     /// Number of open requests.
     #[must_use]
     pub fn open(&self) -> usize {

@@ -415,8 +415,8 @@ impl Data {
         let unexplained = self.end_read(view, step, open, outcome);
         if let (Some(d), Some(before)) = (&mut self.disks[open.disk], before) {
             d.registers = before;
-            let unseen = (0..(open.last - open.first) * per_grain(self.grain)).map(|_| None);
-            d.registers.observe(open.op, unseen, |_| ());
+            let unseen = vec![None; (open.last - open.first) * per_grain(self.grain)];
+            d.registers.observe(open.op, &unseen, |_| ());
         }
         unexplained
     }

@@ -189,7 +189,7 @@ impl Data {
             };
             chain.iter().any(holds)
         };
-        registers.observe(open.op, values.iter().copied(), |mut v| {
+        registers.observe(open.op, values, |mut v| {
             let part = v.grain;
             v.grain = part / per_grain;
             // Nobody has written there on top of the layers below.

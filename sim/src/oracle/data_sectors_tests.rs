@@ -1,12 +1,18 @@
 //! Of a grain of two sectors each is judged by its own history: what was never possible at the same time is never seen together.
 
+use std::collections::BTreeSet;
+
 use blkcheck_impl::event::Event;
+use blkcheck_model::register::{Effect, OpId, Registers, Value};
 use serde_json::json;
+
+use super::Sectors;
 
 use crate::history::{Fault, FaultKind, Outcome, Record, StatusRun, StepId};
 use crate::oracle::data::tests::{Run, flush_fails};
 use crate::oracle::tests::scenario_of;
 use crate::oracle::{FinalContent, Oracle, OracleName, View, Violation};
+use crate::rng::{Rng, Stream};
 use crate::stamp::{self, Source};
 
 const GRAIN: usize = 1024;
@@ -325,4 +331,93 @@ fn a_grain_that_is_cut_off_within_grows_back_empty() {
     assert!(shown(512, [Some(BASE), Some(BASE)]).is_err(), "it was cut off");
     assert!(shown(512, [None, None]).is_err(), "it was not");
     assert_eq!(shown(1024, [Some(BASE), Some(BASE)]), Ok(()));
+}
+
+/// Whoever keeps one register per sector from the start comes to the same.
+#[test]
+fn sectors_that_nobody_saw_differ_share_a_register() {
+    const GRAINS: usize = 3;
+    let (mut differed, mut wrong) = (0, 0);
+    for seed in 0..400 {
+        let rng = &mut Rng::stream(seed, Stream::PowerCut);
+        let below = |rng: &mut Rng, n: usize| rng.below(u32::try_from(n).expect("few")) as usize;
+        let mut lazy = Sectors::new(1024, &[1, 2, 3]);
+        let mut eager = Registers::new([1, 1, 2, 2, 3, 3]);
+        let mut grains = GRAINS;
+        let mut open: Vec<(OpId, OpId)> = Vec::new();
+        for n in 0..40 {
+            let first = below(rng, grains);
+            let range = first..first + 1 + below(rng, grains - first);
+            match below(rng, 10) {
+                0..3 => {
+                    let effect = if rng.one_in(4) {
+                        Effect::Discard
+                    } else {
+                        Effect::Write(10 + n)
+                    };
+                    open.push((
+                        lazy.begin(effect, range.clone()),
+                        eager.begin(effect, range.start * 2..range.end * 2),
+                    ));
+                }
+                3..5 if !open.is_empty() => {
+                    let (one, two) = open.swap_remove(below(rng, open.len()));
+                    let ok = !rng.one_in(3);
+                    lazy.end(one, ok);
+                    eager.end(two, ok);
+                }
+                5 => {
+                    let only = rng.one_in(2);
+                    lazy.shift(first, &[20 + n], only);
+                    for part in first * 2..first * 2 + 2 {
+                        eager.shift(part, &[20 + n], only);
+                    }
+                }
+                6 if rng.one_in(3) => {
+                    let parts = 1 + below(rng, grains * 2);
+                    let to = parts.div_ceil(2) + below(rng, 2);
+                    lazy.resize(parts as u64 * 512, to);
+                    eager.resize(parts);
+                    eager.resize(to * 2);
+                    grains = to;
+                }
+                _ => {
+                    let parts = range.start * 2..range.end * 2;
+                    let values: Vec<Option<Value>> = parts
+                        .clone()
+                        .map(|part| match (below(rng, 8), eager.possible(part)) {
+                            (0, _) => Some(99),
+                            (1, _) => None,
+                            // Given up.
+                            (_, possible) if possible.is_empty() => None,
+                            (_, possible) => Some(*rng.pick(&possible)),
+                        })
+                        .collect();
+                    let (mut one, mut two) = (BTreeSet::new(), BTreeSet::new());
+                    let op = lazy.begin(Effect::Read, range);
+                    lazy.observe(op, &values, |v| {
+                        one.insert(v.grain / 2);
+                    });
+                    let op = eager.begin(Effect::Read, parts);
+                    eager.observe(op, values.iter().copied(), |v| {
+                        two.insert(v.grain / 2);
+                    });
+                    assert_eq!(one, two, "seed {seed}, {n}");
+                    wrong += one.len();
+                }
+            }
+            for part in 0..grains * 2 {
+                assert_eq!(
+                    lazy.possible_in(part),
+                    eager.possible(part),
+                    "seed {seed}, {n}, {part}"
+                );
+            }
+            differed += lazy.split.len();
+        }
+    }
+    assert!(
+        differed > 1000 && wrong > 500,
+        "{differed} {wrong}: it was about nothing"
+    );
 }
