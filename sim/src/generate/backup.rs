@@ -79,7 +79,7 @@ pub(super) fn weave(seed: u64, profile: Profile, reach: Reach, scenario: &mut Sc
     let rng = &mut Rng::stream(seed, Stream::DiscardsBesideBackups);
     discards(rng, reach, &mut scenario.steps);
     let rng = &mut Rng::stream(seed, Stream::CopyOnReadAboveFilters);
-    copy_on_read_above(rng, &mut scenario.steps);
+    copy_on_read_above(rng, reach, &mut scenario.steps);
     let rng = &mut Rng::stream(seed, Stream::UnrestBesideBackups);
     unrest(rng, reach, &mut scenario.steps);
     if reach.compression {
@@ -102,8 +102,9 @@ fn compress(rng: &mut Rng, steps: &mut [Step]) {
     }
 }
 
-/// Has guests come to a filter that was opened by hand through one that copies on read, whose copies change nothing.
-fn copy_on_read_above(rng: &mut Rng, steps: &mut Vec<Step>) {
+/// Has guests come to a filter that was opened by hand through one that copies on read, whose copies change nothing. What stands
+/// in between has to hand that on.
+fn copy_on_read_above(rng: &mut Rng, reach: Reach, steps: &mut Vec<Step>) {
     let export = steps.iter().position(|step| match &step.action {
         Action::Command { execute, arguments } => {
             execute == "block-export-add" && arguments.get("node-name") == Some(&json!("cbw"))
@@ -116,8 +117,24 @@ fn copy_on_read_above(rng: &mut Rng, steps: &mut Vec<Step>) {
     if let Action::Command { arguments, .. } = &mut steps[at].action {
         arguments.insert("node-name".to_owned(), json!("ccbw"));
     }
-    let add = json!({"driver": "copy-on-read", "node-name": "ccbw", "file": "cbw"});
-    steps.insert(at, command(SETUP, "blockdev-add", add));
+    let mut below = "cbw";
+    let mut between = Vec::new();
+    if reach.throttle && rng.chance(1, 3) {
+        let group = json!({"qom-type": "throttle-group", "id": "gcbw"});
+        let add = json!({"driver": "throttle", "node-name": "tcbw", "throttle-group": "gcbw", "file": below});
+        between.push(command(SETUP, "object-add", group));
+        between.push(command(SETUP, "blockdev-add", add));
+        below = "tcbw";
+    }
+    // It makes the copies itself.
+    if reach.throttle && rng.chance(1, 2) {
+        let add = json!({"driver": "raw", "node-name": "rcbw", "file": below});
+        between.push(command(SETUP, "blockdev-add", add));
+        below = "rcbw";
+    }
+    let add = json!({"driver": "copy-on-read", "node-name": "ccbw", "file": below});
+    between.push(command(SETUP, "blockdev-add", add));
+    steps.splice(at..at, between);
 }
 
 /// Has backups that work by a bitmap take their time, cancels them on the way, and has others ask for the bitmap meanwhile.
