@@ -180,7 +180,6 @@ fn wait_until(actor: &str, id: &str, status: &str) -> Step {
 /// The same for backups, which have a policy for either side, also in transactions. A backup tries again what it ignores: where
 /// storage fails for good it would never end.
 fn look_after_backups(rng: &mut Rng, faults: Faults, steps: &mut Vec<Step>) {
-    let for_good = faults.until.is_none() && faults.one_in == 1;
     let mut at = 0;
     while at < steps.len() {
         let step = &mut steps[at];
@@ -190,7 +189,7 @@ fn look_after_backups(rng: &mut Rng, faults: Faults, steps: &mut Vec<Step>) {
         };
         let started: Vec<String> = backups_of(execute, arguments)
             .into_iter()
-            .filter_map(|backup| policies(rng, for_good, backup))
+            .filter_map(|backup| policies(rng, faults, backup))
             .collect();
         let actor = step.actor.clone();
         for id in started {
@@ -209,8 +208,11 @@ fn look_after_backups(rng: &mut Rng, faults: Faults, steps: &mut Vec<Step>) {
     }
 }
 
-/// Policies for one backup; its id, if it may stop.
-fn policies(rng: &mut Rng, for_good: bool, backup: &mut Map<String, Value>) -> Option<String> {
+/// Policies for one backup; its id, if it may stop. Nobody ignores errors for ever: where storage fails for good, or now and then
+/// for good while each task of a compressing backup is a hundred writes, of which all have to go well.
+fn policies(rng: &mut Rng, faults: Faults, backup: &mut Map<String, Value>) -> Option<String> {
+    let compresses = backup.get("compress") == Some(&json!(true));
+    let for_good = faults.until.is_none() && (faults.one_in == 1 || compresses);
     let mut stops = false;
     for side in ["on-source-error", "on-target-error"] {
         if rng.chance(1, 2) {

@@ -170,7 +170,7 @@ pub trait Target: std::fmt::Debug {
 
     /// Scheduler steps after which a run counts as a livelock.
     fn step_limit(&self) -> u64 {
-        1_000_000
+        200_000
     }
 
     /// What can happen next.
