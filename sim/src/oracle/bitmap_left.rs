@@ -1,9 +1,10 @@
 //! What a power cut leaves of stored bitmaps: none of them vouches for what it has missed.
 //!
 //! Rules: while an image is open for writing its stored bitmaps are marked as in use, or the header does not count them; closed, it
-//! stores what the model says, for good. As long as an operation of the main context is under way, which may be one that opens,
-//! closes or reopens the image, it may be either; but a bitmap that vouches for itself has every mark that it ought to have.
-//! Unchecked: what marks a bitmap has too many then; the order of bitmaps; images in which storage has failed.
+//! stores the bitmaps that the model says, with all their marks, for good. As long as an operation of the main context is under way,
+//! which may be one that opens, closes or reopens the image, it may be either; but a bitmap that vouches for itself has every mark
+//! that it ought to have.
+//! Unchecked: what marks a bitmap has too many, closed or not; the order of bitmaps; images in which storage has failed.
 
 use blkcheck_model::bitmap::Spans;
 use blkcheck_model::{StoredBitmap, World};
@@ -71,3 +72,7 @@ fn loaded<'a>(world: &'a World, file: &str, name: &str) -> Option<&'a Spans> {
         bitmap.dirty.as_ref()
     })
 }
+
+#[cfg(test)]
+#[path = "bitmap_left_tests.rs"]
+mod tests;

@@ -6,7 +6,7 @@ use blkcheck_impl::types::NodeId;
 use serde_json::json;
 
 use super::super::backup::tests::{OLD, by_job_with, finish, overwrite, tell};
-use super::super::tests::Run;
+use super::super::tests::{Run, flush_fails};
 use crate::history::{Outcome, Record, StepId};
 use crate::oracle::{FinalContent, Oracle, OracleName, View};
 use crate::stamp::{self, Source};
@@ -126,4 +126,59 @@ fn a_guest_that_writes_to_the_target_later_may_be_lost_and_the_copy_not() {
     let written = Source::Step(StepId(u32::try_from(run.scenario.steps.len() - 1).expect("few")));
     assert!(may_hold(&mut run, Some(written)) && may_hold(&mut run, Some(OLD)));
     assert!(!may_hold(&mut run, None));
+}
+
+/// A command comes, and is answered well if `answered`; storage may fail before that.
+fn command(run: &mut Run, step: &serde_json::Value, what: &'static str, answered: bool, fails: bool) {
+    run.scenario
+        .steps
+        .push(serde_json::from_value(step.clone()).expect("a step"));
+    let step = StepId(u32::try_from(run.scenario.steps.len() - 1).expect("few"));
+    tell(run, &Record::Issued(step));
+    tell(run, &Record::Layer(Event::MainBegin { what }));
+    assert!(run.oracle.accepts(), "{what}");
+    if fails {
+        flush_fails(run, 1);
+    }
+    if answered {
+        tell(run, &Record::Layer(Event::MainEnd { what }));
+        // Events of the graph are left out, since only content is looked at here.
+        if let Err(v) = run.record(&Record::Ended(step, Outcome::Command(Ok(json!({}))))) {
+            assert_eq!(v.oracle, OracleName::Graph, "{v:?}");
+        }
+    }
+}
+
+/// A backup that completed, and nobody uses its target any more but the monitor.
+fn left_alone() -> Run {
+    let mut run = backup(true);
+    ends_well(&mut run);
+    for id in ["t", "f"] {
+        let step = json!({"actor": "a", "execute": "block-export-del", "arguments": {"id": id}});
+        command(&mut run, &step, "block-export-del", true, false);
+    }
+    run
+}
+
+fn del(run: &mut Run, node: &str, answered: bool, fails: bool) {
+    let step = json!({"actor": "a", "execute": "blockdev-del", "arguments": {"node-name": node}});
+    command(run, &step, "blockdev-del", answered, fails);
+}
+
+#[test]
+fn what_was_copied_is_owed_once_the_target_was_closed() {
+    let mut run = left_alone();
+    assert!(may_hold(&mut run, None), "neither flushed nor closed");
+    del(&mut run, "dst", true, false);
+    assert!(may_hold(&mut run, None), "its file is open yet");
+    del(&mut run, "ft", true, false);
+    assert!(!may_hold(&mut run, None), "closed");
+    assert!(may_hold(&mut run, Some(OLD)));
+    for (answered, fails) in [(false, false), (true, true)] {
+        let mut run = left_alone();
+        del(&mut run, "dst", true, false);
+        del(&mut run, "ft", answered, fails);
+        assert!(may_hold(&mut run, None), "answered: {answered}, failed: {fails}");
+        assert!(may_hold(&mut run, Some(OLD)));
+    }
 }
