@@ -37,7 +37,7 @@ pub(super) fn run(args: &RunArgs) -> Result<Found, CliError> {
     super::check_tier(args.on, args.tier)?;
     match args.faults {
         Faults::None => {}
-        faults if faults != Faults::None && args.profile == Profile::Backup && args.on == On::Qemu => {
+        _ if args.profile == Profile::Backup && args.on == On::Qemu => {
             let text = "--profile backup: --on qemu makes no backups where storage fails; use --on memory, or --faults none";
             return Err(CliError::Request(text.to_owned()));
         }

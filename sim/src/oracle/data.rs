@@ -10,8 +10,9 @@
 //! (copied up before) or the new, so any value that the lower layer has had is accepted there, for as long as the
 //! overlay's initial content would be: until a guest write to the overlay has ended.
 //! A grain of more than 512 bytes may be torn: each of its sectors is a register.
-//! An image whose flush failed, or that could not be written when it was closed, may have lost what was not flushed before, and only that: a grain then holds
-//! what it held at the last flush that succeeded, or what was written since; a FUA write that ended well is never lost.
+//! An image whose flush failed, or that could not be written when it was closed, may have lost what was not flushed before,
+//! and only that: a grain then holds what it held at the last flush that succeeded, or what was written since; a FUA write
+//! that ended well is never lost.
 //! What a power cut leaves is judged alike.
 //! Unchecked: windows (`raw` with offset or size), `null-co`, the plain bytes of a qcow2 file, disks whose image is open
 //! twice or was written below its format (contents then have no meaning).

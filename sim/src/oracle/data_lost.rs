@@ -1,8 +1,9 @@
 //! What may be gone after a flush that failed or a power cut, and what may not.
 //!
 //! Rules: an image that lost something holds of each grain what it held at its last good flush, or something written since; a FUA write
-//! that ended well is never lost. Of a large grain each sector is judged for itself: a write that may be lost may be lost in part. Where it need not hold a grain itself, what is below shows, which may have lost something in turn. What
-//! it held by way of layers that are not below any more may have been copied into it with a cluster that a guest wrote to.
+//! that ended well is never lost. Of a large grain each sector is judged for itself: a write that may be lost may be lost in
+//! part. Where it need not hold a grain itself, what is below shows, which may have lost something in turn. What it held by way
+//! of layers that are not below any more may have been copied into it with a cluster that a guest wrote to.
 //! What copies put into a target: `data_fill.rs`. A target that is above its source by a command only is judged where it holds the
 //! grain itself.
 //! Not covered: after a power cut images whose length changed or that a command put on something else.

@@ -142,7 +142,8 @@ fn a_fua_write_that_ended_well_is_not_lost() {
     assert_eq!(left(&two("write-fua", "write"), false, CUT, 512, step(0)), Ok(()));
 }
 
-/// The overlay is streamed: it stands on nothing any more when that is `over`, whatever its header says yet. A guest has `written`, and flushed.
+/// The overlay is streamed: it stands on nothing any more when that is `over`, whatever its header says yet. A guest has
+/// `written`, and flushed.
 fn streamed(over: bool, written: bool) -> Run {
     let opening = r#"[
         {"actor":"m","execute":"blockdev-add","arguments":{"driver":"file","node-name":"fb","filename":"base"}},

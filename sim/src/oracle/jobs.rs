@@ -7,8 +7,9 @@
 //! one edge at a time, a job parks only while it is above zero, and a parked job handles no chunk.
 //! Errors: the action that `BLOCK_JOB_ERROR` tells is one that the job's `on-error` takes (`stop` on lack of space only
 //! after storage ran out of it); after `report` or `ignore` a job that is not cancelled fails, and none fails in its run
-//! phase without having told such an error (a backup of `sync=top` may while it asks what its source holds, until its first copy); after `stop` it handles no chunk until it is resumed. A stream does
-//! not ignore more errors than its device can have sectors.
+//! phase without having told such an error (a backup of `sync=top` may while it asks what its source holds, until its first
+//! copy); after `stop` it handles no chunk until it is resumed. A stream does not ignore more errors than its device can have
+//! sectors.
 //! Jobs of a grouped transaction all end well, or none does.
 //! Unchecked: which verbs are admitted when (`refusals`, by the model), the wall-clock rate; when a backup of `sync=top` has done asking,
 //! where nobody tells of copies (the daemon).

@@ -79,8 +79,8 @@ fn usize_of(v: u64) -> usize {
     usize::try_from(v).expect("the content is in memory")
 }
 
-/// An answer as values, one per grain (per sector of a larger one) from `offset`: 0 where it promises zeroes, nothing elsewhere. `trusted`: an answer
-/// that no layer decides is such a promise. One in which content ends (`cuts`) is promised only as a whole: zeroes
+/// An answer as values, one per grain (per sector of a larger one) from `offset`: 0 where it promises zeroes, nothing
+/// elsewhere. `trusted`: an answer that no layer decides is such a promise. One in which content ends (`cuts`) is promised only as a whole: zeroes
 /// may follow data there.
 pub(super) fn zeroes(
     runs: &[StatusRun],
