@@ -5,12 +5,13 @@ use blkcheck_impl::jobs::JobStatus::{
     self, Aborting, Concluded, Created, Pending, Running, Undefined, Waiting,
 };
 use blkcheck_impl::types::{JobId, NodeId};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use crate::history::{Outcome, Record, StepId};
 use crate::oracle::data::tests::Run;
+use crate::oracle::modelled::Modelled;
 use crate::oracle::tests::scenario_of;
-use crate::oracle::{OracleName, Violation};
+use crate::oracle::{Oracle as _, OracleName, Violation};
 use crate::scenario::Action;
 use crate::stamp::{self, Source};
 
@@ -50,8 +51,8 @@ fn opened(commands: &[Value], filter: &'static str) -> Run {
     run
 }
 
-/// Takes one command to its effect, and tells of the filter that it makes.
-fn open(run: &mut Run, step: usize, filter: &'static str) {
+/// Takes one command to its effect.
+fn command(run: &mut Run, step: usize) -> (&'static str, Map<String, Value>) {
     let Action::Command { execute, arguments } = run.scenario.steps[step].action.clone() else {
         unreachable!("these are commands")
     };
@@ -68,6 +69,12 @@ fn open(run: &mut Run, step: usize, filter: &'static str) {
     tell(run, &Record::Issued(step));
     tell(run, &Record::Layer(Event::MainBegin { what }));
     assert!(run.oracle.accepts(), "step {step:?}");
+    (what, arguments)
+}
+
+/// Takes one command to its effect, and tells of the filter that it makes.
+fn open(run: &mut Run, step: usize, filter: &'static str) {
+    let (what, arguments) = command(run, step);
     if what == "blockdev-backup" || arguments.get("driver") == Some(&json!("copy-before-write")) {
         let node = NodeId(9);
         tell(
@@ -118,16 +125,17 @@ fn by_job() -> Run {
 
 /// The same, with one more command before it.
 pub(crate) fn by_job_with(before: &Value) -> Run {
-    opened(
-        &[
-            before.clone(),
-            json!({"execute": "block-export-add", "arguments":
-                {"type": "nbd", "id": "w", "node-name": "src", "writable": true}}),
-            json!({"execute": "blockdev-backup", "arguments":
-                {"job-id": "j", "device": "src", "target": "dst", "sync": "full", "filter-node-name": "cbw"}}),
-        ],
-        "cbw",
-    )
+    opened(&job_after(before), "cbw")
+}
+
+fn job_after(before: &Value) -> [Value; 3] {
+    [
+        before.clone(),
+        json!({"execute": "block-export-add", "arguments":
+            {"type": "nbd", "id": "w", "node-name": "src", "writable": true}}),
+        json!({"execute": "blockdev-backup", "arguments":
+            {"job-id": "j", "device": "src", "target": "dst", "sync": "full", "filter-node-name": "cbw"}}),
+    ]
 }
 
 /// The guest step of this kind: 0 writes above, 1 reads the snapshot, 2 and 3 read the target.
@@ -249,6 +257,29 @@ fn a_backup_that_ended_well_has_copied_everything() {
     let mut run = by_job();
     finish(&mut run, &well, "BLOCK_JOB_COMPLETED");
     is_wrong(read(&mut run, 2, vec![0; 64].into()));
+}
+
+/// Nobody tells of filters and copies there, and the command need not have been answered.
+#[test]
+fn a_backup_under_the_gate_that_ended_under_its_own_command_has_copied_everything() {
+    let of = |content: Box<[u8]>| {
+        let before = json!({"execute": "block-export-add", "arguments": {"type": "nbd", "id": "u", "name": "u", "node-name": "dst"}});
+        let mut run = unopened(&job_after(&before));
+        run.oracle = Modelled::outside();
+        run.oracle.reset(&run.scenario);
+        for step in 0..run.scenario.steps.len() - 4 {
+            command(&mut run, step);
+        }
+        finish(
+            &mut run,
+            &[Undefined, Created, Running, Waiting, Pending],
+            "BLOCK_JOB_COMPLETED",
+        );
+        status(&mut run, Pending, Concluded);
+        read(&mut run, 2, content)
+    };
+    of(stamped(OLD)).unwrap();
+    is_wrong(of(vec![0; 64].into()));
 }
 
 #[test]

@@ -182,14 +182,23 @@ impl Modelled {
         }
     }
 
-    /// A command was answered: filters that came with it copy from now on, and nobody tells what.
-    fn filters_came(&mut self, scenario: &Scenario) {
+    /// A command was answered: filters that came with it copy from now on, and nobody tells what. `of`: a job ends whose command was
+    /// not answered yet, its filter alone has come for certain.
+    fn filters_came(&mut self, scenario: &Scenario, of: Option<&str>) {
         let Some(untold) = &mut self.untold else { return };
-        let nodes = self.follower.world.graph.nodes();
+        let world = &self.follower.world;
+        let nodes = world.graph.nodes();
         let filters = nodes.filter(|(_, node)| node.driver == Driver::CopyBeforeWrite);
         let now: BTreeSet<NodeId> = filters.map(|(id, _)| id).collect();
-        let new: Vec<NodeId> = now.difference(&untold.filters).copied().collect();
-        untold.filters = now;
+        let own = of.map(|id| world.job(id).and_then(|job| job.backup()?.filter));
+        let has_come = |filter: &NodeId| own.is_none_or(|own| own == Some(*filter));
+        let new: Vec<NodeId> = now
+            .difference(&untold.filters)
+            .copied()
+            .filter(has_come)
+            .collect();
+        untold.filters.retain(|filter| now.contains(filter));
+        untold.filters.extend(&new);
         for filter in new {
             // Its copies may have begun before anybody was told.
             let filling = self.begins_to_copy(scenario, filter, 0);
@@ -308,6 +317,9 @@ impl Oracle for Modelled {
         };
         graph_event?;
         self.errors.record(view.scenario, &self.follower, record)?;
+        if let Some(id) = completed(record) {
+            self.filters_came(view.scenario, Some(id));
+        }
         let followed = self.follower.record(view.scenario, record);
         // Edges of a concluded job go with it; those of one that never started are gone when its command is refused.
         self.changed |= matches!(
@@ -352,7 +364,7 @@ impl Oracle for Modelled {
             }
             Record::Ended(step, Outcome::Command(got)) if followed.answered.is_some() => {
                 refusals::judge(view.scenario, *step, self.follower.prediction(), got)?;
-                self.filters_came(view.scenario);
+                self.filters_came(view.scenario, None);
                 self.data
                     .answered(view.scenario, &self.follower.world, *step, got.is_ok());
                 // What failing storage may leave is settled below.
@@ -374,9 +386,7 @@ impl Oracle for Modelled {
             }
             Record::Layer(event) => {
                 self.copies(view.scenario, event, view.now);
-                if let (Some(outcome), Event::Qmp { data, .. }) = (followed.completed, event)
-                    && let Some(id) = data.get("device").and_then(serde_json::Value::as_str)
-                {
+                if let (Some(outcome), Some(id)) = (followed.completed, completed(record)) {
                     self.changed = true;
                     self.bottom.completed(id, outcome);
                     self.bitmaps.job_ended(id, outcome == JobOutcome::Success);
@@ -450,5 +460,16 @@ impl Oracle for Modelled {
 
     fn closed(&mut self, view: &View<'_>, contents: &[FinalContent<'_>]) -> Result<(), Violation> {
         self.data.closed(view, (&self.follower, &self.bottom), contents)
+    }
+}
+
+/// The job that this says to be over.
+fn completed(record: &Record) -> Option<&str> {
+    match record {
+        Record::Layer(Event::Qmp {
+            name: "BLOCK_JOB_CANCELLED" | "BLOCK_JOB_COMPLETED",
+            data,
+        }) => data.get("device").and_then(serde_json::Value::as_str),
+        _ => None,
     }
 }
