@@ -19,6 +19,7 @@ mod kept;
 mod list;
 mod strayed;
 
+pub(super) use backup::{frees_bitmap, gives_up_group};
 pub(super) use bitmaps::enables_missing;
 pub(super) use cases::odd_raw_files;
 pub(super) use causes::{

@@ -4,6 +4,7 @@
 //! looked for in what happened before: a matcher wants the oracle, what it says, and the cause in the run.
 //! An entry of [`gated`] is reproduced by `blkcheck replay --on qemu`.
 
+mod backups;
 mod causes;
 mod failing;
 mod kept;
@@ -167,6 +168,8 @@ const MATCHERS: &[(&str, Matcher)] = &[
     ("cor-bottom-garbage", kept::unfilled),
     ("frozen-bitmap-loses-writes", kept::stored_by_half),
     ("nbd-short-tail-hangs", tail::hangs),
+    ("refused-group-hangs", backups::group_hangs),
+    ("aborted-backup-frees-bitmap", backups::frees_bitmap),
 ];
 
 /// The reviewed defect that explains a finding.

@@ -87,7 +87,11 @@ pub(super) fn freezes_backup_filter(around: &Around<'_>) -> bool {
 }
 
 /// A group of at least two backups that are made, and a later action that is refused.
-fn gives_up_group(world: &World, execute: &str, arguments: &Map<String, Value>) -> bool {
+pub(in crate::compare) fn gives_up_group(
+    world: &World,
+    execute: &str,
+    arguments: &Map<String, Value>,
+) -> bool {
     let grouped = arguments
         .get("properties")
         .and_then(|all| all.get("completion-mode"));
@@ -338,4 +342,45 @@ fn is_all_set(case: &Case<'_>, backup: &Map<String, Value>) -> bool {
         && case.qemu.starts_with(&named)
         && !case.model.contains(&whole)
         && case.qemu.contains(&whole)
+}
+
+/// A transaction that is taken back after it has made a backup which always brings its bitmap up to date, and after an earlier action
+/// that is taken back by doing something to that very bitmap.
+pub(in crate::compare) fn frees_bitmap(world: &World, execute: &str, arguments: &Map<String, Value>) -> bool {
+    const UNDONE: [&str; 5] = [
+        "block-dirty-bitmap-add",
+        "block-dirty-bitmap-clear",
+        "block-dirty-bitmap-enable",
+        "block-dirty-bitmap-disable",
+        "block-dirty-bitmap-merge",
+    ];
+    let command = Value::Object(arguments.clone());
+    let refusal = world.check(&Command::new(execute, &command)).err();
+    let made = refusal.map_or(0, |refusal| refusal.taken_back.len());
+    let all: Vec<_> = actions(execute, arguments).collect();
+    let node = |data: &Map<String, Value>, key: &str| world.graph.find(data.get(key)?.as_str()?);
+    let is_backup = |at: &usize| all[*at].0 == "blockdev-backup";
+    let mut made = (0..all.len()).filter(is_backup).take(made);
+    made.any(|at| {
+        let backup = all[at].1;
+        let undone = |(kind, data): &(&str, &Map<String, Value>)| {
+            let name = data.get(match *kind {
+                "block-dirty-bitmap-merge" => "target",
+                _ => "name",
+            });
+            UNDONE.contains(kind)
+                && name == backup.get("bitmap")
+                && node(data, "node") == node(backup, "device")
+        };
+        backup.get("bitmap-mode").is_some_and(|mode| mode == "always") && all[..at].iter().any(undone)
+    })
+}
+
+pub(super) fn aborted_backup_frees_bitmap(case: &Case<'_>) -> bool {
+    matches!(case.failed, Some(Kind::Assert | Kind::Crash))
+        && frees_bitmap(case.world, case.execute, case.arguments)
+}
+
+pub(super) fn frees_bitmap_in_use(around: &Around<'_>) -> bool {
+    frees_bitmap(around.world, around.execute, around.arguments)
 }

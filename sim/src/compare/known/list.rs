@@ -539,4 +539,16 @@ pub static DEFECTS: &[Defect] = &[
         matches: backup::fills_bitmap,
         steer: None,
     },
+    Defect {
+        id: "aborted-backup-frees-bitmap",
+        title: "a transaction that is taken back after an action on a bitmap and a backup with bitmap-mode always of it crashes the daemon",
+        qemu: "taking the backup back puts another bitmap in the place of the one that it used, and frees that; the earlier action is \
+               then taken back on freed memory",
+        right: "a refused transaction changes nothing: the bitmap is the same one, as it was",
+        sure: Sure::Certain,
+        scenario: files!("aborted-backup-frees-bitmap").0,
+        page: files!("aborted-backup-frees-bitmap").1,
+        matches: backup::aborted_backup_frees_bitmap,
+        steer: Some(backup::frees_bitmap_in_use),
+    },
 ];

@@ -4,7 +4,7 @@
 
 use blkcheck_impl::event::Event;
 
-use super::{Defect, Found, Matcher, Sure, causes, text};
+use super::{Defect, Found, Matcher, Sure, causes, largest_cluster, text};
 use crate::compare::known;
 use crate::history::{ESHUTDOWN, FaultKind, Outcome, Record, StepId};
 use crate::oracle::OracleName;
@@ -85,6 +85,18 @@ pub(super) static FAILING: &[Defect] = &[
         matches: |_| false,
         steer: None,
     },
+    Defect {
+        id: "freed-cluster-shows-write",
+        title: "when the daemon is killed or the power fails, a cluster that was zeroed or discarded shows what was written somewhere else",
+        qemu: "the cluster's space is used again at once, and new data are written there, while the table that no longer names it is in \
+           memory only: the one in the file still does",
+        right: "what was there, or zeroes: space is used again when the table that gave it up is durable",
+        sure: Sure::Certain,
+        scenario: include_str!("../../../../docs/findings/freed-cluster-shows-write.json"),
+        page: include_str!("../../../../docs/findings/freed-cluster-shows-write.md"),
+        matches: |_| false,
+        steer: None,
+    },
 ];
 
 pub(super) const MATCHERS: &[(&str, Matcher)] = &[
@@ -94,7 +106,32 @@ pub(super) const MATCHERS: &[(&str, Matcher)] = &[
     ("change-backing-file-aborts", aborts),
     ("stream-ignores-for-ever", ignores_for_ever),
     ("stream-completes-in-cache", stays_in_cache),
+    ("freed-cluster-shows-write", shows_write),
 ];
+
+/// The power failed, and what is wrong belongs to another place: it is shown by a cluster that a guest had zeroed or given back, and no guest
+/// had that flushed.
+fn shows_write(found: &Found<'_>) -> bool {
+    let message = &found.violation.message;
+    let place = message
+        .find(" holds ")
+        .and_then(|end| message[..end].rsplit(" at 0x").next())
+        .and_then(|digits| u64::from_str_radix(digits, 16).ok());
+    let cluster = largest_cluster(found.scenario);
+    let frees = |step: &StepId| {
+        let Some((_, GuestOp::Discard(range) | GuestOp::WriteZeroesUnmap(range))) = found.guest(*step) else {
+            return false;
+        };
+        let (from, to) = (
+            range.offset / cluster,
+            (range.offset + range.length).div_ceil(cluster),
+        );
+        place.is_some_and(|at| (from..to).contains(&(at / cluster))) && !found.flushed_since(*step)
+    };
+    found.is_of_a_power_cut()
+        && message.contains(", which belongs to ")
+        && found.issued_steps().any(|step| frees(&step))
+}
 
 /// The power failed, and what is wrong is in an image that a stream had filled, or in one above it; and no guest had anything flushed
 /// since the last stream ended: what such a flush found is there. A stream that is not over yet counts where it had rewritten the header.
@@ -130,20 +167,30 @@ fn flushed_since_a_stream(found: &Found<'_>) -> bool {
     let Some(end) = found.records.iter().rposition(ends) else {
         return false;
     };
-    let since = &found.records[end..];
-    let flushes = |step: StepId| matches!(found.guest(step), Some((_, GuestOp::Flush)));
-    let sent = |step: StepId| {
-        since
-            .iter()
-            .any(|record| matches!(record, Record::Issued(issued) if *issued == step))
-    };
-    since.iter().any(|record| match record {
-        Record::Ended(step, Outcome::Done(Ok(()))) => flushes(*step) && sent(*step),
-        _ => false,
-    })
+    found.flushed_in(&found.records[end..])
 }
 
 impl<'a> Found<'a> {
+    /// A guest's flush was answered well that was sent after this step had ended.
+    fn flushed_since(&self, step: StepId) -> bool {
+        let is_end = |record: &Record| matches!(record, Record::Ended(ended, _) if *ended == step);
+        let end = self.records.iter().position(is_end);
+        end.is_some_and(|end| self.flushed_in(&self.records[end..]))
+    }
+
+    /// A guest's flush was sent and answered well in these records.
+    fn flushed_in(&self, records: &[Record]) -> bool {
+        let flushes = |step: StepId| matches!(self.guest(step), Some((_, GuestOp::Flush)));
+        let sent = |step: StepId| {
+            let mut records = records.iter();
+            records.any(|record| matches!(record, Record::Issued(issued) if *issued == step))
+        };
+        records.iter().any(|record| match record {
+            Record::Ended(step, Outcome::Done(Ok(()))) => flushes(*step) && sent(*step),
+            _ => false,
+        })
+    }
+
     /// Storage failed a request of one of these kinds.
     fn failed(&self, kinds: &[FaultKind]) -> bool {
         self.faults((0, self.records.len()), kinds) > 0

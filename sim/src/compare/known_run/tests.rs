@@ -1,5 +1,6 @@
 //! Every entry is complete, and a finding is explained only with its cause in the run.
 
+mod backups;
 mod failing;
 mod kept;
 mod streams;

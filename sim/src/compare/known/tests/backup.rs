@@ -516,3 +516,37 @@ fn a_snapshot_has_to_show_what_its_target_may_lack() {
     assert_eq!(old(2, &dies), aborts, "zeroes leave nothing there");
     assert_eq!(old(3, &dies), None);
 }
+
+#[test]
+fn a_bitmap_is_freed_only_under_an_earlier_action_on_it() {
+    let add = |name: &str| command("block-dirty-bitmap-add", json!({"node": "s", "name": name}));
+    let job = |bitmap: &str, mode: &str| {
+        backup(
+            "j",
+            "s",
+            "t",
+            &json!({"sync": "bitmap", "bitmap": bitmap, "bitmap-mode": mode}),
+        )
+    };
+    let of = |actions: &[Value], kind: Kind| {
+        last(
+            &[add("b"), add("x"), transaction(actions)],
+            fails(kind, "the daemon died"),
+        )
+    };
+    let (clear, abort) = (json!({"node": "s", "name": "b"}), json!({}));
+    let always = job("b", "always");
+    let freed = Some("aborted-backup-frees-bitmap");
+    let all = [clear.clone(), always.clone(), abort.clone()];
+    assert_eq!(of(&all, Kind::Assert), freed);
+    assert_eq!(of(&all, Kind::Crash), freed);
+    assert_eq!(of(&all, Kind::Hang), None);
+    assert_eq!(of(&all[..2], Kind::Assert), None, "accepted");
+    assert_eq!(of(&all[1..], Kind::Assert), None, "no earlier action");
+    let other = [clear.clone(), job("x", "always"), abort.clone()];
+    assert_eq!(of(&other, Kind::Assert), None, "another bitmap");
+    let kept = [clear.clone(), job("b", "on-success"), abort.clone()];
+    assert_eq!(of(&kept, Kind::Assert), None, "it stays the same one");
+    let early = [clear, abort, always];
+    assert_eq!(of(&early, Kind::Assert), None, "the backup was never made");
+}

@@ -393,3 +393,52 @@ fn what_a_stream_has_copied_is_lost_with_the_power_only() {
         "what two requests do to a cluster is not what a power cut does"
     );
 }
+
+/// Only of what was given back and not flushed, and only with the power.
+#[test]
+fn what_belongs_elsewhere_is_shown_by_a_cluster_that_was_given_back_only() {
+    let at = |offset: u64, what: &str| {
+        let mut step = guest("x", what);
+        step["do"][what]["offset"] = json!(offset);
+        step
+    };
+    let flush = json!({"actor": "x", "export": "x", "do": "flush"});
+    let steps = |frees: &str| [at(512, frees), at(1024, "write"), flush.clone()];
+    let message = |at: &str, what: &str| {
+        found(
+            OracleName::Transparency,
+            &format!(
+                "after a failed flush or a power cut, a at {at} holds the stamp of step 1, {what}, which a flush before had made impossible"
+            ),
+        )
+    };
+    let foreign = message("0x200", "which belongs to 0x400");
+    let cut = Record::PowerCut {
+        image: 0,
+        volatile: 1,
+        kept: 1,
+        sectors: [1, 0],
+        hash: 0,
+    };
+    let well = |step| ended(step, Outcome::Done(Ok(())));
+    let reused = [issued(0), well(0), issued(1), cut.clone()];
+    let known = Some("freed-cluster-shows-write");
+    for frees in ["discard", "write-zeroes-unmap"] {
+        assert_eq!(ran(&steps(frees), &foreign, &reused), known, "{frees}");
+    }
+    assert_eq!(
+        ran(&steps("write-zeroes"), &foreign, &reused),
+        None,
+        "it keeps its space"
+    );
+    let steps = steps("discard");
+    assert_eq!(ran(&steps, &foreign, &reused[..3]), None, "no power cut");
+    let elsewhere = message("0x400", "which belongs to 0x200");
+    assert_eq!(ran(&steps, &elsewhere, &reused), None, "another cluster");
+    let own = message("0x200", "overwritten by step 3");
+    assert_eq!(ran(&steps, &own, &reused), None, "it belongs there");
+    let flushed = [issued(0), well(0), issued(2), well(2), issued(1), cut.clone()];
+    assert_eq!(ran(&steps, &foreign, &flushed), None, "the table is durable");
+    let before = [issued(2), issued(0), well(0), well(2), issued(1), cut];
+    assert_eq!(ran(&steps, &foreign, &before), known, "the flush was sent before");
+}
