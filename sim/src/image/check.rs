@@ -297,7 +297,16 @@ impl Check<'_> {
                 ));
             }
         }
-        for (cluster, flag, what) in std::mem::take(&mut self.copied) {
+        let mut active = std::mem::take(&mut self.copied);
+        active.sort_by_key(|(cluster, ..)| *cluster);
+        // Also with right refcounts: whoever writes one of the places takes a cluster for it, and leaves the other with a
+        // COPIED flag that has become false.
+        for pair in active.windows(2).filter(|pair| pair[0].0 == pair[1].0) {
+            let ((cluster, _, what), (.., other)) = (pair[0], pair[1]);
+            let offset = cluster * size;
+            self.corrupt(format!("the active tables have {what} and {other} at {offset:#x}"));
+        }
+        for (cluster, flag, what) in active {
             let (used, counted) = (self.used[to_usize(cluster)], self.refcount(cluster));
             let offset = cluster * size;
             if used > 1 && self.image.snapshots == 0 {

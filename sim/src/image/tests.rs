@@ -3,7 +3,7 @@
 use std::process::Command;
 
 use super::build::build;
-use super::check::{Severity, check};
+use super::check::{Problem, Severity, check, check_with_snapshots};
 use super::read::{Content, Files, content};
 use crate::scenario::{Fill, Format, Image, Stored};
 
@@ -212,6 +212,32 @@ fn the_checker_sees_damage() {
     has(&damaged(3 * 512, &[0; 8]), Severity::Leak, "used 0 times");
     has(&damaged(79, &[1]), Severity::Corruption, "incompatible");
     has(&damaged(0, &[0]), Severity::Corruption, "magic");
+}
+
+#[test]
+fn the_checker_sees_a_cluster_in_two_places_beside_snapshots() {
+    let base = image("a", 1 << 16, 512, &[(0, 2048, Stored::Data)]);
+    let mut bytes = Vec::new();
+    build(&base, 0, 64, &mut bytes);
+    // Clusters as above. The first two guest clusters are both at cluster 5 with a right refcount; nobody has cluster 6.
+    let (l2, refcounts) = (4 * 512, 2 * 512);
+    for entry in [l2, l2 + 8] {
+        bytes[entry..entry + 8].copy_from_slice(&(5_u64 * 512).to_be_bytes());
+    }
+    bytes[refcounts + 2 * 5 + 1] = 2;
+    bytes[refcounts + 2 * 6 + 1] = 0;
+    // A snapshot of nothing, its table in a cluster of its own at the end.
+    let table = bytes.len().next_multiple_of(512);
+    bytes.resize(table + 512, 0);
+    bytes[refcounts + 2 * (table / 512) + 1] = 1;
+    bytes[60..64].copy_from_slice(&1_u32.to_be_bytes());
+    bytes[64..72].copy_from_slice(&(table as u64).to_be_bytes());
+    let problems = check_with_snapshots(&bytes);
+    let [Problem { severity, text }] = &problems[..] else {
+        panic!("{problems:?}")
+    };
+    assert_eq!(*severity, Severity::Corruption);
+    assert_eq!(text, "the active tables have data cluster and data cluster at 0xa00");
 }
 
 #[test]
