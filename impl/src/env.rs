@@ -9,6 +9,7 @@
 use std::future::Future;
 use std::pin::Pin;
 use std::rc::Rc;
+use std::sync::Arc;
 
 use crate::error::{Errno, QmpError};
 
@@ -110,6 +111,12 @@ pub trait Env {
     fn sleep_until(&self, deadline: Nanos) -> Fut<'static, ()>;
     /// Runs a task to its end. `name` is for people and traces.
     fn spawn(&self, name: &'static str, task: Fut<'static, ()>);
+    /// Announces writes from `memory`, which stays as it is while it is shared, so that another thread may help with them.
+    fn lend(&self, _memory: &Arc<Vec<u8>>) {}
+    /// How many copies a backup may usefully have in flight, whatever it is allowed: at least 1.
+    fn copies_in_flight(&self) -> usize {
+        usize::MAX
+    }
     /// How many storage requests one job may usefully keep in flight (1: strictly one after another).
     fn job_parallelism(&self) -> usize {
         1

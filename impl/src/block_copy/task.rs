@@ -4,6 +4,8 @@
 //! `discard_source` what was copied is discarded before the task ends (QEMU: after): a guest's write that waits for the task
 //! must not be discarded.
 
+use std::sync::Arc;
+
 use super::{BlockCopy, Failure, LARGEST_TASK, MEMORY, Offload, SPARE_BUFFERS, attached, ends_within};
 use crate::Layer;
 use crate::error::Errno;
@@ -213,14 +215,18 @@ impl BlockCopy {
         }
         let mut data = self.take_buffer(size(bytes));
         let read = layer.read(self.source, at, &mut data, ReqFlags::empty()).await;
+        let data = Arc::new(data);
         let copied = match read {
             Ok(()) => {
+                layer.env().lend(&data);
                 let written = layer.write(self.target, at, &data, self.write_flags.get());
                 written.await.map_err(failed(false))
             }
             Err(errno) => Err(failed(true)(errno)),
         };
-        self.give_buffer(data);
+        if let Ok(data) = Arc::try_unwrap(data) {
+            self.give_buffer(data);
+        }
         copied
     }
 

@@ -4,6 +4,7 @@
 //! 1. *inline*, where it only copies between memory and the page cache: `preadv2(RWF_NOWAIT)`, buffered writes whose
 //!    edge pages are resident, everything on file systems that live in memory. With a hot cache this is several times
 //!    faster than any ring or thread pool, since nothing is queued and nobody is woken.
+//!    Long writes from memory that a job lends (`lent.rs`) take no longer in a worker thread, and the job reads meanwhile.
 //! 2. *io_uring*, through owned bounce buffers, when the data has to come from or go to a device, and with O_DIRECT.
 //! 3. *threads*, where io_uring is not permitted (seccomp, old kernels), and for calls that a ring does not have.
 //!
@@ -18,6 +19,7 @@
 //!
 //! Not here: OS-level image locks (`locking=auto` of QEMU), character devices, systems other than Linux.
 
+mod lent;
 mod open;
 mod storage;
 #[cfg(test)]
@@ -31,6 +33,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::PathBuf;
 use std::pin::pin;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
@@ -101,6 +104,8 @@ struct Shared {
     inline_run: Cell<u32>,
     /// Bounce buffers of the slow path, all of one size.
     spare: RefCell<Vec<Vec<u8>>>,
+    /// What jobs write from; `None` where no second CPU could.
+    lent: Option<lent::Shelf>,
     /// A panic of a spawned task, on its way to `block_on`.
     panic: Cell<Option<Box<dyn Any + Send>>>,
 }
@@ -124,12 +129,14 @@ impl RealEnv {
             // The probe of the library may succeed where setting up the ring itself then fails (locked memory).
             Engine::Auto => runtime(None).or_else(|_| runtime(Some(DriverType::Poll))),
         }?;
+        let several = std::thread::available_parallelism().is_ok_and(|cpus| cpus.get() > 1);
         let shared = Shared {
             runtime,
             options,
             start: Instant::now(),
             inline_run: Cell::new(0),
             spare: RefCell::default(),
+            lent: several.then(lent::Shelf::default),
             panic: Cell::new(None),
         };
         Ok(RealEnv {
@@ -228,6 +235,17 @@ impl Env for RealEnv {
             },
         );
         self.shared.runtime.spawn(guarded).detach();
+    }
+
+    fn lend(&self, memory: &Arc<Vec<u8>>) {
+        if let Some(shelf) = &self.shared.lent {
+            shelf.add(memory);
+        }
+    }
+
+    /// A copy in the hands of a worker, one that is being read, and some to choose from: more of them leave the CPU's cache.
+    fn copies_in_flight(&self) -> usize {
+        self.job_parallelism()
     }
 
     fn job_parallelism(&self) -> usize {

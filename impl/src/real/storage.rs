@@ -17,6 +17,7 @@ use rustix::fs::{FallocateFlags, SeekFrom, copy_file_range, fallocate, fstat, ft
 use rustix::io::{Errno as Os, ReadWriteFlags, pread, preadv2, pwrite, retry_on_intr};
 
 use super::Shared;
+use super::lent::{Shelf, Share};
 use super::open::{self, MEMORY_ALIGN, Medium, errno};
 use crate::env::{Extent, Fut, OpenStorage, Storage, StorageKind, StorageLimits};
 use crate::error::{Errno, QmpError};
@@ -101,17 +102,15 @@ impl RealStorage {
         if !self.inline() || !(self.medium.memory || self.edges_resident(offset, buf.len() as u64)) {
             return Ok(Inline::Rest(0));
         }
-        let file = self.file.borrow();
-        let mut done = 0;
-        while done < buf.len() {
-            match pwrite(&**file, &buf[done..], offset + done as u64) {
-                Ok(0) => return Err(Errno::EINVAL),
-                Ok(n) => done += n,
-                Err(Os::INTR) => {}
-                Err(e) => return Err(errno(e)),
-            }
-        }
-        Ok(Inline::Done(done))
+        write_all(&self.file.borrow(), offset, buf).map_err(errno)?;
+        Ok(Inline::Done(buf.len()))
+    }
+
+    /// Memory that a worker may write from, where [`RealStorage::write_inline`] would write at once.
+    fn share(&self, offset: u64, buf: &[u8]) -> Option<(&Shelf, Share)> {
+        let shelf = self.shared.lent.as_ref().filter(|_| self.inline())?;
+        let share = shelf.share(buf)?;
+        (self.medium.memory || self.edges_resident(offset, buf.len() as u64)).then_some((shelf, share))
     }
 
     /// Whether a buffered write finds its partly written pages in the cache (or beyond the end), so that it need not
@@ -233,6 +232,20 @@ fn unsupported(e: Os) -> Errno {
     }
 }
 
+/// Writes all of `buf`, or says why not.
+pub(super) fn write_all(file: &File, offset: u64, buf: &[u8]) -> Result<(), Os> {
+    let mut done = 0;
+    while done < buf.len() {
+        match pwrite(file, &buf[done..], offset + done as u64) {
+            Ok(0) => return Err(Os::INVAL),
+            Ok(n) => done += n,
+            Err(Os::INTR) => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
+
 /// `fallocate` that survives signals.
 fn allocate(file: &File, flags: FallocateFlags, offset: u64, bytes: u64) -> Result<(), Os> {
     retry_on_intr(|| fallocate(file, flags, offset, bytes))
@@ -306,6 +319,9 @@ impl Storage for RealStorage {
 
     fn write<'a>(&'a self, offset: u64, buf: &'a [u8]) -> Fut<'a, Result<(), Errno>> {
         Box::pin(async move {
+            if let Some((shelf, share)) = self.share(offset, buf) {
+                return shelf.write(self.file(), offset, share).await.map_err(errno);
+            }
             match self.write_inline(offset, buf)? {
                 Inline::Done(_) => {
                     self.shared.breathe().await;

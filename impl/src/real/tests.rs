@@ -4,6 +4,7 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::rc::Rc;
+use std::sync::Arc;
 
 use super::{Engine, RealEnv, RealOptions};
 use crate::env::{Env, OpenStorage, Storage, StorageKind};
@@ -119,6 +120,43 @@ fn concurrent_requests_on_one_thread_all_finish() {
             for block in 0..800u64 {
                 assert_eq!(file.read(block * 4096, &mut buf).await, Ok(4096));
                 assert_eq!(buf, pattern(4096, u8::try_from(block / 20).unwrap()));
+            }
+        });
+    });
+}
+
+#[test]
+fn writes_from_lent_memory_arrive_and_the_memory_comes_back() {
+    everywhere(|env, dir| {
+        fs::write(dir.join("a"), []).unwrap();
+        let file = open_as(env, "a", true, false).unwrap();
+        let ways: Vec<_> = (0..8_u8)
+            .map(|n| {
+                let data = Arc::new(pattern((1 << 20) + 5, n));
+                env.lend(&data);
+                data
+            })
+            .collect();
+        let done = Rc::new(std::cell::Cell::new(0));
+        for (n, data) in (0..).zip(&ways) {
+            let (file, data, done) = (Rc::clone(&file), Arc::clone(data), Rc::clone(&done));
+            let write = async move {
+                // Without its first and last bytes: a piece of the memory, at an odd place.
+                file.write(n << 21, &data[2..data.len() - 2]).await.unwrap();
+                drop(data);
+                done.set(done.get() + 1);
+            };
+            env.spawn("writer", Box::pin(write));
+        }
+        env.block_on(async {
+            while done.get() < 8 {
+                env.sleep_until(env.now() + 100_000).await;
+            }
+            for (n, data) in (0..).zip(ways) {
+                let mut back = vec![0; data.len() - 4];
+                assert_eq!(file.read(n << 21, &mut back).await, Ok(back.len()));
+                assert!(back == data[2..data.len() - 2]);
+                Arc::try_unwrap(data).expect("nobody else has it any more");
             }
         });
     });
@@ -297,7 +335,12 @@ fn a_full_disk_is_enospc() {
             direct: false,
         };
         let full = env.open(&full).unwrap();
-        env.block_on(async { assert_eq!(full.write(0, &[1; 4096]).await, Err(Errno::ENOSPC)) });
+        let lent = Arc::new(vec![1; 1 << 20]);
+        env.lend(&lent);
+        env.block_on(async {
+            assert_eq!(full.write(0, &[1; 4096]).await, Err(Errno::ENOSPC));
+            assert_eq!(full.write(0, &lent).await, Err(Errno::ENOSPC));
+        });
     }
 }
 

@@ -160,7 +160,9 @@ impl Layer {
             bitmap: plan.bitmap.clone(),
             on_source_error: args.on_source_error,
             on_target_error: args.on_target_error,
-            workers: usize::try_from(args.perf.max_workers).expect("it was checked"),
+            workers: usize::try_from(args.perf.max_workers)
+                .expect("it was checked")
+                .min(self.env().copies_in_flight()),
             max_chunk: max_chunk.unsigned_abs(),
         });
         let spec = JobSpec {
