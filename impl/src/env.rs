@@ -111,7 +111,8 @@ pub trait Env {
     fn sleep_until(&self, deadline: Nanos) -> Fut<'static, ()>;
     /// Runs a task to its end. `name` is for people and traces.
     fn spawn(&self, name: &'static str, task: Fut<'static, ()>);
-    /// Announces writes from `memory`, which stays as it is while it is shared, so that another thread may help with them.
+    /// Announces writes from `memory`, which stays as it is while it is shared, so that another thread may help with them. It
+    /// is not shared any more when the write is over.
     fn lend(&self, _memory: &Arc<Vec<u8>>) {}
     /// How many copies a backup may usefully have in flight, whatever it is allowed: at least 1.
     fn copies_in_flight(&self) -> usize {

@@ -224,9 +224,7 @@ impl BlockCopy {
             }
             Err(errno) => Err(failed(true)(errno)),
         };
-        if let Ok(data) = Arc::try_unwrap(data) {
-            self.give_buffer(data);
-        }
+        self.give_buffer(Arc::try_unwrap(data).expect("whoever helped has given it back"));
         copied
     }
 

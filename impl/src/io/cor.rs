@@ -10,6 +10,7 @@
 //! the image inside the padded request and aborts. Here the loop ends at the node's length.
 
 use std::rc::Rc;
+use std::sync::Arc;
 
 use crate::driver::Driver;
 use crate::error::Errno;
@@ -51,7 +52,10 @@ pub(crate) async fn copy_on_read(
             n = n.min(MAX_BOUNCE);
             bounce.resize(size(align_up(n, align)), 0);
             read_pieces(layer, node, &driver, at, &mut bounce, ReqFlags::empty()).await?;
-            populate(req, &driver, at, &bounce).await?;
+            let lent = Arc::new(bounce);
+            layer.env().lend(&lent);
+            populate(req, &driver, at, &lent).await?;
+            bounce = Arc::try_unwrap(lent).expect("whoever helped has given it back");
         }
         if let Some(out) = out.as_deref_mut() {
             let from = at.max(offset);

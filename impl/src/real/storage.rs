@@ -17,7 +17,7 @@ use rustix::fs::{FallocateFlags, SeekFrom, copy_file_range, fallocate, fstat, ft
 use rustix::io::{Errno as Os, ReadWriteFlags, pread, preadv2, pwrite, retry_on_intr};
 
 use super::Shared;
-use super::lent::{Shelf, Share};
+use super::lent::{Share, Shelf};
 use super::open::{self, MEMORY_ALIGN, Medium, errno};
 use crate::env::{Extent, Fut, OpenStorage, Storage, StorageKind, StorageLimits};
 use crate::error::{Errno, QmpError};

@@ -304,7 +304,9 @@ impl Check<'_> {
         for pair in active.windows(2).filter(|pair| pair[0].0 == pair[1].0) {
             let ((cluster, _, what), (.., other)) = (pair[0], pair[1]);
             let offset = cluster * size;
-            self.corrupt(format!("the active tables have {what} and {other} at {offset:#x}"));
+            self.corrupt(format!(
+                "the active tables have {what} and {other} at {offset:#x}"
+            ));
         }
         for (cluster, flag, what) in active {
             let (used, counted) = (self.used[to_usize(cluster)], self.refcount(cluster));

@@ -237,7 +237,10 @@ fn the_checker_sees_a_cluster_in_two_places_beside_snapshots() {
         panic!("{problems:?}")
     };
     assert_eq!(*severity, Severity::Corruption);
-    assert_eq!(text, "the active tables have data cluster and data cluster at 0xa00");
+    assert_eq!(
+        text,
+        "the active tables have data cluster and data cluster at 0xa00"
+    );
 }
 
 #[test]
