@@ -3,8 +3,8 @@
 //! Rules: whoever lends does not touch the memory as long as it is shared, which its type sees to. A write finds out by
 //! itself whether its bytes lie in lent memory: through however many layers they came, they are where they were. Layers that
 //! put bytes together anew (padding, copied edges, encoding) write from memory of their own, and nothing is lost but the
-//! worker. There is one worker, with a queue: the kernel takes the inode's lock for a write, and a second one would burn the
-//! CPU that reads while it waits for that; without a queue the worker would wait for this thread after every write.
+//! worker. There is one worker a file, with a queue: the kernel takes the inode's lock for a write, and a second one would
+//! burn the CPU that reads while it waits for that; without a queue the worker would wait for this thread after every write.
 
 use std::cell::{OnceCell, RefCell};
 use std::fs::File;
@@ -19,22 +19,9 @@ use super::storage::write_all;
 /// Shorter writes cost less than handing them over, bytes.
 const WORTH_A_WORKER: usize = 256 << 10;
 
-/// All memory that is lent, and who writes from it.
+/// All memory that is lent.
 #[derive(Debug, Default)]
-pub(super) struct Shelf {
-    lent: RefCell<Vec<Weak<Vec<u8>>>>,
-    /// Once somebody needed it. It ends with the shelf.
-    worker: OnceCell<mpsc::Sender<Write>>,
-}
-
-/// A write for the worker.
-#[derive(Debug)]
-struct Write {
-    file: Arc<File>,
-    offset: u64,
-    share: Share,
-    done: oneshot::Sender<Result<(), Os>>,
-}
+pub(super) struct Shelf(RefCell<Vec<Weak<Vec<u8>>>>);
 
 /// Bytes of lent memory.
 #[derive(Debug)]
@@ -51,7 +38,7 @@ impl Share {
 
 impl Shelf {
     pub(super) fn add(&self, memory: &Arc<Vec<u8>>) {
-        let mut lent = self.lent.borrow_mut();
+        let mut lent = self.0.borrow_mut();
         lent.retain(|lent| lent.strong_count() > 0);
         lent.push(Arc::downgrade(memory));
     }
@@ -61,7 +48,7 @@ impl Shelf {
         if buf.len() < WORTH_A_WORKER {
             return None;
         }
-        self.lent.borrow().iter().find_map(|lent| {
+        self.0.borrow().iter().find_map(|lent| {
             let memory = lent.upgrade()?;
             // Both are alive: addresses that lie within are the same bytes.
             let (all, part) = (memory.as_ptr_range(), buf.as_ptr_range());
@@ -71,7 +58,22 @@ impl Shelf {
             Some(Share { memory, range })
         })
     }
+}
 
+/// A write for a worker.
+#[derive(Debug)]
+struct Write {
+    file: Arc<File>,
+    offset: u64,
+    share: Share,
+    done: oneshot::Sender<Result<(), Os>>,
+}
+
+/// Who writes to a file from lent memory: a thread once somebody needs it, until this is dropped.
+#[derive(Debug, Default)]
+pub(super) struct Worker(OnceCell<mpsc::Sender<Write>>);
+
+impl Worker {
     /// Writes what is shared, in the order of the calls.
     pub(super) async fn write(&self, file: Arc<File>, offset: u64, share: Share) -> Result<(), Os> {
         let (done, result) = oneshot::channel();
@@ -81,13 +83,15 @@ impl Shelf {
             share,
             done,
         };
-        let worker = self.worker.get_or_init(start_worker);
-        worker.send(write).expect("it ends with the shelf");
+        self.0
+            .get_or_init(start)
+            .send(write)
+            .expect("it ends when nobody can send any more");
         result.await.expect("it answers before it goes on")
     }
 }
 
-fn start_worker() -> mpsc::Sender<Write> {
+fn start() -> mpsc::Sender<Write> {
     let (sender, receiver) = mpsc::channel::<Write>();
     std::thread::spawn(move || {
         for write in receiver {

@@ -17,7 +17,7 @@ use rustix::fs::{FallocateFlags, SeekFrom, copy_file_range, fallocate, fstat, ft
 use rustix::io::{Errno as Os, ReadWriteFlags, pread, preadv2, pwrite, retry_on_intr};
 
 use super::Shared;
-use super::lent::{Share, Shelf};
+use super::lent::{Share, Worker};
 use super::open::{self, MEMORY_ALIGN, Medium, errno};
 use crate::env::{Extent, Fut, OpenStorage, Storage, StorageKind, StorageLimits};
 use crate::error::{Errno, QmpError};
@@ -36,6 +36,7 @@ pub(super) struct RealStorage {
     shared: Rc<Shared>,
     medium: Medium,
     file: RefCell<Arc<File>>,
+    worker: Worker,
 }
 
 impl std::fmt::Debug for Shared {
@@ -59,6 +60,7 @@ impl RealStorage {
             shared,
             medium,
             file: RefCell::new(file),
+            worker: Worker::default(),
         })
     }
 
@@ -107,10 +109,10 @@ impl RealStorage {
     }
 
     /// Memory that a worker may write from, where [`RealStorage::write_inline`] would write at once.
-    fn share(&self, offset: u64, buf: &[u8]) -> Option<(&Shelf, Share)> {
+    fn share(&self, offset: u64, buf: &[u8]) -> Option<Share> {
         let shelf = self.shared.lent.as_ref().filter(|_| self.inline())?;
         let share = shelf.share(buf)?;
-        (self.medium.memory || self.edges_resident(offset, buf.len() as u64)).then_some((shelf, share))
+        (self.medium.memory || self.edges_resident(offset, buf.len() as u64)).then_some(share)
     }
 
     /// Whether a buffered write finds its partly written pages in the cache (or beyond the end), so that it need not
@@ -319,8 +321,9 @@ impl Storage for RealStorage {
 
     fn write<'a>(&'a self, offset: u64, buf: &'a [u8]) -> Fut<'a, Result<(), Errno>> {
         Box::pin(async move {
-            if let Some((shelf, share)) = self.share(offset, buf) {
-                return shelf.write(self.file(), offset, share).await.map_err(errno);
+            if let Some(share) = self.share(offset, buf) {
+                let written = self.worker.write(self.file(), offset, share);
+                return written.await.map_err(errno);
             }
             match self.write_inline(offset, buf)? {
                 Inline::Done(_) => {
