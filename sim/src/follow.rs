@@ -180,6 +180,12 @@ impl Follower {
         })
     }
 
+    /// Whether storage failed when this file's header was written, so that nobody knows what it says, nor what the daemon takes it for.
+    #[must_use]
+    pub fn is_header_unsure(&self, file: &str) -> bool {
+        self.headers.iter().any(|(f, _)| **f == *file)
+    }
+
     /// Headers that differ from those in `other` may be as they are there.
     fn doubt_headers(&mut self, other: &World) {
         for (file, facts) in &other.files {

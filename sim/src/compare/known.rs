@@ -26,7 +26,7 @@ pub(super) use causes::{
     bottoms_out, has_bottom_on_top, has_bottom_outside, has_negative_null_co, has_raw_on_overlay, is_uneven,
     takes_back_a_snapshot,
 };
-pub(super) use graph::visits_twice;
+pub(super) use graph::{aborts_a_used_overlay, visits_twice};
 pub use list::DEFECTS;
 pub(super) use strayed::{Strayed, words};
 

@@ -168,6 +168,7 @@ const MATCHERS: &[(&str, Matcher)] = &[
     ("cor-bottom-garbage", kept::unfilled),
     ("frozen-bitmap-loses-writes", kept::stored_by_half),
     ("nbd-short-tail-hangs", tail::hangs),
+    ("aborted-snapshot-takes-parents", takes_parents),
     ("refused-group-hangs", backups::group_hangs),
     ("aborted-backup-frees-bitmap", backups::frees_bitmap),
 ];
@@ -179,7 +180,7 @@ pub fn explain(scenario: &Scenario, violation: &Violation, records: &[Record]) -
     follower.reset(scenario);
     let mut causes = Causes::default();
     for record in records {
-        causes.look(&follower.world);
+        causes.look(&follower);
         let before = follower.world.clone();
         causes.told(scenario, &before, record);
         let followed = follower.record(scenario, record);
@@ -192,7 +193,7 @@ pub fn explain(scenario: &Scenario, violation: &Violation, records: &[Record]) -
             causes.succeeded(&before, &follower.world);
         }
     }
-    causes.look(&follower.world);
+    causes.look(&follower);
     let found = Found {
         scenario,
         records,
@@ -452,6 +453,20 @@ fn loses_writes(found: &Found<'_>) -> bool {
         }
     }
     !beside.is_empty()
+}
+
+/// The transaction that was refused last has a snapshot to an overlay with parents, and the overlay, or the node that was to be below it, has
+/// others now.
+fn takes_parents(found: &Found<'_>) -> bool {
+    let oracles = [OracleName::Graph, OracleName::Permissions];
+    let node = found.violation.message.split('\'').nth(1).unwrap_or_default();
+    let is_one = |overlay: &str, below: &str| node == overlay || node == below;
+    found.says(&oracles, " than it should have")
+        && found
+            .last_answer()
+            .is_some_and(|((execute, arguments), refusal)| {
+                refusal.is_some() && known::aborts_a_used_overlay(&found.world, execute, arguments, is_one)
+            })
 }
 
 /// Old data where something was written, and a copy-on-read filter stands on another filter or on a raw node.

@@ -4,7 +4,8 @@
 //! Rules: the model executes a command when the layer begins it. Where a job's end is told while one of these is under way,
 //! the command is taken back, the job completes and concludes, and the command is executed again. Not so once a job has been
 //! resumed after the last drain: the command is over then; nor where the command itself made the job. A snapshot and a backup drain
-//! everything, and then once more what they are about. A layer whose main operations are totally ordered never tells such an end.
+//! everything, and then once more what they are about; a node that is added drains once more before it stands on others, after which
+//! little happens any more. A layer whose main operations are totally ordered never tells such an end.
 //! Not covered: a list of nodes to reopen of which some were queued before the job ended and some after it.
 
 use blkcheck_impl::event::Event;
@@ -13,7 +14,8 @@ use blkcheck_impl::jobs::JobStatus;
 use super::{Entry, Followed, Follower, Record, Scenario, command_name, execute};
 
 /// Commands that begin with drains, and how many.
-const DRAIN_FIRST: [(&str, u32); 4] = [
+const DRAIN_FIRST: [(&str, u32); 5] = [
+    ("blockdev-add", 2),
     ("blockdev-backup", 2),
     ("blockdev-reopen", 1),
     ("blockdev-snapshot", 2),
@@ -164,6 +166,61 @@ mod tests {
             frozen.starts_with("Cannot change frozen 'backing' link"),
             "{frozen}"
         );
+    }
+
+    /// Who came last is named first where a permission is refused.
+    #[test]
+    fn a_node_that_is_added_while_a_job_ends_stands_above_what_it_leaves() {
+        let scenario = scenario_of(
+            r#"{"version":1,"grain":512,"images":[
+            {"file":"b","format":"qcow2","size":4096},
+            {"file":"a","format":"qcow2","size":4096,"backing-file":"b","backing-format":"qcow2"}],"steps":[
+            {"actor":"m","execute":"blockdev-add","arguments":{"driver":"qcow2","node-name":"a",
+                "file":{"driver":"file","filename":"a"}}},
+            {"actor":"m","execute":"block-export-add","arguments":{"type":"nbd","id":"x","node-name":"a"}},
+            {"actor":"m","execute":"block-stream","arguments":{"job-id":"j","device":"a"}},
+            {"actor":"m","execute":"blockdev-add","arguments":{"driver":"raw","node-name":"r","file":"a","size":2048}}]}"#,
+        );
+        let mut follower = Follower::default();
+        follower.reset(&scenario);
+        let mut tell = |record: Record| {
+            let followed = follower.record(&scenario, &record);
+            assert_eq!(followed.wrong, None, "{record:?}");
+        };
+        use JobStatus::{Concluded, Created, Null, Paused, Pending, Running, Undefined, Waiting};
+        let walks: [(&str, &[JobStatus]); 4] = [
+            ("blockdev-add", &[]),
+            ("block-export-add", &[]),
+            ("block-stream", &[Undefined, Created, Running]),
+            (
+                "blockdev-add",
+                &[Running, Paused, Running, Waiting, Pending, Concluded, Null],
+            ),
+        ];
+        for (step, (what, walk)) in (0..).zip(walks) {
+            tell(Record::Issued(StepId(step)));
+            tell(Record::Layer(Event::MainBegin { what }));
+            for pair in walk.windows(2) {
+                if pair[1] == Concluded {
+                    tell(Record::Layer(Event::Qmp {
+                        name: "BLOCK_JOB_COMPLETED",
+                        data: Rc::new(json!({"device": "j"})),
+                    }));
+                }
+                tell(Record::Layer(Event::JobStatus {
+                    job: blkcheck_impl::types::JobId(0),
+                    id: "j".into(),
+                    from: pair[0],
+                    to: pair[1],
+                }));
+            }
+            tell(Record::Layer(Event::MainEnd { what }));
+            tell(Record::Ended(StepId(step), Outcome::Command(Ok(json!({})))));
+        }
+        let resize = json!({"node-name": "a", "size": 8192});
+        let command = blkcheck_model::Command::new("block_resize", &resize);
+        let refusal = follower.world.check(&command).expect_err("neither lets it");
+        assert!(refusal.desc.contains("unshared by node 'r'"), "{}", refusal.desc);
     }
 
     #[test]

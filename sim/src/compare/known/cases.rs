@@ -242,5 +242,6 @@ pub(super) fn aborted_snapshot_takes_parents(case: &Case<'_>) -> bool {
         case.what,
         Some(What::Nodes | What::Edges | What::Masks | What::ReadOnly | What::Refusal)
     );
-    (seen || case.failed.is_some()) && graph::aborts_a_used_overlay(case)
+    (seen || case.failed.is_some())
+        && graph::aborts_a_used_overlay(case.world, case.execute, case.arguments, |_, _| true)
 }

@@ -137,14 +137,19 @@ pub(super) fn lets_go_of_listed(world: &World, arguments: &Map<String, Value>) -
         .any(|id| after.graph.nodes().all(|(left, _)| left != *id))
 }
 
-/// A transaction is refused that would put an overlay above a node, and other nodes are above that overlay.
-pub(super) fn aborts_a_used_overlay(case: &Case<'_>) -> bool {
-    let graph = &case.world.graph;
-    let overlay = |(_, data): (&str, &Map<String, Value>)| graph.find(data.get("overlay")?.as_str()?);
-    is_refused(case.world, case.execute, case.arguments)
-        && actions(case.execute, case.arguments)
-            .filter_map(overlay)
-            .any(|overlay| graph.parents(overlay).next().is_some())
+/// A transaction is refused that would put an overlay above a node, and other nodes are above that overlay. `are_these`: overlay and node.
+pub(in crate::compare) fn aborts_a_used_overlay(
+    world: &World,
+    execute: &str,
+    arguments: &Map<String, Value>,
+    are_these: impl Fn(&str, &str) -> bool,
+) -> bool {
+    let used = |(_, data): (&str, &Map<String, Value>)| {
+        let (overlay, node) = (data.get("overlay")?.as_str()?, data.get("node")?.as_str()?);
+        let mut above = world.graph.parents(world.graph.find(overlay)?);
+        Some(above.next().is_some() && are_these(overlay, node))
+    };
+    is_refused(world, execute, arguments) && actions(execute, arguments).filter_map(used).any(|used| used)
 }
 
 /// Of a qcow2 node, to another node.

@@ -12,6 +12,7 @@ use blkcheck_model::{Command, Driver, NodeId, Outcome, World};
 use serde_json::{Map, Value};
 
 use crate::compare::known::{self, Strayed};
+use crate::follow::Follower;
 use crate::history::{FaultKind, Record};
 use crate::scenario::Scenario;
 
@@ -76,8 +77,9 @@ impl Causes {
     }
 
     /// What the model is like now.
-    pub(super) fn look(&mut self, world: &World) {
-        self.described |= has_described_base(world);
+    pub(super) fn look(&mut self, follower: &Follower) {
+        let world = &follower.world;
+        self.described |= has_described_base(world) || has_unsure_base(follower);
         self.filters.extend(filters(world));
         self.unfilled.extend(unfilled(world));
         self.halved.extend(halved(world));
@@ -249,6 +251,19 @@ fn has_described_base(world: &World) -> bool {
             .and_then(|stream| graph.cow_child(stream.base_overlay));
         base.is_some_and(|base| is_described(world, graph.skip_filters(base)))
     })
+}
+
+/// Some running stream has a base with an image in its chain whose header was not written as it should have been: the daemon takes the
+/// name that it was to get for what it says.
+fn has_unsure_base(follower: &Follower) -> bool {
+    let world = &follower.world;
+    let unsure = |node| {
+        let file = world.image_file(node);
+        file.is_some_and(|file| follower.is_header_unsure(&file))
+    };
+    let streams = world.jobs.iter().filter_map(|job| job.stream());
+    let mut bases = streams.filter_map(|stream| world.graph.cow_child(stream.base_overlay));
+    bases.any(|base| chain(&world.graph, base).any(unsure))
 }
 
 /// Below a node is not what its header says, or a filter that somebody asked for.

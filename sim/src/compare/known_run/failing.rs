@@ -97,6 +97,18 @@ pub(super) static FAILING: &[Defect] = &[
         matches: |_| false,
         steer: None,
     },
+    Defect {
+        id: "failed-table-entry-stays",
+        title: "a write that fails because the entry of its new table cannot be made durable leaves an image that is corrupt",
+        qemu: "the entry was written, the flush behind it failed: in memory it is taken back and the table's cluster is free again, in the \
+           file the entry stays",
+        right: "what may be in the file keeps its cluster: at worst space is lost",
+        sure: Sure::Certain,
+        scenario: include_str!("../../../../docs/findings/failed-table-entry-stays.json"),
+        page: include_str!("../../../../docs/findings/failed-table-entry-stays.md"),
+        matches: |_| false,
+        steer: None,
+    },
 ];
 
 pub(super) const MATCHERS: &[(&str, Matcher)] = &[
@@ -107,7 +119,45 @@ pub(super) const MATCHERS: &[(&str, Matcher)] = &[
     ("stream-ignores-for-ever", ignores_for_ever),
     ("stream-completes-in-cache", stays_in_cache),
     ("freed-cluster-shows-write", shows_write),
+    ("failed-table-entry-stays", entry_stays),
 ];
+
+/// The tables of an image are in clusters without a reference, and nothing else is wrong with it; and storage failed a flush of that very
+/// image, or a write as small as an entry that it carried out all the same.
+fn entry_stays(found: &Found<'_>) -> bool {
+    let quoted = found.violation.message.split('\'').nth(1);
+    let mut images = found.scenario.images.iter();
+    let image = images.position(|image| Some(&*image.file) == quoted);
+    let may_stay = |record: &Record| match record {
+        Record::Fault(fault) if image == usize::try_from(fault.image).ok() => match fault.kind {
+            FaultKind::Flush => true,
+            FaultKind::Write => fault.bytes <= 512 && fault.done == fault.bytes,
+            _ => false,
+        },
+        _ => false,
+    };
+    let evidence = found.violation.evidence.iter();
+    let wrong = evidence.filter(|line| !line.starts_with("Leak: "));
+    let tables: Option<Vec<_>> = wrong.map(|line| lost_table(line)).collect();
+    let tables = tables.unwrap_or_default();
+    // Each is told of twice: as a cluster, and as a table.
+    let twice = |one: &&str| tables.iter().filter(|other| *other == one).count() == 2;
+    found.says(&[OracleName::Image], "is corrupt after a clean close: ")
+        && found.records.iter().any(may_stay)
+        && !tables.is_empty()
+        && tables.iter().all(twice)
+}
+
+/// The cluster of a table that has no reference, if a line of a check says so.
+fn lost_table(line: &str) -> Option<&str> {
+    let line = line.strip_prefix("Corruption: ")?;
+    line.strip_prefix("host cluster at ")
+        .and_then(|rest| rest.strip_suffix(" is used 1 times, its refcount is 0"))
+        .or_else(|| {
+            let table = line.strip_prefix("L2 table at ")?;
+            table.strip_suffix(": COPIED is true, the refcount 0")
+        })
+}
 
 /// The power failed, and what is wrong belongs to another place: it is shown by a cluster that a guest had zeroed or given back, and no guest
 /// had that flushed.

@@ -496,3 +496,40 @@ fn a_read_of_what_is_written_elsewhere_needs_a_discard_beside_it() {
     assert_eq!(of("write-zeroes", 0), None, "it frees nothing");
     assert_eq!(of("discard", 7), None, "another request");
 }
+
+#[test]
+fn an_overlay_loses_its_parents_only_to_a_transaction_that_is_taken_back() {
+    let others = |node: &str| {
+        let text = format!("node '{node}' has other parents than it should have");
+        found(OracleName::Graph, &text)
+    };
+    let snapshot = |node: &str, overlay: &str| json!({"type": "blockdev-snapshot", "data": {"node": node, "overlay": overlay}});
+    let transaction = |actions: &[Value]| ("transaction", json!({ "actions": actions }));
+    let uses = (
+        "blockdev-add",
+        json!({"driver": "raw", "node-name": "q", "file": "o"}),
+    );
+    let abort = json!({"type": "abort", "data": {}});
+    let refused = transaction(&[snapshot("b", "o"), abort.clone()]);
+    let known = Some("aborted-snapshot-takes-parents");
+    assert_eq!(
+        after(&[uses.clone(), refused.clone()], false, &others("b")),
+        known
+    );
+    assert_eq!(
+        after(&[uses.clone(), refused.clone()], false, &others("o")),
+        known
+    );
+    assert_eq!(
+        after(&[uses.clone(), refused.clone()], false, &others("t")),
+        None,
+        "another node"
+    );
+    assert_eq!(
+        after(std::slice::from_ref(&refused), false, &others("b")),
+        None,
+        "nobody was above it"
+    );
+    let early = transaction(&[abort]);
+    assert_eq!(after(&[uses, early], false, &others("b")), None, "no snapshot");
+}

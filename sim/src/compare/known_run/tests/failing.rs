@@ -442,3 +442,74 @@ fn what_belongs_elsewhere_is_shown_by_a_cluster_that_was_given_back_only() {
     let before = [issued(2), issued(0), well(0), well(2), issued(1), cut];
     assert_eq!(ran(&steps, &foreign, &before), known, "the flush was sent before");
 }
+
+/// Only where storage failed what makes the entry durable, and only the table that it leads to.
+#[test]
+fn an_image_is_corrupt_by_a_table_whose_entry_storage_failed_only() {
+    let steps = [guest("x", "write")];
+    let at = |cluster: &str, what: &str| {
+        let used = format!("Corruption: host cluster at {cluster} is used 1 times, its refcount is 0");
+        [
+            used,
+            format!("Corruption: {what} at {cluster}: COPIED is true, the refcount 0"),
+        ]
+    };
+    let corrupt = |lines: &[String]| Violation {
+        evidence: lines.to_vec(),
+        ..found(
+            OracleName::Image,
+            "image 'a' is corrupt after a clean close: L2 table at 0x800: …",
+        )
+    };
+    let of = |lines: &[String], fault: Record| ran(&steps, &corrupt(lines), &[issued(0), fault]);
+    let table = at("0x800", "L2 table");
+    let known = Some("failed-table-entry-stays");
+    assert_eq!(of(&table, fault(FaultKind::Flush)), known);
+    assert_eq!(
+        of(
+            &[table.clone(), at("0xa00", "L2 table")].concat(),
+            fault(FaultKind::Flush)
+        ),
+        known
+    );
+    assert_eq!(of(&table, fault_of(1, FaultKind::Flush)), None, "another image");
+    assert_eq!(of(&table, fault(FaultKind::Read)), None);
+    let write = |bytes: u64, done: u64| {
+        Record::Fault(Fault {
+            image: 0,
+            kind: FaultKind::Write,
+            offset: 0x600,
+            bytes,
+            done,
+            errno: 5,
+        })
+    };
+    assert_eq!(of(&table, write(8, 8)), known, "carried out all the same");
+    assert_eq!(of(&table, write(8, 0)), None, "not carried out");
+    assert_eq!(of(&table, write(4096, 4096)), None, "no entry");
+    let data = at("0x800", "data cluster");
+    assert_eq!(of(&data, fault(FaultKind::Flush)), None, "no table");
+    let more = [
+        &table[..],
+        &["Corruption: host cluster at 0xa00 is used 2 times, its refcount is 1".to_owned()],
+    ]
+    .concat();
+    assert_eq!(
+        of(&more, fault(FaultKind::Flush)),
+        None,
+        "something else is wrong as well"
+    );
+    assert_eq!(of(&[], fault(FaultKind::Flush)), None);
+    let leak = "Leak: host cluster at 0xc00 is used 0 times, its refcount is 1".to_owned();
+    let leaky = [&table[..], &[leak]].concat();
+    assert_eq!(
+        of(&leaky, fault(FaultKind::Flush)),
+        known,
+        "lost space is not the point"
+    );
+    assert_eq!(
+        ran(&steps, &corrupt(&table), &[issued(0)]),
+        None,
+        "storage did not fail"
+    );
+}
