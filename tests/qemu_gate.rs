@@ -71,6 +71,36 @@ fn the_same_seeds_give_the_same_trace_and_the_same_findings() {
     assert_eq!(left_in(tmp.path()), Vec::<PathBuf>::new());
 }
 
+/// Storage fails under backups, some of which stop and are resumed, and the power under others.
+#[test]
+fn backups_meet_failing_storage_and_power_cuts_the_same_way_each_time() {
+    if !has_daemon("backups_meet_failing_storage_and_power_cuts_the_same_way_each_time") {
+        return;
+    }
+    let tmp = tempfile::tempdir().expect("a directory");
+    let run = |faults: &str, threads: &str| {
+        let words = format!(
+            "run --on qemu --profile backup --seeds 0..24 --json --faults {faults} --threads {threads}"
+        );
+        let words: Vec<&str> = words.split(' ').collect();
+        json(&blkcheck(tmp.path(), &words))
+    };
+    for (faults, situations) in [
+        ("errors", &["backup succeeds", "backup ends early"][..]),
+        ("crash", &["backup succeeds"]),
+        ("all", &["backup ends early"]),
+    ] {
+        let (one, two) = (run(faults, "1"), run(faults, "2"));
+        assert_eq!(one["trace_hash"], two["trace_hash"], "{faults}");
+        assert_eq!(one["findings"], serde_json::json!([]), "{faults}");
+        for situation in situations {
+            let met = one["coverage"][*situation].as_u64();
+            assert!(met.is_some_and(|met| met > 0), "{faults}: {situation}: {one}");
+        }
+    }
+    assert_eq!(left_in(tmp.path()), Vec::<PathBuf>::new());
+}
+
 /// One image under a chain of two, a stream, and guest requests beside it.
 const STREAM: &str = r#"{"version": 1, "grain": 512, "images": [
     {"file": "base.img", "format": "qcow2", "size": 4096, "cluster-size": 512,

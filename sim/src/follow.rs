@@ -578,6 +578,14 @@ fn execute(world: &mut World, scenario: &Scenario, step: StepId) -> Option<Resul
     Some(world.execute(&Command::new(execute, &arguments)))
 }
 
+/// Whether a node is, or stands on, one that opens this file.
+pub(crate) fn stands_on(world: &World, node: NodeId, file: &str) -> bool {
+    let below = world.graph.topological([node]);
+    below
+        .iter()
+        .any(|node| world.graph.node(*node).filename.as_deref() == Some(file))
+}
+
 /// The files of a scenario, and nothing open.
 pub(crate) fn world_of(scenario: &Scenario) -> World {
     World::new(scenario.images.iter().map(|image| {

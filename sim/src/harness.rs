@@ -103,7 +103,7 @@ impl Setup {
         matches!(self.faults, Faults::Crash | Faults::All)
     }
 
-    /// Whether backups are generated in memory: where storage fails, only for those who ask for them.
+    /// Whether backups are generated: where storage fails, only for those who ask for them.
     fn backs_up(&self) -> bool {
         match self.faults {
             Faults::None => true,
@@ -112,7 +112,6 @@ impl Setup {
     }
 
     fn reach(&self) -> Reach {
-        let backups = self.profile == Profile::Backup && self.faults == Faults::None;
         match self.on {
             On::Memory => Reach {
                 // What a snapshot leaves behind that storage failed is not told by the model.
@@ -190,9 +189,10 @@ impl Setup {
                 resize: !self.loses_power(),
                 // The daemon throttles by the real clock.
                 throttle: false,
-                bitmaps: backups,
-                snapshot_access: backups,
-                backup: backups,
+                bitmaps: self.profile == Profile::Backup
+                    && matches!(self.faults, Faults::None | Faults::Crash),
+                snapshot_access: self.backs_up(),
+                backup: self.backs_up(),
                 // Nobody tells of the discards, which mark bitmaps.
                 discard_source: false,
                 compression: false,

@@ -7,6 +7,8 @@ use std::rc::Rc;
 use blkcheck_impl::event::Event;
 use serde_json::Value;
 
+use crate::scenario::Scenario;
+
 /// Index of a step in the scenario; the identity of the operation it starts.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Hash)]
 pub struct StepId(pub u32);
@@ -136,4 +138,13 @@ pub struct Fault {
     pub done: u64,
     /// What the layer was told.
     pub errno: i32,
+}
+
+impl Fault {
+    /// The file that it was on.
+    #[must_use]
+    pub fn file<'a>(&self, scenario: &'a Scenario) -> Option<&'a str> {
+        let image = usize::try_from(self.image).ok()?;
+        scenario.images.get(image).map(|image| &*image.file)
+    }
 }

@@ -37,10 +37,6 @@ pub(super) fn run(args: &RunArgs) -> Result<Found, CliError> {
     super::check_tier(args.on, args.tier)?;
     match args.faults {
         Faults::None => {}
-        _ if args.profile == Profile::Backup && args.on == On::Qemu => {
-            let text = "--profile backup: --on qemu makes no backups where storage fails; use --on memory, or --faults none";
-            return Err(CliError::Request(text.to_owned()));
-        }
         _ if args.on == On::Memory || (args.on == On::Qemu && args.tier == Tier::Gated) => {}
         _ => {
             let text = "--faults: only storage of ours fails on demand, or loses power; use --on memory, or --on qemu --tier gated";

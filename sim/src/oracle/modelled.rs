@@ -9,8 +9,9 @@ use blkcheck_impl::event::Event;
 use blkcheck_impl::graph::inspect::GraphView;
 use blkcheck_impl::jobs::JobStatus;
 use blkcheck_impl::types::NodeId as LayerNode;
+use blkcheck_model::copy_before_write::OnError;
 use blkcheck_model::job::{Sync, Work};
-use blkcheck_model::{Driver, NodeId, Outcome as JobOutcome};
+use blkcheck_model::{Driver, Node, NodeId, Outcome as JobOutcome};
 
 use super::bitmap::Bitmaps;
 use super::bottom::Bottom;
@@ -19,8 +20,8 @@ use super::errors::Errors;
 use super::graph::{self, Comparison};
 use super::mirror::Mirror;
 use super::{FinalContent, Oracle, OracleName, View, Violation, refusals, violation};
-use crate::follow::Follower;
-use crate::history::{Outcome, Record, StepId};
+use crate::follow::{Follower, stands_on};
+use crate::history::{Fault, Outcome, Record, StepId};
 use crate::image::bitmaps::Stored;
 use crate::scenario::Scenario;
 
@@ -211,6 +212,23 @@ impl Modelled {
         }
     }
 
+    /// Nobody tells of a snapshot that breaks: where storage fails an image below a filter that lets it, it counts as broken.
+    fn may_break(&mut self, scenario: &Scenario, fault: &Fault) {
+        if self.untold.is_none() {
+            return;
+        }
+        let world = &self.follower.world;
+        let Some(file) = fault.file(scenario) else { return };
+        let lets = |node: &Node| {
+            let kept = node.kept.as_ref();
+            kept.is_some_and(|kept| kept.on_error == OnError::BreakSnapshot)
+        };
+        let filters = world.graph.nodes().filter(|(_, node)| lets(node));
+        for (filter, _) in filters.filter(|(filter, _)| stands_on(world, *filter, file)) {
+            self.data.snapshot_breaks(filter);
+        }
+    }
+
     fn guest_ended(&mut self, step: StepId, outcome: &Outcome) {
         if let Some(untold) = &mut self.untold {
             if let Some((what, bytes)) = self.bitmaps.guest_ended(step, outcome) {
@@ -383,6 +401,7 @@ impl Oracle for Modelled {
             Record::Fault(fault) => {
                 self.bitmaps.fault();
                 self.data.fault(fault);
+                self.may_break(view.scenario, fault);
             }
             Record::Layer(event) => {
                 self.copies(view.scenario, event, view.now);

@@ -7,13 +7,14 @@ use std::collections::BTreeSet;
 use std::rc::Rc;
 
 use blkcheck_impl::event::Event;
+use blkcheck_model::copy_before_write::OnError;
 use blkcheck_model::graph::{Graph, Parent};
 use blkcheck_model::{Command, Driver, NodeId, Outcome, World};
 use serde_json::{Map, Value};
 
 use crate::compare::known::{self, Strayed};
-use crate::follow::Follower;
-use crate::history::{FaultKind, Record};
+use crate::follow::{Follower, stands_on};
+use crate::history::{Fault, FaultKind, Record};
 use crate::scenario::Scenario;
 
 /// What happened so far in a run.
@@ -37,6 +38,10 @@ pub(super) struct Causes {
     pub(super) streamed: Vec<Rc<str>>,
     /// Images of streams that failed after storage did not write or flush something of that very image.
     pub(super) unwritten: Vec<Rc<str>>,
+    /// Storage failed a read of something that a copy-on-read filter with `bottom` stands on.
+    pub(super) failed_query: bool,
+    /// Storage failed something that a filter stands on which gives its snapshot up then.
+    pub(super) broken: bool,
     /// Images, by their place in the scenario, that storage failed to write or to flush.
     lost: Vec<u32>,
     /// A stream looked for its base by a file's name among nodes that have a description for a name.
@@ -87,6 +92,9 @@ impl Causes {
 
     /// This is about to be followed.
     pub(super) fn told(&mut self, scenario: &Scenario, world: &World, record: &Record) {
+        if let Record::Fault(fault) = record {
+            self.failed(scenario, world, fault);
+        }
         match record {
             Record::Fault(fault) if matches!(fault.kind, FaultKind::Write | FaultKind::Flush) => {
                 self.lost.push(fault.image);
@@ -105,6 +113,17 @@ impl Causes {
                 }
             }
             _ => {}
+        }
+    }
+
+    /// Storage fails a request.
+    fn failed(&mut self, scenario: &Scenario, world: &World, fault: &Fault) {
+        let Some(file) = fault.file(scenario) else { return };
+        let is_below = |id| stands_on(world, id, file);
+        for (id, node) in world.graph.nodes() {
+            let kept = node.kept.as_ref();
+            self.failed_query |= fault.kind == FaultKind::Read && node.bottom.is_some() && is_below(id);
+            self.broken |= kept.is_some_and(|kept| kept.on_error == OnError::BreakSnapshot) && is_below(id);
         }
     }
 

@@ -3,6 +3,7 @@
 //! Rules: as in [`super`]; a matcher wants a fault in the run as well, or the power cut.
 
 use blkcheck_impl::event::Event;
+use blkcheck_model::Driver;
 
 use super::{Defect, Found, Matcher, Sure, causes, largest_cluster, text};
 use crate::compare::known;
@@ -109,6 +110,17 @@ pub(super) static FAILING: &[Defect] = &[
         matches: |_| false,
         steer: None,
     },
+    Defect {
+        id: "failed-query-reads-garbage",
+        title: "a read through copy-on-read with bottom succeeds with memory nobody wrote where storage fails the question which layer holds it",
+        qemu: "the error of the question counts as the end of the layer below: the read ends there, with success, and leaves its buffer as it is",
+        right: "the read fails, or the data: a successful read is filled",
+        sure: Sure::Certain,
+        scenario: include_str!("../../../../docs/findings/failed-query-reads-garbage.json"),
+        page: include_str!("../../../../docs/findings/failed-query-reads-garbage.md"),
+        matches: |_| false,
+        steer: None,
+    },
 ];
 
 pub(super) const MATCHERS: &[(&str, Matcher)] = &[
@@ -120,7 +132,23 @@ pub(super) const MATCHERS: &[(&str, Matcher)] = &[
     ("stream-completes-in-cache", stays_in_cache),
     ("freed-cluster-shows-write", shows_write),
     ("failed-table-entry-stays", entry_stays),
+    ("failed-query-reads-garbage", reads_garbage),
 ];
+
+/// What was read, or what was filled with it, is nobody's or another place's, or zeroes that nobody wrote, as fresh memory holds; and storage failed a read below a copy-on-read filter with
+/// `bottom`.
+fn reads_garbage(found: &Found<'_>) -> bool {
+    let oracles = [
+        OracleName::Data,
+        OracleName::Transparency,
+        OracleName::PointInTime,
+    ];
+    let fresh = found.says(&oracles, " holds zeroes, expected ");
+    let is_garbage = fresh
+        || found.says(&oracles, " holds neither zeroes nor one whole stamp")
+        || found.says(&oracles, ", which belongs to ");
+    is_garbage && found.causes.failed_query
+}
 
 /// The tables of an image are in clusters without a reference, and nothing else is wrong with it; and storage failed a flush of that very
 /// image, or a write as small as an entry that it carried out all the same.
@@ -136,21 +164,28 @@ fn entry_stays(found: &Found<'_>) -> bool {
         },
         _ => false,
     };
-    let evidence = found.violation.evidence.iter();
-    let wrong = evidence.filter(|line| !line.starts_with("Leak: "));
-    let tables: Option<Vec<_>> = wrong.map(|line| lost_table(line)).collect();
+    let wrong = found.corruption();
+    let tables: Option<Vec<_>> = wrong.iter().map(|line| lost_table(line)).collect();
     let tables = tables.unwrap_or_default();
     // Each is told of twice: as a cluster, and as a table.
     let twice = |one: &&str| tables.iter().filter(|other| *other == one).count() == 2;
-    found.says(&[OracleName::Image], "is corrupt after a clean close: ")
-        && found.records.iter().any(may_stay)
-        && !tables.is_empty()
-        && tables.iter().all(twice)
+    let of_tables = !tables.is_empty() && tables.iter().all(twice);
+    (of_tables || is_used_again(&wrong)) && found.records.iter().any(may_stay)
+}
+
+/// A table is two entries' by now, and what it leads to is told of twice; nothing else is wrong.
+fn is_used_again(wrong: &[&str]) -> bool {
+    const TWICE: [&str; 2] = [
+        " is used 2 times, its refcount is 1",
+        " overlaps something else: used 2 times",
+    ];
+    let is_table = |line: &&str| line.starts_with("L2 table at ") && line.ends_with(TWICE[1]);
+    let is_used = |line: &&str| TWICE.iter().any(|what| line.ends_with(what));
+    wrong.iter().any(is_table) && wrong.iter().all(is_used)
 }
 
 /// The cluster of a table that has no reference, if a line of a check says so.
 fn lost_table(line: &str) -> Option<&str> {
-    let line = line.strip_prefix("Corruption: ")?;
     line.strip_prefix("host cluster at ")
         .and_then(|rest| rest.strip_suffix(" is used 1 times, its refcount is 0"))
         .or_else(|| {
@@ -221,6 +256,21 @@ fn flushed_since_a_stream(found: &Found<'_>) -> bool {
 }
 
 impl<'a> Found<'a> {
+    /// What is wrong with an image that was closed, or that a power cut left; nothing if this is about something else.
+    fn corruption(&self) -> Vec<&'a str> {
+        if self.violation.oracle != OracleName::Image {
+            return Vec::new();
+        }
+        let message = self.violation.message.as_str();
+        let evidence = self.violation.evidence.iter().map(String::as_str);
+        if let Some((_, first)) = message.split_once(" is corrupt after a power cut: ") {
+            return [first].into_iter().chain(evidence).collect();
+        }
+        let closed = message.contains(" is corrupt after a clean close: ");
+        let corruption = evidence.filter_map(|line| line.strip_prefix("Corruption: "));
+        corruption.filter(|_| closed).collect()
+    }
+
     /// A guest's flush was answered well that was sent after this step had ended.
     fn flushed_since(&self, step: StepId) -> bool {
         let is_end = |record: &Record| matches!(record, Record::Ended(ended, _) if *ended == step);
@@ -228,9 +278,16 @@ impl<'a> Found<'a> {
         end.is_some_and(|end| self.flushed_in(&self.records[end..]))
     }
 
-    /// A guest's flush was sent and answered well in these records.
+    /// A guest's flush of the image that is wrong was sent and answered well in these records.
     fn flushed_in(&self, records: &[Record]) -> bool {
-        let flushes = |step: StepId| matches!(self.guest(step), Some((_, GuestOp::Flush)));
+        let file = self.violation.message.split(" at 0x").next();
+        let file = file.and_then(|before| before.rsplit(' ').next());
+        let graph = &self.world.graph;
+        let is_of_it = |node| self.world.image_file(graph.skip_filters(node)).as_deref() == file;
+        let flushes = |step: StepId| {
+            let flush = matches!(self.guest(step), Some((_, GuestOp::Flush)));
+            flush && self.asked(step).is_none_or(is_of_it)
+        };
         let sent = |step: StepId| {
             let mut records = records.iter();
             records.any(|record| matches!(record, Record::Issued(issued) if *issued == step))
@@ -282,16 +339,19 @@ fn closes_connection(found: &Found<'_>) -> bool {
     })
 }
 
-/// While somebody asked for block status, a table could not be read.
+/// While somebody asked for block status, a table could not be read; or the snapshot that somebody asks was given up before.
 fn answered_twice(found: &Found<'_>) -> bool {
-    found.says(
-        &[OracleName::Daemon],
-        "a status request that failed is answered once more",
-    ) && found.issued_steps().any(|step| {
+    let mut nodes = found.world.graph.nodes();
+    let gone = found.causes.broken && nodes.any(|(_, node)| node.driver == Driver::SnapshotAccess);
+    let failed = |step: StepId| {
         let asks = matches!(found.guest(step), Some((_, GuestOp::BlockStatus(_))));
         let span = found.span(step).filter(|_| asks);
         span.is_some_and(|span| found.faults(span, &[FaultKind::Read]) > 0)
-    })
+    };
+    found.says(
+        &[OracleName::Daemon],
+        "a status request that failed is answered once more",
+    ) && (gone || found.issued_steps().any(failed))
 }
 
 /// The header is the old one, and it is that of the device of a stream which failed after a write did.

@@ -1,6 +1,7 @@
 //! Every entry is complete, and a finding is explained only with its cause in the run.
 
 mod backups;
+mod failed_reads;
 mod failing;
 mod kept;
 mod streams;

@@ -310,7 +310,12 @@ fn what_a_stream_has_copied_is_lost_with_the_power_only() {
     let flush = json!({"actor": "g", "export": "b", "do": "flush"});
     let zeroes = [guest("b", "write-zeroes"), guest("b", "write")];
     let steps = [node("a", &Value::Null), node("b", &json!("a")), stream, flush];
-    let steps: Vec<Value> = steps.into_iter().chain(zeroes).collect();
+    let other = monitor(
+        "block-export-add",
+        &json!({"type": "nbd", "id": "y", "node-name": "a"}),
+    );
+    let other = [other, json!({"actor": "g", "export": "y", "do": "flush"})];
+    let steps: Vec<Value> = steps.into_iter().chain(zeroes).chain(other).collect();
     let done = |step| ended(step, Outcome::Command(Ok(json!({}))));
     let accepted = |step: u32, what: &'static str| {
         let begin = Record::Layer(Event::MainBegin { what });
@@ -384,6 +389,8 @@ fn what_a_stream_has_copied_is_lost_with_the_power_only() {
     assert_eq!(of_run("b", true, true, &flushed), None, "it was flushed since");
     let failed = [issued(3), ended(3, Outcome::Done(Err(5)))];
     let known = Some("stream-completes-in-cache");
+    let elsewhere = [&accepted(6, "block-export-add")[..], &[issued(7), well(7)]].concat();
+    assert_eq!(of_run("b", true, true, &elsewhere), known, "another image was");
     assert_eq!(of_run("b", true, true, &failed), known, "not well");
     let together = [issued(4), issued(5), well(4), well(5)];
     assert_eq!(of_run("b", true, true, &together), known);
@@ -500,6 +507,31 @@ fn an_image_is_corrupt_by_a_table_whose_entry_storage_failed_only() {
         "something else is wrong as well"
     );
     assert_eq!(of(&[], fault(FaultKind::Flush)), None);
+    let twice = |what: &str, cluster: &str| {
+        format!("Corruption: {what} at {cluster} overlaps something else: used 2 times")
+    };
+    let used =
+        |cluster: &str| format!("Corruption: host cluster at {cluster} is used 2 times, its refcount is 1");
+    let again = [
+        used("0x800"),
+        used("0xa00"),
+        twice("L2 table", "0x800"),
+        twice("data cluster", "0xa00"),
+    ];
+    assert_eq!(
+        of(&again, fault(FaultKind::Flush)),
+        known,
+        "it was taken for another table"
+    );
+    let message =
+        "image 'a' is corrupt after a power cut: host cluster at 0x800 is used 2 times, its refcount is 1";
+    let cut = Violation {
+        evidence: vec![twice("L2 table", "0x800").replace("Corruption: ", ""); 2],
+        ..found(OracleName::Image, message)
+    };
+    assert_eq!(ran(&steps, &cut, &[issued(0), fault(FaultKind::Flush)]), known);
+    let data = [used("0xa00"), twice("data cluster", "0xa00")];
+    assert_eq!(of(&data, fault(FaultKind::Flush)), None, "no table is in it");
     let leak = "Leak: host cluster at 0xc00 is used 0 times, its refcount is 1".to_owned();
     let leaky = [&table[..], &[leak]].concat();
     assert_eq!(
