@@ -112,6 +112,7 @@ impl Setup {
     }
 
     fn reach(&self) -> Reach {
+        let backups = self.profile == Profile::Backup;
         match self.on {
             On::Memory => Reach {
                 // What a snapshot leaves behind that storage failed is not told by the model.
@@ -189,10 +190,9 @@ impl Setup {
                 resize: !self.loses_power(),
                 // The daemon throttles by the real clock.
                 throttle: false,
-                bitmaps: self.profile == Profile::Backup
-                    && matches!(self.faults, Faults::None | Faults::Crash),
-                snapshot_access: self.backs_up(),
-                backup: self.backs_up(),
+                bitmaps: backups && matches!(self.faults, Faults::None | Faults::Crash),
+                snapshot_access: backups,
+                backup: backups,
                 // Nobody tells of the discards, which mark bitmaps.
                 discard_source: false,
                 compression: false,

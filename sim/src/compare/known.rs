@@ -20,7 +20,7 @@ mod list;
 mod strayed;
 
 pub(super) use backup::{frees_bitmap, gives_up_group};
-pub(super) use bitmaps::enables_missing;
+pub(super) use bitmaps::{enables_missing, fails_to_freeze};
 pub(super) use cases::odd_raw_files;
 pub(super) use causes::{
     bottoms_out, has_bottom_on_top, has_bottom_outside, has_negative_null_co, has_raw_on_overlay, is_uneven,

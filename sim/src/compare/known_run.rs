@@ -167,6 +167,7 @@ const MATCHERS: &[(&str, Matcher)] = &[
     ("reopen-meets-end-of-stream", streams::ends_under_reopen),
     ("cor-bottom-garbage", kept::unfilled),
     ("frozen-bitmap-loses-writes", kept::stored_by_half),
+    ("refused-reopen-stops-writes", kept::stays_frozen),
     ("nbd-short-tail-hangs", tail::hangs),
     ("aborted-snapshot-takes-parents", takes_parents),
     ("refused-group-hangs", backups::group_hangs),

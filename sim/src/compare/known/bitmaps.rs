@@ -93,7 +93,11 @@ pub(super) fn takes_what_is_shown(world: &World, execute: &str, arguments: &Map<
 }
 
 /// Tries to make a writable node with persistent bitmaps read-only, and fails.
-pub(super) fn fails_to_freeze(world: &World, execute: &str, arguments: &Map<String, Value>) -> bool {
+pub(in crate::compare) fn fails_to_freeze(
+    world: &World,
+    execute: &str,
+    arguments: &Map<String, Value>,
+) -> bool {
     let persistent = |world: &World, id| {
         let node = world.graph.get(id);
         node.is_some_and(|node| node.writable && node.bitmaps.iter().any(|bitmap| bitmap.persistent))

@@ -38,6 +38,8 @@ pub(super) struct Causes {
     pub(super) streamed: Vec<Rc<str>>,
     /// Images of streams that failed after storage did not write or flush something of that very image.
     pub(super) unwritten: Vec<Rc<str>>,
+    /// A node with persistent bitmaps was to become read-only, and did not.
+    pub(super) left_frozen: bool,
     /// Storage failed a read of something that a copy-on-read filter with `bottom` stands on.
     pub(super) failed_query: bool,
     /// Storage failed something that a filter stands on which gives its snapshot up then.
@@ -78,6 +80,7 @@ impl Causes {
             }
             _ => {}
         }
+        self.left_frozen |= known::fails_to_freeze(before, execute, arguments);
         self.relengthed.extend(relengthed(before, after));
     }
 

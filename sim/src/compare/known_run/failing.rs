@@ -121,6 +121,18 @@ pub(super) static FAILING: &[Defect] = &[
         matches: |_| false,
         steer: None,
     },
+    Defect {
+        id: "read-error-under-drain-crashes",
+        title: "a guest's read that fails while its node is drained uses freed memory, and crashes the daemon",
+        qemu: "the drain has the reader of each connection woken later, by somebody who holds no reference; the failed read closes the connection \
+           before",
+        right: "the read fails, alone: that a disk fails does not end the process that serves other guests",
+        sure: Sure::Certain,
+        scenario: include_str!("../../../../docs/findings/read-error-under-drain-crashes.json"),
+        page: include_str!("../../../../docs/findings/read-error-under-drain-crashes.md"),
+        matches: |_| false,
+        steer: None,
+    },
 ];
 
 pub(super) const MATCHERS: &[(&str, Matcher)] = &[
@@ -133,7 +145,29 @@ pub(super) const MATCHERS: &[(&str, Matcher)] = &[
     ("freed-cluster-shows-write", shows_write),
     ("failed-table-entry-stays", entry_stays),
     ("failed-query-reads-garbage", reads_garbage),
+    ("read-error-under-drain-crashes", dies_under_drain),
 ];
+
+/// The daemon died when it had closed a connection because of a failed read, and what storage failed last was under a guest's read; somebody
+/// waits for an answer meanwhile.
+fn dies_under_drain(found: &Found<'_>) -> bool {
+    const CLOSED: &str = "Disconnect client, due to: Failed to send reply: reading from file failed";
+    let is_fault = |record: &Record| matches!(record, Record::Fault(_));
+    let last = found.records.iter().rposition(is_fault);
+    let is_read =
+        |at: usize| matches!(&found.records[at], Record::Fault(fault) if fault.kind == FaultKind::Read);
+    let under_read = |at: usize| {
+        found.issued_steps().any(|step| {
+            let reads = matches!(found.guest(step), Some((_, GuestOp::Read(_))));
+            let span = found.span(step).filter(|_| reads);
+            span.is_some_and(|(begin, over)| (begin..over).contains(&at))
+        })
+    };
+    found.says(&[OracleName::Daemon], "the daemon died of SIG")
+        && found.violation.evidence.iter().any(|line| line.contains(CLOSED))
+        && last.is_some_and(|at| is_read(at) && under_read(at))
+        && found.unanswered().next().is_some()
+}
 
 /// What was read, or what was filled with it, is nobody's or another place's, or zeroes that nobody wrote, as fresh memory holds; and storage failed a read below a copy-on-read filter with
 /// `bottom`.

@@ -26,6 +26,15 @@ pub(super) fn unfilled(found: &Found<'_>) -> bool {
         })
 }
 
+/// A command that changes a bitmap is refused since that is read-only, after a node with persistent bitmaps was to become so and did not.
+pub(super) fn stays_frozen(found: &Found<'_>) -> bool {
+    let mut evidence = found.violation.evidence.iter();
+    let read_only = "is readonly and cannot be modified";
+    found.says(&[OracleName::Refusals], "block-dirty-bitmap-")
+        && found.causes.left_frozen
+        && evidence.any(|line| line.starts_with("found: ") && line.contains(read_only))
+}
+
 /// What a closed image holds is a bitmap that a backup used when its node was, or became, read-only: it does not record, or lacks
 /// a mark.
 pub(super) fn stored_by_half(found: &Found<'_>) -> bool {

@@ -534,3 +534,34 @@ fn an_overlay_loses_its_parents_only_to_a_transaction_that_is_taken_back() {
     let early = transaction(&[abort]);
     assert_eq!(after(&[uses, early], false, &others("b")), None, "no snapshot");
 }
+
+#[test]
+fn a_bitmap_stays_read_only_only_after_its_node_was_to_become_so() {
+    let refused = |found_words: &str| Violation {
+        evidence: vec![
+            "expected: GenericError: Dirty bitmap 'c' not found".to_owned(),
+            format!("found:    GenericError: {found_words}"),
+        ],
+        ..found(
+            OracleName::Refusals,
+            "step 6, m: block-dirty-bitmap-merge is refused in other words than it should be",
+        )
+    };
+    let add = |persistent: bool| {
+        let given = json!({"node": "t", "name": "k", "persistent": persistent});
+        ("block-dirty-bitmap-add", given)
+    };
+    let entry = json!({"driver": "qcow2", "node-name": "t", "file": "ft", "backing": "b", "read-only": true});
+    let reopen = ("blockdev-reopen", json!({"options": [entry]}));
+    let read_only = refused("Bitmap 'k' is readonly and cannot be modified");
+    let of = |more: &[(&'static str, Value)], violation: &Violation| after(more, false, violation);
+    let both = [add(true), reopen.clone()];
+    assert_eq!(of(&both, &read_only), Some("refused-reopen-stops-writes"));
+    assert_eq!(of(&both, &refused("Dirty bitmap 'd' not found")), None);
+    assert_eq!(
+        of(&both[..1], &read_only),
+        None,
+        "nothing was to become read-only"
+    );
+    assert_eq!(of(&[add(false), reopen], &read_only), None, "it is not stored");
+}

@@ -103,3 +103,48 @@ fn the_status_of_a_snapshot_is_answered_twice_once_it_was_given_up() {
     assert_eq!(of(&[filter("break-guest-write"), snapshot]), None, "it is kept");
     assert_eq!(of(&[filter("break-snapshot")]), None, "nobody can ask it");
 }
+
+#[test]
+fn a_drain_dies_only_of_a_read_that_fails_under_it() {
+    let steps = r#"{"actor":"a","export":"x","do":{"read":{"offset":0,"length":512}}},
+        {"actor":"m","execute":"blockdev-add","arguments":{"driver":"raw","node-name":"r","file":"n"}}"#;
+    let died = |words: &str| Violation {
+        evidence: vec![format!("the daemon said: qemu-storage-daemon: {words}")],
+        ..found(OracleName::Daemon, "the daemon died of SIGSEGV")
+    };
+    let closed =
+        died("Disconnect client, due to: Failed to send reply: reading from file failed: Input/output error");
+    let of = |violation: &Violation, records: &[Record]| {
+        let text = format!(
+            r#"{{"version":1,"grain":512,"images":[{{"file":"a","format":"qcow2","size":4096}}],"steps":[{steps}]}}"#
+        );
+        let scenario: Scenario = serde_json::from_str(&text).expect("a scenario");
+        explain(&scenario, violation, records).map(|d| d.id)
+    };
+    let fault = |kind| {
+        Record::Fault(Fault {
+            image: 0,
+            kind,
+            offset: 0,
+            bytes: 512,
+            done: 0,
+            errno: 5,
+        })
+    };
+    let (read, command) = (Record::Issued(StepId(0)), Record::Issued(StepId(1)));
+    let under = [read.clone(), command.clone(), fault(FaultKind::Read)];
+    let known = Some("read-error-under-drain-crashes");
+    assert_eq!(of(&closed, &under), known);
+    assert_eq!(
+        of(&died("something else"), &under),
+        None,
+        "no connection was closed"
+    );
+    let idle = [read.clone(), fault(FaultKind::Read)];
+    assert_eq!(of(&closed, &idle), None, "nobody drains");
+    let write = [read.clone(), command.clone(), fault(FaultKind::Write)];
+    assert_eq!(of(&closed, &write), None, "another request failed");
+    let over = Record::Ended(StepId(0), Outcome::Read(Ok([0; 512].into())));
+    let late = [read, over, command, fault(FaultKind::Read)];
+    assert_eq!(of(&closed, &late), None, "the read was over");
+}
