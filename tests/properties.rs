@@ -100,6 +100,7 @@ fn image(index: usize, size: u64, cluster: u32, raw: bool, fills: &[(u8, u8, u8)
         refcount_bits: 16,
         backing_file: (index > 0 && !raw).then(|| format!("i{}.img", index - 1)),
         backing_format: None,
+        free: 0,
         fill: fill.collect(),
     }
 }

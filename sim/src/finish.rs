@@ -9,7 +9,7 @@ use crate::image::bitmaps;
 use crate::image::check::{Problem, Severity, check};
 use crate::image::read::{Files, Qcow2, Reader};
 use crate::oracle::{FinalContent, Oracle, OracleName, View, Violation};
-use crate::scenario::{Action, Format, Scenario};
+use crate::scenario::{Action, Format, Scenario, Step};
 use crate::target::{ClosedFile, Leftovers, NodeContent};
 
 /// QAPI names of job statuses.
@@ -76,7 +76,7 @@ impl Files for Closed<'_> {
     fn file(&self, name: &str) -> Option<(&[u8], Format)> {
         self.0
             .iter()
-            .find(|f| f.name == name)
+            .find(|f| f.name == bare(name))
             .map(|f| (&f.bytes[..], f.format))
     }
 }
@@ -185,6 +185,7 @@ pub(crate) fn after_power_cut(
     }
     for file in files.iter().filter(sound).filter(|f| f.format == Format::Qcow2) {
         let image = Qcow2::parse(&file.bytes).expect("just checked");
+        names_what_it_may(view.scenario, &file.name, image.backing_file.as_deref())?;
         let left = bitmaps::stored(&image).expect("just checked");
         let left = left.map_or_else(Vec::new, |directory| directory.bitmaps);
         oracles
@@ -222,6 +223,37 @@ pub(crate) fn after_power_cut(
         .try_for_each(|oracle| oracle.after_power_cut(view, &shown))
 }
 
+/// A header names a backing file that it was given at some time: neither half a name nor nothing but a place for one.
+fn names_what_it_may(scenario: &Scenario, file: &str, backing: Option<&str>) -> Result<(), Violation> {
+    let Some(name) = backing else { return Ok(()) };
+    let given = |step: &Step| match &step.action {
+        Action::Command { arguments, .. } => {
+            arguments.get("backing-file").and_then(Value::as_str) == Some(name)
+        }
+        _ => false,
+    };
+    // Where nobody says a name it is that of an image, or describes a node.
+    if scenario.images.iter().any(|image| image.file == name)
+        || name.starts_with("json:")
+        || scenario.steps.iter().any(given)
+    {
+        return Ok(());
+    }
+    Err(Violation {
+        oracle: OracleName::Image,
+        message: format!(
+            "after a power cut, image '{file}' names a backing file that nobody gave it: {name:?}"
+        ),
+        step: None,
+        evidence: Vec::new(),
+    })
+}
+
+/// The file that a name leads to.
+fn bare(name: &str) -> &str {
+    name.trim_start_matches("./")
+}
+
 /// The images below a file by the headers, by their places in the scenario; none when one leads nowhere.
 fn chain_below(scenario: &Scenario, files: &[ClosedFile], file: &ClosedFile) -> Option<Vec<usize>> {
     let mut below = Vec::new();
@@ -230,8 +262,8 @@ fn chain_below(scenario: &Scenario, files: &[ClosedFile], file: &ClosedFile) -> 
         let Some(name) = Qcow2::parse(&at.bytes).ok()?.backing_file else {
             break;
         };
-        at = files.iter().find(|f| f.name == name)?;
-        below.push(scenario.images.iter().position(|image| image.file == name)?);
+        at = files.iter().find(|f| f.name == bare(&name))?;
+        below.push(scenario.images.iter().position(|image| image.file == at.name)?);
         if below.len() > files.len() {
             return None;
         }
@@ -359,5 +391,19 @@ mod tests {
         assert_eq!(exposed_in(&add(inline)), [""; 0]);
         let export = r#"{"actor":"m","execute":"block-export-add","arguments":{"type":"nbd","id":"e","node-name":"p"}}"#;
         assert_eq!(exposed_in(&format!("{},{export}", add(file))), ["a"]);
+    }
+
+    #[test]
+    fn a_header_names_what_it_was_given() {
+        let text = r#"{"version":1,"grain":512,"images":[{"file":"base","format":"raw","size":512}],"steps":[
+            {"actor":"m","execute":"change-backing-file","arguments":{"backing-file":"././other"}}]}"#;
+        let scenario: Scenario = serde_json::from_str(text).expect("a scenario");
+        for name in [None, Some("base"), Some("././other"), Some("json:{}")] {
+            names_what_it_may(&scenario, "top", name).unwrap();
+        }
+        for name in ["", "\0\0\0\0", "././oth", "other"] {
+            let half = names_what_it_may(&scenario, "top", Some(name)).unwrap_err();
+            assert!(half.message.contains("nobody gave it"), "{half:?}");
+        }
     }
 }

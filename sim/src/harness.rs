@@ -121,8 +121,8 @@ impl Setup {
                 bitmaps: matches!(self.faults, Faults::None | Faults::Crash),
                 snapshot_access: self.backs_up(),
                 backup: self.backs_up(),
-                // Lengths that are lost are not judged.
-                resize: !self.loses_power(),
+                // A command that storage fails on the way leaves a length that nobody knows; then the power fails.
+                resize: self.faults != Faults::All,
                 ..Reach::all()
             },
             On::File => Reach {
@@ -234,7 +234,7 @@ impl Setup {
             without_compression(&mut scenario);
         }
         if self.loses_power() {
-            add_power_cut(&mut scenario, seed);
+            add_power_cut(&mut scenario, seed, self.reach().resize);
         }
         // Some meet the known defects all the same: they should still be there.
         scenario.steer = self.on == On::Qemu && !self.is_stress() && !seed.is_multiple_of(UNSTEERED);

@@ -58,6 +58,14 @@ pub enum Stream {
     CompressedBackups,
     /// Which targets of backups are flushed or closed before the power fails.
     DurableBackups,
+    /// Which images get another length before the power fails.
+    LengthsBeforePowerCut,
+    /// Which names in headers are long.
+    LongNames,
+    /// Which backups copy through storage, and who looks at their targets meanwhile.
+    CopyOffload,
+    /// Backups of several images at one instant.
+    OneInstant,
 }
 
 impl Rng {
@@ -78,6 +86,10 @@ impl Rng {
             Stream::UnrestBesideBackups => 0x756e_7265_7374_0000,
             Stream::CompressedBackups => 0x636f_6d70_7265_7373,
             Stream::DurableBackups => 0x6475_7261_626c_6500,
+            Stream::LengthsBeforePowerCut => 0x6c65_6e67_7468_7300,
+            Stream::LongNames => 0x6c6f_6e67_6e61_6d65,
+            Stream::CopyOffload => 0x6f66_666c_6f61_6400,
+            Stream::OneInstant => 0x696e_7374_616e_7400,
         };
         // Mixed before use: seeds that follow each other must not give shifted copies of one stream.
         let mut rng = Rng {

@@ -275,7 +275,7 @@ impl Runner {
             } else if chosen < can.ready + can.storage {
                 waited = 0;
                 let storage = chosen - can.ready;
-                if self.power_fails() {
+                if self.power_fails(storage, target) {
                     return Ok(());
                 }
                 if self.fails(storage, chooser, target) {
@@ -305,12 +305,13 @@ impl Runner {
         }
     }
 
-    /// Whether the power fails instead of a storage request's end. It does not during the setup.
-    fn power_fails(&mut self) -> bool {
-        let Some(after) = self.scenario.disk.power_cut else {
+    /// Whether the power fails instead of this storage request's end. It does not during the setup.
+    fn power_fails(&mut self, storage: u32, target: &mut dyn Target) -> bool {
+        let disk = self.scenario.disk;
+        let Some(after) = disk.power_cut else {
             return false;
         };
-        if self.barrier() == u32::MAX {
+        if self.barrier() == u32::MAX && (!disk.cut_at_flush || target.is_flush(storage)) {
             self.power_failed = self.ended_storage == after;
             self.ended_storage += 1;
         }

@@ -98,6 +98,7 @@ impl Draw {
             refcount_bits: 16,
             backing_file: below.map(|b| format!("i{b}.img")),
             backing_format: below.map(|_| if below_raw { "raw" } else { "qcow2" }.to_owned()),
+            free: 0,
             fill,
         });
     }

@@ -66,6 +66,7 @@ pub fn setup() -> Scenario {
         refcount_bits: 16,
         backing_file: layer.checked_sub(1).map(|below| format!("i{below}.img")),
         backing_format: layer.checked_sub(1).map(|_| "qcow2".to_owned()),
+        free: 0,
         fill: clusters
             .iter()
             .map(|cluster| Fill {

@@ -161,6 +161,7 @@ impl Recipe {
             refcount_bits: if v2 { 16 } else { 1 << (self.flags / ORDER % 7) },
             backing_file: backed.then(|| "base".to_owned()),
             backing_format: backed.then(|| "raw".to_owned()),
+            free: 0,
             fill: self.fills.iter().map(fill).collect(),
         }
     }

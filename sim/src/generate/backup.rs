@@ -15,22 +15,22 @@ use crate::rng::{Rng, Stream};
 use crate::scenario::{Action, Format, GuestOp, Image, Range, Scenario, Step, WaitJob};
 
 /// Guests that look at targets and snapshots.
-const READER: &str = "reader";
+pub(super) const READER: &str = "reader";
 
 /// What backups are about in one scenario.
-struct Plan {
+pub(super) struct Plan {
     /// Nodes that may be backed up: the topmost one first.
-    devices: Vec<String>,
+    pub(super) devices: Vec<String>,
     /// Target nodes.
     targets: Vec<String>,
     /// Exports of targets and snapshots, which are only read.
-    views: Vec<String>,
-    size: u64,
+    pub(super) views: Vec<String>,
+    pub(super) size: u64,
     /// A filter was opened by hand: its target is taken.
-    by_hand: bool,
+    pub(super) by_hand: bool,
     jobs: u32,
     /// Jobs that only end when they are cancelled: sync none.
-    endless: Vec<String>,
+    pub(super) endless: Vec<String>,
 }
 
 /// Puts backups between the steps behind the setup.
@@ -62,6 +62,10 @@ pub(super) fn weave(seed: u64, profile: Profile, reach: Reach, scenario: &mut Sc
     if reach.backup {
         plan.backups(rng, first, scenario);
     }
+    let rng = &mut Rng::stream(seed, Stream::CopyOffload);
+    // What copies do to each other is judged by events, which the gated daemon has none of.
+    let told = profile == Profile::Backup && reach.backup && reach.drain;
+    let offload = told && plan.offload(rng, scenario);
     // The last word of the monitor, so that everything comes to an end.
     for id in &plan.endless {
         scenario.steps.push(command(
@@ -75,6 +79,10 @@ pub(super) fn weave(seed: u64, profile: Profile, reach: Reach, scenario: &mut Sc
             let at = place(rng, scenario, first);
             insert(scenario, at, vec![read]);
         }
+    }
+    if offload {
+        let rng = &mut Rng::stream(seed, Stream::CopyOffload);
+        plan.look_at_fleecing(rng, scenario);
     }
     let rng = &mut Rng::stream(seed, Stream::DiscardsBesideBackups);
     discards(rng, reach, &mut scenario.steps);
@@ -230,25 +238,25 @@ pub(super) fn backups_of<'a>(
 }
 
 /// Where the setup ends.
-fn after_setup(scenario: &Scenario) -> usize {
+pub(super) fn after_setup(scenario: &Scenario) -> usize {
     let first = scenario.steps.iter().position(|step| step.actor != SETUP);
     first.unwrap_or(scenario.steps.len())
 }
 
 /// The length of the topmost image as nodes have it, bytes.
-fn top_size(scenario: &Scenario) -> Option<u64> {
+pub(super) fn top_size(scenario: &Scenario) -> Option<u64> {
     let of_chain = |image: &&Image| image.file.starts_with('i');
     let top = scenario.images.iter().rev().find(of_chain)?;
     Some(top.size.next_multiple_of(512))
 }
 
 /// Somewhere from `first` on, sooner rather than later.
-fn place(rng: &mut Rng, scenario: &Scenario, first: usize) -> usize {
+pub(super) fn place(rng: &mut Rng, scenario: &Scenario, first: usize) -> usize {
     let room = u32::try_from(scenario.steps.len() - first + 1).expect("few steps");
     first + rng.below(room).min(rng.below(room)) as usize
 }
 
-fn insert(scenario: &mut Scenario, at: usize, steps: Vec<Step>) -> usize {
+pub(super) fn insert(scenario: &mut Scenario, at: usize, steps: Vec<Step>) -> usize {
     let end = at + steps.len();
     scenario.steps.splice(at..at, steps);
     end
@@ -320,6 +328,7 @@ impl Plan {
             refcount_bits: 16,
             backing_file: None,
             backing_format: None,
+            free: 0,
             fill: Vec::new(),
         });
         let driver = if format == Format::Raw { "raw" } else { "qcow2" };
@@ -333,7 +342,7 @@ impl Plan {
         node
     }
 
-    fn view(&mut self, node: &str, steps: &mut Vec<Step>) {
+    pub(super) fn view(&mut self, node: &str, steps: &mut Vec<Step>) {
         let id = format!("x-{node}");
         let add = json!({"type": "nbd", "id": id, "node-name": node, "writable": false});
         steps.push(command(SETUP, "block-export-add", add));
@@ -497,7 +506,7 @@ impl Plan {
     }
 
     /// Reads of a target or a snapshot.
-    fn look(&self, rng: &mut Rng, grain: u32) -> Option<Step> {
+    pub(super) fn look(&self, rng: &mut Rng, grain: u32) -> Option<Step> {
         let grain = u64::from(grain);
         let count = u32::try_from(self.size / grain).ok().filter(|count| *count > 0)?;
         if self.views.is_empty() {
@@ -524,7 +533,7 @@ impl Plan {
     }
 }
 
-fn wait(id: &str, status: &str, offset: Option<u64>) -> Step {
+pub(super) fn wait(id: &str, status: &str, offset: Option<u64>) -> Step {
     Step {
         actor: MONITOR.to_owned(),
         action: Action::WaitJob {

@@ -405,6 +405,7 @@ fn image(rng: &mut Rng, swarm: &Swarm, layer: usize, largest: u64, below: Option
         refcount_bits,
         backing_file: below.map(|b| b.file.clone()),
         backing_format: below.map(|b| if b.format == Format::Raw { "raw" } else { "qcow2" }.to_owned()),
+        free: 0,
         fill: Vec::new(),
     };
     if format == Format::Raw {
@@ -431,6 +432,7 @@ fn overlay(rng: &mut Rng, swarm: &Swarm, number: u32, top: &Image) -> Image {
         refcount_bits: 16,
         backing_file: Some(top.file.clone()),
         backing_format: Some(if top.format == Format::Raw { "raw" } else { "qcow2" }.to_owned()),
+        free: 0,
         fill: Vec::new(),
     };
     if rng.chance(1, 4) {

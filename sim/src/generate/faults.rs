@@ -7,10 +7,11 @@
 
 use serde_json::{Map, Value, json};
 
-use super::backup::backups_of;
-use super::command;
+use super::backup::{after_setup, backups_of, insert, place};
+use super::monitor::MONITOR;
+use super::{SETUP, command, names};
 use crate::rng::{Rng, Stream};
-use crate::scenario::{Action, Faults, GuestOp, Scenario, Step, WaitJob};
+use crate::scenario::{Action, Faults, Fill, Format, GuestOp, Image, Scenario, Step, Stored, WaitJob};
 
 /// Lets storage fail in this scenario.
 pub fn add_faults(scenario: &mut Scenario, seed: u64) {
@@ -21,14 +22,112 @@ pub fn add_faults(scenario: &mut Scenario, seed: u64) {
     look_after_backups(rng, plan, &mut scenario.steps);
 }
 
-/// Lets the power fail in this scenario.
-pub fn add_power_cut(scenario: &mut Scenario, seed: u64) {
+/// Lets the power fail in this scenario. `widely`: lengths change, and images have free clusters that hold something.
+pub fn add_power_cut(scenario: &mut Scenario, seed: u64, widely: bool) {
     let rng = &mut Rng::stream(seed, Stream::PowerCut);
     // A run has tens to hundreds of requests; whichever has fewer ends in an orderly way.
     let scale = *rng.pick(&[8, 32, 64, 128, 256]);
     scenario.disk.power_cut = Some(rng.below(scale));
+    if rng.chance(1, 2) {
+        // What a flush is to put in order is in doubt just before it ends.
+        let scale = *rng.pick(&[1, 2, 4, 8, 16]);
+        scenario.disk.cut_at_flush = true;
+        scenario.disk.power_cut = Some(rng.below(scale));
+    }
     let rng = &mut Rng::stream(seed, Stream::DurableBackups);
     make_durable(rng, &mut scenario.steps);
+    let rng = &mut Rng::stream(seed, Stream::LengthsBeforePowerCut);
+    if widely && rng.chance(1, 4) {
+        change_lengths(rng, scenario);
+    }
+    if widely && rng.chance(1, 2) {
+        // What is lost then shows what was there before, and that is no table.
+        for image in scenario.images.iter_mut().filter(|i| i.format == Format::Qcow2) {
+            image.free = rng.below(12);
+        }
+    }
+    let rng = &mut Rng::stream(seed, Stream::LongNames);
+    if rng.chance(1, 2) && scenario.images.iter().all(|image| image.cluster_size >= 4096) {
+        lengthen_names(rng, &mut scenario.steps);
+    }
+}
+
+/// Opens one more overlay of the base, which nobody uses, and gives it other lengths, mostly longer ones: tables grow with them, and
+/// what lies below must not show.
+fn change_lengths(rng: &mut Rng, scenario: &mut Scenario) {
+    let base = scenario.images.first().filter(|image| image.file == "i0.img");
+    let named = names(&scenario.steps).iter().any(|name| name == "n0");
+    let Some(base) = base.filter(|_| named) else {
+        return;
+    };
+    let cluster_size = *rng.pick(&[512u32, 512, 4096]);
+    let clusters = u32::try_from(base.size / u64::from(cluster_size)).expect("small images");
+    let mut size = u64::from(1 + rng.below(clusters.max(1))) * u64::from(cluster_size);
+    if rng.chance(1, 2) {
+        size = (size - u64::from(rng.below(cluster_size / 512)) * 512).max(512);
+    }
+    let filled = rng.chance(1, 2).then_some(Fill {
+        offset: 0,
+        length: size,
+        stored: Stored::Data,
+    });
+    scenario.images.push(Image {
+        file: "z0.img".to_owned(),
+        format: Format::Qcow2,
+        size,
+        cluster_size,
+        compat: 3,
+        refcount_bits: 16,
+        backing_file: Some(base.file.clone()),
+        backing_format: Some(
+            if base.format == Format::Raw {
+                "raw"
+            } else {
+                "qcow2"
+            }
+            .to_owned(),
+        ),
+        free: 0,
+        fill: filled.into_iter().collect(),
+    });
+    let add = json!({"driver": "qcow2", "node-name": "z0", "backing": "n0",
+        "file": {"driver": "file", "filename": "z0.img"}});
+    let at = after_setup(scenario);
+    let mut at = insert(scenario, at, vec![command(SETUP, "blockdev-add", add)]);
+    for _ in 0..1 + rng.below(4) {
+        let by = u64::from(*rng.pick(&[512u32, 4096, 32768, 32768, 65536]));
+        size = match rng.below(4) {
+            0 => size.saturating_sub(by).max(512),
+            _ => size + by,
+        };
+        let resize = command(MONITOR, "block_resize", json!({"node-name": "z0", "size": size}));
+        at = place(rng, scenario, at);
+        at = insert(scenario, at, vec![resize]);
+    }
+}
+
+/// Makes the names that commands put into headers so long that they do not fit into the first sector, which is written last.
+fn lengthen_names(rng: &mut Rng, steps: &mut [Step]) {
+    for step in steps {
+        let Action::Command { execute, arguments } = &mut step.action else {
+            continue;
+        };
+        if execute == "block-stream"
+            && !arguments.contains_key("backing-file")
+            && let Some(base) = arguments.get("base").cloned()
+        {
+            arguments.insert("backing-file".to_owned(), base);
+        }
+        if !matches!(execute.as_str(), "block-stream" | "change-backing-file") {
+            continue;
+        }
+        if let Some(Value::String(name)) = arguments.get_mut("backing-file")
+            && !name.is_empty()
+        {
+            let times = 200 + rng.below(250);
+            *name = "./".repeat(times as usize) + name;
+        }
+    }
 }
 
 /// Has somebody flush what backups have filled, or close it, on the way or when they are done: before that nothing of it is sure.

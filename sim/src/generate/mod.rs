@@ -13,8 +13,10 @@ mod chain;
 mod faults;
 mod graph;
 mod guests;
+mod instants;
 mod jobs;
 mod monitor;
+mod offload;
 mod swarm;
 mod throttle;
 
@@ -101,6 +103,10 @@ pub fn generate(seed: u64, profile: Profile, reach: Reach) -> Scenario {
     }
     if reach.snapshot_access && matches!(profile, Profile::Mixed | Profile::Backup) {
         backup::weave(seed, profile, reach, &mut scenario);
+        // One instant is judged by events, which the gated daemon has none of: nobody drains there either.
+        if reach.backup && reach.drain && profile == Profile::Backup {
+            instants::weave(seed, &mut scenario);
+        }
     }
     scenario
 }

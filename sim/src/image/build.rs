@@ -2,8 +2,9 @@
 //!
 //! Rules: the result is what `qemu-img check` calls clean. Fills apply in order. A cluster takes the form of the last
 //! fill that touches it, except that a zero fill over a part of a data cluster only zeroes that part. Host clusters of
-//! zero-allocated clusters hold garbage, so that a layer which reads them is seen.
-//! File layout: header, refcount table, refcount blocks, L1, L2 tables, data clusters, compressed data.
+//! zero-allocated clusters hold garbage, so that a layer which reads them is seen, and so do two of three free ones; the others hold
+//! zeroes, which in a lost table are other mistakes.
+//! File layout: header, refcount table, refcount blocks, L1, L2 tables, data clusters, compressed data, free clusters.
 
 use super::{bits_of, deflate::deflate, to_usize};
 use crate::scenario::{Fill, Format, Image, Stored};
@@ -151,6 +152,7 @@ struct Layout<'a> {
     l2: u64,
     data: u64,
     compressed: u64,
+    used: u64,
     total: u64,
 }
 
@@ -176,7 +178,8 @@ impl<'a> Layout<'a> {
             .iter()
             .filter(|f| matches!(f.1, Stored::Data | Stored::ZeroAllocated))
             .count() as u64;
-        let payload = 1 + l1_clusters + tables.len() as u64 + hosts + packed.counts.len() as u64;
+        let free = u64::from(image.free);
+        let payload = 1 + l1_clusters + tables.len() as u64 + hosts + packed.counts.len() as u64 + free;
         let per_block = size * 8 / u64::from(image.refcount_bits);
         // Refcount blocks count themselves and the table, so their number is a fixed point.
         let (mut blocks, mut table) = (1, 1);
@@ -192,7 +195,8 @@ impl<'a> Layout<'a> {
         let l2 = l1 + l1_clusters;
         let data = l2 + tables.len() as u64;
         let compressed = data + hosts;
-        let total = compressed + packed.counts.len() as u64;
+        let used = compressed + packed.counts.len() as u64;
+        let total = used + free;
         Layout {
             image,
             index,
@@ -208,6 +212,7 @@ impl<'a> Layout<'a> {
             l2,
             data,
             compressed,
+            used,
             total,
         }
     }
@@ -219,6 +224,9 @@ impl<'a> Layout<'a> {
         self.mappings(out);
         let start = to_usize(self.compressed << self.bits);
         out[start..start + self.packed.bytes.len()].copy_from_slice(&self.packed.bytes);
+        for cluster in (self.used..self.total).filter(|cluster| !cluster.is_multiple_of(3)) {
+            out[to_usize(cluster << self.bits)..to_usize((cluster + 1) << self.bits)].fill(GARBAGE);
+        }
     }
 
     fn header(&self, out: &mut [u8]) {
@@ -265,7 +273,7 @@ impl<'a> Layout<'a> {
         // Blocks lie side by side, so the entries of all of them form one array.
         let base = to_usize(first_block << self.bits);
         let width = self.image.refcount_bits;
-        for cluster in 0..self.total {
+        for cluster in 0..self.used {
             let count = if cluster < self.compressed {
                 1
             } else {

@@ -17,6 +17,7 @@ fn image(file: &str, size: u64, cluster_size: u32, fills: &[(u64, u64, Stored)])
         refcount_bits: 16,
         backing_file: None,
         backing_format: None,
+        free: 0,
         fill: fills
             .iter()
             .map(|&(offset, length, stored)| Fill {
@@ -43,6 +44,22 @@ fn built(images: &[Image], grain: u32) -> Built {
         (image.file.clone(), image.format, bytes)
     };
     Built(images.iter().enumerate().map(one).collect())
+}
+
+#[test]
+fn free_clusters_belong_to_nobody_and_are_not_empty() {
+    let plain = image("i", 65536, 512, &[(0, 4096, Stored::Data)]);
+    let free = Image {
+        free: 40,
+        ..plain.clone()
+    };
+    let built = built(&[plain, free], 512);
+    let [without, with] = [0, 1].map(|at| &built.0[at].2);
+    assert!(with.len() >= without.len() + 40 * 512);
+    assert_eq!(check(with), []);
+    let used = |bytes: &[u8]| bytes.chunks(512).filter(|c| c.iter().all(|b| *b == 0xa5)).count();
+    assert_eq!(used(without), 0);
+    assert!((20..40).contains(&used(with)), "{}", used(with));
 }
 
 /// A chain over every form, in all shapes that the format has.

@@ -82,6 +82,8 @@ struct Disk {
     own: Vec<bool>,
     /// The first grain that a change of its length cut off or added, and when that was last; `usize::MAX` when there was none.
     cut_off: (usize, u64),
+    /// The first grain that a command added, and when; it shows zeroes, whatever is below, from the moment at which the image is that long.
+    grown: Option<(usize, u64)>,
     log: Vec<Logged>,
     /// What grains held by way of layers that are not below any more.
     former: Vec<(usize, Value)>,
@@ -157,6 +159,8 @@ pub(crate) struct Data {
     outside: Vec<StepId>,
     /// Backups and snapshots.
     copies: Copies,
+    /// Steps under way that change lengths.
+    resizing: Vec<StepId>,
 }
 
 /// A part of a grain, by its place among all parts of the disk, that nothing explains: what the register says of its grain, or content that
@@ -202,6 +206,7 @@ impl Data {
         self.crossed.clear();
         self.outside.clear();
         self.copies = Copies::default();
+        self.resizing.clear();
     }
 
     /// Storage failed a request.

@@ -492,6 +492,11 @@ impl Data {
         );
         // What is cut off is gone: what grows back shows zeroes, and the layer decides it.
         d.cut_off = (d.cut_off.0.min(kept), now);
+        d.grown = if length > old {
+            d.grown.or(Some((index(old.div_ceil(grain)), now)))
+        } else {
+            d.grown.filter(|(first, _)| *first < kept)
+        };
         d.registers.resize(old.min(length), grains);
         d.initial.resize(kept, 0);
         d.initial.resize(grains, 0);

@@ -223,6 +223,7 @@ impl Data {
             loose,
             own,
             cut_off: (usize::MAX, 0),
+            grown: None,
             log: Vec::new(),
             former: Vec::new(),
             flushed: 0,

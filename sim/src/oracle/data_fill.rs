@@ -8,7 +8,7 @@
 //! Unchecked: when copies end that nobody tells of (the gated daemon): theirs is the end of the job.
 
 use blkcheck_model::register::Value;
-use blkcheck_model::{Driver, NodeId, World};
+use blkcheck_model::{Driver, World};
 
 use super::backup::Copied;
 use super::backup::Grain;
@@ -28,12 +28,14 @@ pub(super) struct Fill {
 }
 
 /// Images are closed by a command under way.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Closing {
     step: StepId,
     since: u64,
     /// Faults before that.
     faults: u64,
+    /// Images that were open then.
+    open: Vec<usize>,
 }
 
 impl Fill {
@@ -93,20 +95,28 @@ impl Data {
     }
 
     /// A command is issued.
-    pub(crate) fn asked(&mut self, scenario: &Scenario, step: StepId, now: u64) {
-        if let Some(Action::Command { execute, .. }) = scenario.steps.get(step.0 as usize).map(|s| &s.action)
-            && execute == "blockdev-del"
-        {
-            self.closing.push(Closing {
+    pub(crate) fn asked(&mut self, scenario: &Scenario, world: &World, step: StepId, now: u64) {
+        let Some(Action::Command { execute, .. }) = scenario.steps.get(step.0 as usize).map(|s| &s.action)
+        else {
+            return;
+        };
+        match execute.as_str() {
+            "blockdev-del" => self.closing.push(Closing {
                 step,
                 since: now,
                 faults: self.faults,
-            });
+                open: (0..self.disks.len())
+                    .filter(|disk| is_open(scenario, world, *disk))
+                    .collect(),
+            }),
+            "block_resize" => self.resizing.push(step),
+            _ => {}
         }
     }
 
     /// A command is answered: the images that it closed are flushed.
     pub(crate) fn answered(&mut self, scenario: &Scenario, world: &World, step: StepId, well: bool) {
+        self.resizing.retain(|other| *other != step);
         let Some(at) = self.closing.iter().position(|c| c.step == step) else {
             return;
         };
@@ -114,10 +124,9 @@ impl Data {
         if !well || closing.faults != self.faults {
             return;
         }
-        let nodes: Vec<NodeId> = world.graph.nodes().map(|(id, _)| id).collect();
-        for (disk, d) in self.disks.iter_mut().enumerate() {
-            let open = |node: &NodeId| uses(scenario, world, *node, disk);
-            if let Some(d) = d.as_mut().filter(|_| !nodes.iter().any(open)) {
+        for disk in closing.open {
+            let d = self.disks[disk].as_mut();
+            if let Some(d) = d.filter(|_| !is_open(scenario, world, disk)) {
                 d.flushed = d.flushed.max(closing.since);
             }
         }
@@ -125,8 +134,10 @@ impl Data {
 }
 
 /// Whether a node has the file of an image open.
-fn uses(scenario: &Scenario, world: &World, node: NodeId, disk: usize) -> bool {
-    super::file_of(world, node).as_deref() == Some(&*scenario.images[disk].file)
+fn is_open(scenario: &Scenario, world: &World, disk: usize) -> bool {
+    let file = &*scenario.images[disk].file;
+    let mut nodes = world.graph.nodes();
+    nodes.any(|(id, _)| super::file_of(world, id).as_deref() == Some(file))
 }
 
 #[cfg(test)]

@@ -6,7 +6,9 @@
 //! of layers that are not below any more may have been copied into it with a cluster that a guest wrote to.
 //! What copies put into a target: `data_fill.rs`. A target that is above its source by a command only is judged where it holds the
 //! grain itself.
-//! Not covered: after a power cut images whose length changed or that a command put on something else.
+//! A command that gives a qcow2 image another length makes it durable, with the zeroes that it promises.
+//! Not covered: after a power cut raw images whose length changed, qcow2 images as long as one is changing, and images that a command
+//! put on something else.
 
 use blkcheck_model::register::Value;
 
@@ -15,7 +17,7 @@ use super::{
     Data, Disk, FinalContent, Logged, OracleName, SECTOR, Seen, View, Violation, index, value_text, violation,
 };
 use crate::oracle::bottom::Bottom;
-use crate::scenario::Scenario;
+use crate::scenario::{Format, Scenario};
 
 /// How evidence begins that names the images which a stream had taken out of a header, when the power failed.
 pub(crate) const LEFT_OUT: &str = "its header leaves out what a stream has copied:";
@@ -135,6 +137,14 @@ impl Data {
                 continue;
             };
             let length = (content.bytes.len() as u64).next_multiple_of(SECTOR);
+            let is_sure = self.resizing.is_empty() && !d.unknown;
+            if is_sure && d.length != length && view.scenario.images[disk].format == Format::Qcow2 {
+                let message = format!(
+                    "after a power cut, {} is {length:#x} bytes long; a command had made it {:#x}",
+                    content.name, d.length
+                );
+                return Err(violation(OracleName::Transparency, None, message, Vec::new()));
+            }
             let mut stood = d.fullest().iter();
             let stood = below.iter().all(|image| stood.any(|other| other == image));
             if stood && !d.moved && d.length == length {
@@ -169,7 +179,11 @@ impl Disk {
         };
         let (cut_off, when) = self.cut_off;
         let is_there = |since: u64| (grain < cut_off || since > when) && kept_since(since);
-        self.own.get(grain) == Some(&true) && is_there(0)
+        let grown = self.grown.is_some_and(|(first, when)| {
+            grain >= first && kept_since(when) && self.loose.get(grain) == Some(&false)
+        });
+        grown
+            || self.own.get(grain) == Some(&true) && is_there(0)
             || self.durable(grain).any(|l| !l.crossed && is_there(l.start))
             || self.durable_copies(grain).any(is_there)
     }

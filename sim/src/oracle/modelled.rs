@@ -366,7 +366,8 @@ impl Oracle for Modelled {
             .follow(view.scenario, follower, &followed, bottom, view.now);
         match record {
             Record::Issued(step) => {
-                self.data.asked(view.scenario, *step, view.now);
+                self.data
+                    .asked(view.scenario, &self.follower.world, *step, view.now);
                 if let Some((export, op)) = guest(view.scenario, *step) {
                     if let Some(untold) = &mut self.untold {
                         untold.flying += 1;

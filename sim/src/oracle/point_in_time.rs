@@ -1,7 +1,11 @@
 //! Copy before write: once a guest's write has reached the source through a copy-before-write filter, the filter copies nothing
 //! of that cluster any more, for it would be new data; each cluster is in one hand at a time; what is copied before a write is
-//! what a write changes; and nobody changes a source between the instant and the moment at which its job's filter is above it.
+//! what a write changes; nobody changes a source between the instant and the moment at which its job's filter is above it; and the
+//! backups of one transaction keep one instant.
 //!
+//! The last of these: a write that comes to the filter of one backup is not in its copy. If the filter of another backup of the
+//! transaction comes only after that, a write to its source may have begun when the first one had ended, and is in the copy of that.
+//! So nothing may be written through a filter before the last one is there.
 //! Watches events: requests that change the source and come through the filter, and the copies that it begins. This tells the
 //! cause; what it leads to, content of the target that is not the source's of the instant, is the data oracle's to report, under
 //! the same name. Writes that change nothing visible (copy-on-read) do not count.
@@ -40,6 +44,10 @@ pub struct PointInTime {
     filters: BTreeMap<NodeId, Filter>,
     /// A command is under way that starts backups.
     starts: bool,
+    /// The filters that it has put above their sources.
+    came: Vec<NodeId>,
+    /// The first of them through which something has been written since.
+    passed: Option<NodeId>,
 }
 
 impl PointInTime {
@@ -62,13 +70,16 @@ impl PointInTime {
                 };
                 self.filters.insert(filter, new);
             }
-            Event::MainBegin { what } => self.starts = matches!(what, "blockdev-backup" | "transaction"),
-            Event::MainEnd { .. } => self.starts = false,
-            Event::FilterInserted { filter, .. } => {
-                if let Some(filter) = self.filters.get_mut(&filter) {
-                    filter.comes = false;
-                }
+            Event::MainBegin { what } => {
+                self.starts = matches!(what, "blockdev-backup" | "transaction");
+                self.came.clear();
+                self.passed = None;
             }
+            Event::MainEnd { .. } => {
+                self.starts = false;
+                self.came.clear();
+            }
+            Event::FilterInserted { filter, .. } => self.comes(filter)?,
             Event::NodeRemoved { node } => {
                 self.filters.remove(&node);
             }
@@ -87,6 +98,9 @@ impl PointInTime {
                 ..
             } if !flags.contains(ReqFlags::WRITE_UNCHANGED) => {
                 self.stands_still(node)?;
+                if self.came.contains(&node) {
+                    self.passed.get_or_insert(node);
+                }
                 self.changed(node, edge, offset, bytes);
             }
             Event::CopyBegin {
@@ -106,6 +120,27 @@ impl PointInTime {
         }
         // A contradiction in the events is the graph oracle's to report.
         let _ = self.mirror.apply(event);
+        Ok(())
+    }
+
+    /// A filter is above its source now, as the ones before it in its transaction are: through none of those anything may have been
+    /// written.
+    fn comes(&mut self, id: NodeId) -> Result<(), Violation> {
+        let Some(filter) = self.filters.get_mut(&id) else {
+            return Ok(());
+        };
+        let of_job = std::mem::take(&mut filter.comes);
+        if let Some(other) = self.passed.filter(|_| of_job) {
+            let (other, name) = (self.mirror.name(other), self.mirror.name(id));
+            let message = format!(
+                "filter '{name}' comes after a write through filter '{other}' of the same transaction: \
+                 their instants differ"
+            );
+            return Err(violation(OracleName::PointInTime, None, message, Vec::new()));
+        }
+        if of_job {
+            self.came.push(id);
+        }
         Ok(())
     }
 
@@ -191,6 +226,8 @@ impl Oracle for PointInTime {
         self.mirror.reset();
         self.filters.clear();
         self.starts = false;
+        self.came.clear();
+        self.passed = None;
     }
 
     fn record(&mut self, _view: &View<'_>, record: &Record) -> Result<(), Violation> {
@@ -282,6 +319,51 @@ mod tests {
         assert!(early.message.contains("and before it comes"), "{early:?}");
         all("blockdev-backup", true).unwrap();
         all("blockdev-add", false).unwrap();
+    }
+
+    #[test]
+    fn backups_of_one_transaction_keep_one_instant() {
+        let other = || {
+            vec![
+                added(4, "src2", "qcow2"),
+                added(5, "cbw2", "copy-before-write"),
+                Event::CopyBeforeWrite {
+                    filter: NodeId(5),
+                    source: NodeId(4),
+                    target: NodeId(3),
+                    cluster: 65536,
+                },
+            ]
+        };
+        let inserted = |filter, below| Event::FilterInserted {
+            filter: NodeId(filter),
+            below: NodeId(below),
+        };
+        let asked = |flags| Event::RequestBegin {
+            request: RequestId(1),
+            node: NodeId(2),
+            edge: EdgeId(9),
+            kind: ReqKind::Write,
+            offset: 0,
+            bytes: 512,
+            flags,
+        };
+        let begin = |what| Event::MainBegin { what };
+        let all = |between: Vec<Event>| {
+            let mut events = vec![begin("transaction")];
+            events.extend(filter());
+            events.push(inserted(2, 1));
+            events.extend(between);
+            events.extend(other());
+            events.push(inserted(5, 4));
+            feed(&mut PointInTime::default(), events.into_iter().map(Record::Layer))
+        };
+        all(Vec::new()).unwrap();
+        all(vec![asked(ReqFlags::WRITE_UNCHANGED)]).unwrap();
+        let late = all(vec![asked(ReqFlags::empty())]).unwrap_err();
+        assert!(late.message.contains("their instants differ"), "{late:?}");
+        let two = [asked(ReqFlags::empty()), begin("blockdev-backup")];
+        all(two.into()).unwrap();
     }
 
     #[test]

@@ -54,7 +54,12 @@ pub fn listing(scenario: &Scenario) -> String {
         scenario.grain, disk.alignment
     );
     if let Some(after) = disk.power_cut {
-        let _ = writeln!(out, "the power fails after {after} storage requests");
+        let what = if disk.cut_at_flush {
+            "flushes, instead of the next"
+        } else {
+            "storage requests"
+        };
+        let _ = writeln!(out, "the power fails after {after} {what}");
     }
     if let Some(faults) = disk.faults {
         let _ = writeln!(out, "{}", faults_line(scenario, faults));

@@ -93,6 +93,9 @@ pub struct Disk {
     /// The power fails when so many storage requests have ended after the setup; absent: it does not. What survives is a choice.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub power_cut: Option<u32>,
+    /// `power-cut` counts flushes only: the power fails instead of the end of one, when nothing is durable yet of what it is for.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub cut_at_flush: bool,
     /// The images are block devices. Set by the target that runs the scenario, never by a file.
     #[serde(skip)]
     pub devices: bool,
@@ -113,6 +116,7 @@ impl Default for Disk {
             unmap: true,
             faults: None,
             power_cut: None,
+            cut_at_flush: false,
             devices: false,
         }
     }
@@ -226,6 +230,9 @@ pub struct Image {
     /// What is in it, later entries over earlier ones.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub fill: Vec<Fill>,
+    /// qcow2: so many host clusters at the end that nothing refers to. They hold garbage, and are the first to be taken.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub free: u32,
 }
 
 fn default_cluster() -> u32 {

@@ -6,7 +6,7 @@
 use serde_json::{Value, json};
 
 use super::VERSION;
-use super::validate::{MAX_IMAGES, MAX_REQUEST, MAX_SIZE, MAX_STEPS};
+use super::validate::{MAX_FREE, MAX_IMAGES, MAX_REQUEST, MAX_SIZE, MAX_STEPS};
 use crate::finish::STATUSES;
 
 /// The schema.
@@ -64,6 +64,10 @@ fn defs() -> Value {
                 "power-cut": {
                     "description": "The power fails when so many storage requests have ended after the setup; what of the changes survives that no flush had made durable is a choice. Absent: it does not.",
                     "type": "integer", "minimum": 0, "maximum": u32::MAX
+                },
+                "cut-at-flush": {
+                    "type": "boolean", "default": false,
+                    "description": "`power-cut` counts flushes only: the power fails instead of the end of one."
                 }
             }
         },
@@ -107,7 +111,11 @@ fn defs() -> Value {
                 "refcount-bits": {"enum": [1, 2, 4, 8, 16, 32, 64], "default": 16},
                 "backing-file": {"type": "string", "minLength": 1},
                 "backing-format": {"type": "string", "maxLength": 15},
-                "fill": {"type": "array", "items": {"$ref": "#/$defs/fill"}, "description": "Later over earlier."}
+                "fill": {"type": "array", "items": {"$ref": "#/$defs/fill"}, "description": "Later over earlier."},
+                "free": {
+                    "type": "integer", "minimum": 0, "maximum": MAX_FREE, "default": 0,
+                    "description": "qcow2: host clusters that nothing refers to, which hold garbage."
+                }
             }
         },
         "fill": {

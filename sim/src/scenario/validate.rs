@@ -9,6 +9,8 @@ use crate::finish::STATUSES;
 
 /// Largest virtual size, bytes.
 pub const MAX_SIZE: u64 = 1 << 30;
+/// Most clusters of an image that nothing refers to.
+pub(super) const MAX_FREE: u32 = 64;
 /// Most data that the fills of one scenario may lay out, bytes.
 pub const MAX_FILLED: u64 = 1 << 30;
 /// Most steps.
@@ -137,6 +139,9 @@ fn check_image(image: &Image, grain: u32, at: &[Seg; 2]) -> Result<(), Invalid> 
         }
         Format::Qcow2 => check_qcow2(image, at)?,
     }
+    check(image.free <= MAX_FREE, &key("free"), || {
+        format!("{} free clusters, at most {MAX_FREE}", image.free)
+    })?;
     check(image.fill.len() <= 65535, &key("fill"), || {
         format!("{} fills, at most 65535", image.fill.len())
     })?;

@@ -117,6 +117,15 @@ fn forget_image(scenario: &mut Scenario, at: usize) {
 
 fn shrink_fills(search: &mut Search<'_>) {
     for image in 0..search.best.images.len() {
+        while search.best.images[image].free > 0 {
+            let mut candidate = search.best.clone();
+            candidate.images[image].free /= 2;
+            if !search.offer(candidate) {
+                break;
+            }
+        }
+    }
+    for image in 0..search.best.images.len() {
         let mut at = search.best.images[image].fill.len();
         while at > 0 && !search.spent() {
             at -= 1;

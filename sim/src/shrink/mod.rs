@@ -82,7 +82,7 @@ fn size(scenario: &Scenario) -> Size {
     let images: u64 = scenario
         .images
         .iter()
-        .map(|i| i.size + u64::from(i.cluster_size))
+        .map(|i| i.size + u64::from(i.cluster_size) + u64::from(i.free))
         .sum();
     let fills: u64 = scenario
         .images

@@ -191,6 +191,11 @@ pub trait Target: std::fmt::Debug {
         1
     }
 
+    /// Whether this storage request is a flush; asked where the power may fail.
+    fn is_flush(&mut self, _storage: u32) -> bool {
+        false
+    }
+
     /// Lets this storage request end badly, in one of those ways (1 on), and records the fault.
     fn fail(&mut self, _storage: u32, _ending: u32) {
         unreachable!("no request of this target can fail");

@@ -17,7 +17,7 @@ use serde_json::Value;
 use super::faults::{Ordered, failed};
 use super::{Alternatives, Capabilities, ClosedFile, Leftovers, Move, NodeContent, Target, Trouble};
 use crate::choice::Key;
-use crate::disk::{Disk, DiskOptions, Remains};
+use crate::disk::{Disk, DiskOptions, Op, Remains};
 use crate::env::SimEnv;
 use crate::exec::{Clock, Executor, Polled, Spawner};
 use crate::history::{Outcome, Record, Refusal, StatusRun, StepId};
@@ -320,6 +320,10 @@ impl Target for SimTarget {
         // Files are created in the order of the images.
         let (file, op) = self.disk.pending_op(storage as usize);
         self.ordered.endings(file.0, op)
+    }
+
+    fn is_flush(&mut self, storage: u32) -> bool {
+        self.disk.pending_op(storage as usize).1 == Op::Flush
     }
 
     fn fail(&mut self, storage: u32, ending: u32) {

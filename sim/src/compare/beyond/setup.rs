@@ -85,6 +85,7 @@ fn plain(rng: &mut Rng, file: &str, raw: bool, size: u64, cluster: u32) -> Image
         refcount_bits: 16,
         backing_file: None,
         backing_format: None,
+        free: 0,
         fill: Vec::new(),
     }
 }

@@ -167,6 +167,7 @@ fn plain(file: &str, raw: bool, size: u64, cluster: u32, compat: u32) -> Image {
         refcount_bits: 16,
         backing_file: None,
         backing_format: None,
+        free: 0,
         fill: Vec::new(),
     }
 }

@@ -368,6 +368,11 @@ impl Target for QemuTarget {
         self.ordered.endings(image, op)
     }
 
+    fn is_flush(&mut self, storage: u32) -> bool {
+        let held = self.running().server.held();
+        asked(&held[storage as usize]).1 == Op::Flush
+    }
+
     fn fail(&mut self, storage: u32, ending: u32) {
         let (image, op) = asked(&self.running().server.held()[storage as usize]);
         let bad = op.bad_end(ending);
