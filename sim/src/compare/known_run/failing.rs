@@ -214,7 +214,9 @@ fn is_used_again(wrong: &[&str]) -> bool {
         " overlaps something else: used 2 times",
     ];
     let is_table = |line: &&str| line.starts_with("L2 table at ") && line.ends_with(TWICE[1]);
-    let is_used = |line: &&str| TWICE.iter().any(|what| line.ends_with(what));
+    let is_used = |line: &&str| {
+        TWICE.iter().any(|what| line.ends_with(what)) || line.starts_with("the active tables have ")
+    };
     wrong.iter().any(is_table) && wrong.iter().all(is_used)
 }
 

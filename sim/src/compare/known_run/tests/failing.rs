@@ -517,6 +517,7 @@ fn an_image_is_corrupt_by_a_table_whose_entry_storage_failed_only() {
         used("0xa00"),
         twice("L2 table", "0x800"),
         twice("data cluster", "0xa00"),
+        "Corruption: the active tables have L2 table and L2 table at 0x800".to_owned(),
     ];
     assert_eq!(
         of(&again, fault(FaultKind::Flush)),
