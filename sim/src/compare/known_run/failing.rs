@@ -111,6 +111,18 @@ pub(super) static FAILING: &[Defect] = &[
         steer: None,
     },
     Defect {
+        id: "failed-flush-loses-order",
+        title: "a flush that storage fails under a guest's write or discard is told to nobody, and tables are written in the wrong order from then on",
+        qemu: "which table has to be durable before which is noted after what was noted before has been written and flushed; when that fails \
+           nothing is noted, and the request succeeds",
+        right: "the request fails, or the order holds: no entry in the file ever names a cluster that the file says is free",
+        sure: Sure::Likely,
+        scenario: include_str!("../../../../docs/findings/failed-flush-loses-order.json"),
+        page: include_str!("../../../../docs/findings/failed-flush-loses-order.md"),
+        matches: |_| false,
+        steer: None,
+    },
+    Defect {
         id: "failed-query-reads-garbage",
         title: "a read through copy-on-read with bottom succeeds with memory nobody wrote where storage fails the question which layer holds it",
         qemu: "the error of the question counts as the end of the layer below: the read ends there, with success, and leaves its buffer as it is",
@@ -144,6 +156,7 @@ pub(super) const MATCHERS: &[(&str, Matcher)] = &[
     ("stream-completes-in-cache", stays_in_cache),
     ("freed-cluster-shows-write", shows_write),
     ("failed-table-entry-stays", entry_stays),
+    ("failed-flush-loses-order", loses_order),
     ("failed-query-reads-garbage", reads_garbage),
     ("read-error-under-drain-crashes", dies_under_drain),
 ];
@@ -187,9 +200,7 @@ fn reads_garbage(found: &Found<'_>) -> bool {
 /// The tables of an image are in clusters without a reference, and nothing else is wrong with it; and storage failed a flush of that very
 /// image, or a write as small as an entry that it carried out all the same.
 fn entry_stays(found: &Found<'_>) -> bool {
-    let quoted = found.violation.message.split('\'').nth(1);
-    let mut images = found.scenario.images.iter();
-    let image = images.position(|image| Some(&*image.file) == quoted);
+    let image = found.image();
     let may_stay = |record: &Record| match record {
         Record::Fault(fault) if image == usize::try_from(fault.image).ok() => match fault.kind {
             FaultKind::Flush => true,
@@ -199,12 +210,44 @@ fn entry_stays(found: &Found<'_>) -> bool {
         _ => false,
     };
     let wrong = found.corruption();
-    let tables: Option<Vec<_>> = wrong.iter().map(|line| lost_table(line)).collect();
-    let tables = tables.unwrap_or_default();
-    // Each is told of twice: as a cluster, and as a table.
-    let twice = |one: &&str| tables.iter().filter(|other| *other == one).count() == 2;
-    let of_tables = !tables.is_empty() && tables.iter().all(twice);
+    let of_tables = are_free(&wrong, &["L2 table"]);
     (of_tables || is_used_again(&wrong)) && found.records.iter().any(may_stay)
+}
+
+/// Data of an image are in clusters without a reference, and nothing else is wrong with it but the same of tables; and storage failed a flush of
+/// that very image under a guest's write, zero write or discard that succeeded.
+fn loses_order(found: &Found<'_>) -> bool {
+    let wrong = found.corruption();
+    let image = found.image();
+    let of_image = |record: &Record| match record {
+        Record::Fault(fault) => fault.kind == FaultKind::Flush && image == usize::try_from(fault.image).ok(),
+        _ => false,
+    };
+    let is_told_to_nobody = |step: StepId| {
+        let changes = found.guest(step).is_some_and(|(_, op)| {
+            matches!(
+                op,
+                GuestOp::Write(_)
+                    | GuestOp::WriteZeroes(_)
+                    | GuestOp::WriteZeroesUnmap(_)
+                    | GuestOp::Discard(_)
+            )
+        });
+        let succeeds = matches!(found.outcome(step), Some(Outcome::Done(Ok(()))));
+        let span = found.span(step).filter(|_| changes && succeeds);
+        span.is_some_and(|(begin, over)| found.records[begin..over].iter().any(of_image))
+    };
+    wrong.iter().any(|line| line.starts_with("data cluster at "))
+        && are_free(&wrong, &["data cluster", "L2 table"])
+        && found.issued_steps().any(is_told_to_nobody)
+}
+
+/// Clusters without a reference are all that is wrong. Each is told of twice: as a cluster, and as what it is.
+fn are_free(wrong: &[&str], kinds: &[&str]) -> bool {
+    let clusters: Option<Vec<_>> = wrong.iter().map(|line| free_cluster(line, kinds)).collect();
+    let clusters = clusters.unwrap_or_default();
+    let twice = |one: &&str| clusters.iter().filter(|other| *other == one).count() == 2;
+    !clusters.is_empty() && clusters.iter().all(twice)
 }
 
 /// A table is two entries' by now, and what it leads to is told of twice; nothing else is wrong.
@@ -220,13 +263,15 @@ fn is_used_again(wrong: &[&str]) -> bool {
     wrong.iter().any(is_table) && wrong.iter().all(is_used)
 }
 
-/// The cluster of a table that has no reference, if a line of a check says so.
-fn lost_table(line: &str) -> Option<&str> {
+/// The cluster that has no reference, if a line of a check says so of something of these kinds.
+fn free_cluster<'a>(line: &'a str, kinds: &[&str]) -> Option<&'a str> {
     line.strip_prefix("host cluster at ")
         .and_then(|rest| rest.strip_suffix(" is used 1 times, its refcount is 0"))
         .or_else(|| {
-            let table = line.strip_prefix("L2 table at ")?;
-            table.strip_suffix(": COPIED is true, the refcount 0")
+            let named = kinds.iter().find_map(|kind| line.strip_prefix(kind))?;
+            named
+                .strip_prefix(" at ")?
+                .strip_suffix(": COPIED is true, the refcount 0")
         })
 }
 
@@ -292,6 +337,13 @@ fn flushed_since_a_stream(found: &Found<'_>) -> bool {
 }
 
 impl<'a> Found<'a> {
+    /// The image that the violation is about, by its place.
+    fn image(&self) -> Option<usize> {
+        let quoted = self.violation.message.split('\'').nth(1);
+        let mut images = self.scenario.images.iter();
+        images.position(|image| Some(&*image.file) == quoted)
+    }
+
     /// What is wrong with an image that was closed, or that a power cut left; nothing if this is about something else.
     fn corruption(&self) -> Vec<&'a str> {
         if self.violation.oracle != OracleName::Image {

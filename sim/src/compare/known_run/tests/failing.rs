@@ -452,6 +452,65 @@ fn what_belongs_elsewhere_is_shown_by_a_cluster_that_was_given_back_only() {
 
 /// Only where storage failed what makes the entry durable, and only the table that it leads to.
 #[test]
+fn an_image_is_corrupt_by_a_flush_that_failed_under_a_request_that_succeeded_only() {
+    let used = |cluster: &str| format!("host cluster at {cluster} is used 1 times, its refcount is 0");
+    let free = |cluster: &str, what: &str| format!("{what} at {cluster}: COPIED is true, the refcount 0");
+    let left = |first: &str, lines: &[String]| Violation {
+        evidence: lines.to_vec(),
+        ..found(
+            OracleName::Image,
+            &format!("image 'a' is corrupt after a power cut: {first}"),
+        )
+    };
+    let of =
+        |kind: &str, violation: &Violation, records: &[Record]| ran(&[guest("x", kind)], violation, records);
+    let data = left(&used("0x800"), &[free("0x800", "data cluster")]);
+    let done = || ended(0, Outcome::Done(Ok(())));
+    let under = [issued(0), fault(FaultKind::Flush), done()];
+    let known = Some("failed-flush-loses-order");
+    for kind in ["write", "write-zeroes", "write-zeroes-unmap", "discard"] {
+        assert_eq!(of(kind, &data, &under), known);
+    }
+    assert_eq!(of("write-fua", &data, &under), None, "whoever asks for a flush");
+    let failed = ended(0, Outcome::Done(Err(5)));
+    assert_eq!(
+        of("write", &data, &[issued(0), fault(FaultKind::Flush), failed]),
+        None,
+        "it is told"
+    );
+    assert_eq!(
+        of("write", &data, &[issued(0), done(), fault(FaultKind::Flush)]),
+        None,
+        "not under it"
+    );
+    let other = [issued(0), fault_of(1, FaultKind::Flush), done()];
+    assert_eq!(of("write", &data, &other), None, "another image");
+    assert_eq!(
+        of("write", &data, &[issued(0), fault(FaultKind::Write), done()]),
+        None
+    );
+    let both = [
+        used("0xa00"),
+        free("0x800", "data cluster"),
+        free("0xa00", "L2 table"),
+    ];
+    assert_eq!(
+        of("write", &left(&used("0x800"), &both), &under),
+        known,
+        "tables too"
+    );
+    let more = [
+        free("0x800", "data cluster"),
+        "the L2 table at 0xa00 ends with the file".to_owned(),
+    ];
+    assert_eq!(
+        of("write", &left(&used("0x800"), &more), &under),
+        None,
+        "something else is wrong as well"
+    );
+}
+
+#[test]
 fn an_image_is_corrupt_by_a_table_whose_entry_storage_failed_only() {
     let steps = [guest("x", "write")];
     let at = |cluster: &str, what: &str| {
