@@ -1,14 +1,16 @@
 //! What backups put into their targets, and what snapshots behind copy-before-write filters show: the source as it was at one
 //! instant, and nothing that was written to it later.
 //!
-//! The instant is when the filter comes above the drained source. From then on a grain of the target that is to be copied may
-//! show what it did or what the source held at the instant; once its copy, or the job, has ended well it shows the latter. A target above its
-//! source (fleecing) shows the latter from the first moment on, as long as the job is there: what is not copied yet is below.
+//! The instant is when the filter comes above the drained source; where that is not told (the gated daemon) it is while the command is
+//! under way, and what the source held when that began counts as well as what it holds when it is answered. From then on a grain
+//! of the target that is to be copied may show what it did or what the source held at the instant; once its copy, or the job, has
+//! ended well it shows the latter. A target above its source (fleecing) shows the latter from the first moment on, as long as the
+//! job is there: what is not copied yet is below.
 //! What is to be copied: everything, what the source's own layer holds, or what a bitmap marks, by `sync`.
 //! With `discard-source` each cluster may be discarded in the source until its copy is over, and not after that.
 //! A snapshot node never shows anything else, and says that it cannot rather than that.
-//! Unchecked: how much of a failed backup is in the target; sources of which nothing can be said, or that are written past their
-//! filter; block status of snapshots.
+//! Unchecked: how much of a failed backup is in the target; whether a grain is copied of which the source may have held several things
+//! at the instant; sources of which nothing can be said, or that are written past their filter; block status of snapshots.
 
 use std::ops::Range as Span;
 use std::rc::Rc;
@@ -108,6 +110,8 @@ struct Look {
 pub(super) struct Copies {
     filters: Vec<Copying>,
     looks: Vec<Look>,
+    /// What every disk may have held when the command under way began, where the instant is not told.
+    earlier: Vec<Option<Vec<Vec<Value>>>>,
 }
 
 impl Copies {
@@ -143,7 +147,7 @@ impl Data {
                 d.unknown |= d.chain.contains(&target);
             }
         }
-        let instant = source.and_then(|source| Some((source, self.instant(source)?)));
+        let instant = source.and_then(|source| Some((source, self.instant_of_command(source)?)));
         let Some((source, instant)) = instant.filter(|_| source != target) else {
             return self.lose(target);
         };
@@ -261,6 +265,29 @@ impl Data {
             }
         };
         Some((0..d.initial.len()).map(now).collect())
+    }
+
+    /// A command begins, and nobody will tell when in its course an instant is.
+    pub(crate) fn instants_begin(&mut self) {
+        self.copies.earlier = (0..self.disks.len()).map(|disk| self.instant(disk)).collect();
+    }
+
+    /// What every grain may have held at an instant that is over now.
+    fn instant_of_command(&self, disk: usize) -> Option<Vec<Vec<Value>>> {
+        let mut now = self.instant(disk)?;
+        let Some(earlier) = self.copies.earlier.get(disk) else {
+            return Some(now);
+        };
+        for (values, earlier) in now.iter_mut().zip(earlier.as_ref()?) {
+            if values.is_empty() || earlier.is_empty() {
+                values.clear();
+                continue;
+            }
+            let more = earlier.iter().filter(|value| !values.contains(value));
+            let more: Vec<Value> = more.copied().collect();
+            values.extend(more);
+        }
+        Some(now)
     }
 
     fn fill(&mut self, source: usize, target: usize, bottom: &Bottom, grains: &[Grain]) -> Vec<Option<OpId>> {

@@ -282,6 +282,35 @@ fn a_backup_under_the_gate_that_ended_under_its_own_command_has_copied_everythin
     is_wrong(of(vec![0; 64].into()));
 }
 
+/// The filter is above the source at some moment of the command: a write in its course comes before or after that.
+#[test]
+fn the_instant_of_a_backup_under_the_gate_is_while_its_command_is_under_way() {
+    let of = |writes_under_way: bool, content: Option<Box<[u8]>>| {
+        let before = json!({"execute": "block-export-add", "arguments": {"type": "nbd", "id": "u", "name": "u", "node-name": "dst"}});
+        let mut run = unopened(&job_after(&before));
+        run.oracle = Modelled::outside();
+        run.oracle.reset(&run.scenario);
+        let commands = run.scenario.steps.len() - 4;
+        for step in 0..commands - 1 {
+            command(&mut run, step);
+        }
+        let before = (!writes_under_way).then(|| overwrite(&mut run));
+        command(&mut run, commands - 1);
+        let new = before.unwrap_or_else(|| overwrite(&mut run));
+        finish(
+            &mut run,
+            &[Undefined, Created, Running, Waiting, Pending],
+            "BLOCK_JOB_COMPLETED",
+        );
+        status(&mut run, Pending, Concluded);
+        read(&mut run, 2, content.unwrap_or_else(|| stamped(new)))
+    };
+    of(true, Some(stamped(OLD))).unwrap();
+    of(true, None).unwrap();
+    of(false, None).unwrap();
+    is_wrong(of(false, Some(stamped(OLD))));
+}
+
 #[test]
 fn a_backup_that_did_not_may_have_copied_nothing() {
     let mut run = by_job();

@@ -257,7 +257,12 @@ impl Modelled {
                     self.data.snapshot_breaks(filter);
                 }
             }
-            Event::MainBegin { .. } => self.disturbed = false,
+            Event::MainBegin { .. } => {
+                self.disturbed = false;
+                if self.untold.is_some() {
+                    self.data.instants_begin();
+                }
+            }
             Event::RequestEnd { request, .. } => self.disturbed |= self.bitmaps.watches(request),
             Event::CopyBegin {
                 filter,
