@@ -16,7 +16,7 @@ use rustix::io::Errno as Os;
 
 use super::storage::write_all;
 
-/// Shorter writes cost less than handing them over, bytes.
+/// Shorter writes are made at once, bytes: far above what handing one over costs. Chosen, not measured.
 const WORTH_A_WORKER: usize = 256 << 10;
 
 /// All memory that is lent.
@@ -71,11 +71,14 @@ struct Write {
 
 /// Who writes to a file from lent memory: a thread once somebody needs it, until this is dropped.
 #[derive(Debug, Default)]
-pub(super) struct Worker(OnceCell<mpsc::Sender<Write>>);
+pub(super) struct Worker(OnceCell<Option<mpsc::Sender<Write>>>);
 
 impl Worker {
-    /// Writes what is shared, in the order of the calls.
+    /// Writes what is shared, in the order of the calls; at once where the system has no thread to give.
     pub(super) async fn write(&self, file: Arc<File>, offset: u64, share: Share) -> Result<(), Os> {
+        let Some(worker) = self.0.get_or_init(start) else {
+            return write_all(&file, offset, share.bytes());
+        };
         let (done, result) = oneshot::channel();
         let write = Write {
             file,
@@ -83,17 +86,15 @@ impl Worker {
             share,
             done,
         };
-        self.0
-            .get_or_init(start)
-            .send(write)
-            .expect("it ends when nobody can send any more");
+        worker.send(write).expect("it ends when nobody can send any more");
         result.await.expect("it answers before it goes on")
     }
 }
 
-fn start() -> mpsc::Sender<Write> {
+/// Nothing where no thread is to be had.
+fn start() -> Option<mpsc::Sender<Write>> {
     let (sender, receiver) = mpsc::channel::<Write>();
-    std::thread::spawn(move || {
+    let work = move || {
         for write in receiver {
             let result = write_all(&write.file, write.offset, write.share.bytes());
             // Before the answer: who lent it wants it back.
@@ -101,8 +102,9 @@ fn start() -> mpsc::Sender<Write> {
             // Nobody listens any more when the run was given up.
             let _ = write.done.send(result);
         }
-    });
-    sender
+    };
+    let thread = std::thread::Builder::new().name("blkcheck write".to_owned());
+    thread.spawn(work).ok().map(|_| sender)
 }
 
 #[cfg(test)]

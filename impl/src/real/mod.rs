@@ -243,7 +243,7 @@ impl Env for RealEnv {
         }
     }
 
-    /// A copy in the hands of a worker, one that is being read, and some to choose from: more of them leave the CPU's cache.
+    /// A copy in the hands of a worker, one that is being read, and some to choose from: more of them only take memory.
     fn copies_in_flight(&self) -> usize {
         self.job_parallelism()
     }

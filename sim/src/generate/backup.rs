@@ -331,7 +331,7 @@ impl Plan {
             free: 0,
             fill: Vec::new(),
         });
-        let driver = if format == Format::Raw { "raw" } else { "qcow2" };
+        let driver = format.driver();
         let mut add = json!({"driver": driver, "node-name": node, "discard": "unmap",
             "file": {"driver": "file", "filename": file, "node-name": format!("f{node}"), "discard": "unmap"}});
         // One at most: which of two is older, as refusals tell, changes when a refused backup moves one and puts it back.

@@ -328,10 +328,7 @@ impl Chain {
     }
 
     fn format_node(&self, layer: usize, swarm: &Swarm) -> Map<String, Value> {
-        let driver = match self.images[layer].format {
-            Format::Raw => "raw",
-            Format::Qcow2 => "qcow2",
-        };
+        let driver = self.images[layer].format.driver();
         let mut node = json!({"driver": driver, "node-name": format!("n{layer}")});
         if swarm.discard_unmap {
             node["discard"] = json!("unmap");
@@ -404,7 +401,7 @@ fn image(rng: &mut Rng, swarm: &Swarm, layer: usize, largest: u64, below: Option
         compat,
         refcount_bits,
         backing_file: below.map(|b| b.file.clone()),
-        backing_format: below.map(|b| if b.format == Format::Raw { "raw" } else { "qcow2" }.to_owned()),
+        backing_format: below.map(|b| b.format.driver().to_owned()),
         free: 0,
         fill: Vec::new(),
     };
@@ -431,7 +428,7 @@ fn overlay(rng: &mut Rng, swarm: &Swarm, number: u32, top: &Image) -> Image {
         compat: 3,
         refcount_bits: 16,
         backing_file: Some(top.file.clone()),
-        backing_format: Some(if top.format == Format::Raw { "raw" } else { "qcow2" }.to_owned()),
+        backing_format: Some(top.format.driver().to_owned()),
         free: 0,
         fill: Vec::new(),
     };

@@ -79,14 +79,7 @@ fn change_lengths(rng: &mut Rng, scenario: &mut Scenario) {
         compat: 3,
         refcount_bits: 16,
         backing_file: Some(base.file.clone()),
-        backing_format: Some(
-            if base.format == Format::Raw {
-                "raw"
-            } else {
-                "qcow2"
-            }
-            .to_owned(),
-        ),
+        backing_format: Some(base.format.driver().to_owned()),
         free: 0,
         fill: filled.into_iter().collect(),
     });

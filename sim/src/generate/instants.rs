@@ -61,11 +61,7 @@ fn device(scenario: &Scenario) -> Option<String> {
 fn add_image(rng: &mut Rng, scenario: &mut Scenario, name: &str, size: u64) {
     let file = format!("{name}.img");
     let raw = rng.chance(1, 3);
-    let (format, driver) = if raw {
-        (Format::Raw, "raw")
-    } else {
-        (Format::Qcow2, "qcow2")
-    };
+    let format = if raw { Format::Raw } else { Format::Qcow2 };
     let is_source = name == "s1";
     let whole = Fill {
         offset: 0,
@@ -84,7 +80,7 @@ fn add_image(rng: &mut Rng, scenario: &mut Scenario, name: &str, size: u64) {
         free: 0,
         fill: if is_source { vec![whole] } else { Vec::new() },
     });
-    let add = json!({"driver": driver, "node-name": name, "discard": "unmap",
+    let add = json!({"driver": format.driver(), "node-name": name, "discard": "unmap",
         "file": {"driver": "file", "filename": file, "node-name": format!("f{name}"), "discard": "unmap"}});
     let mut steps = vec![command(SETUP, "blockdev-add", add)];
     let export = json!({"type": "nbd", "id": format!("x-{name}"), "node-name": name, "writable": is_source});

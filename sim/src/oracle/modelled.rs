@@ -257,9 +257,10 @@ impl Modelled {
                     self.data.snapshot_breaks(filter);
                 }
             }
-            Event::MainBegin { .. } => {
+            Event::MainBegin { what } => {
                 self.disturbed = false;
-                if self.untold.is_some() {
+                let brings_filters = matches!(what, "blockdev-add" | "blockdev-backup" | "transaction");
+                if brings_filters && self.untold.is_some() {
                     self.data.instants_begin();
                 }
             }

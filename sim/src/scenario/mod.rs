@@ -202,6 +202,17 @@ pub enum Format {
     Qcow2,
 }
 
+impl Format {
+    /// The driver for it, which is also what headers call it.
+    #[must_use]
+    pub const fn driver(self) -> &'static str {
+        match self {
+            Format::Raw => "raw",
+            Format::Qcow2 => "qcow2",
+        }
+    }
+}
+
 /// An image file that exists before the first step.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
@@ -230,7 +241,8 @@ pub struct Image {
     /// What is in it, later entries over earlier ones.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub fill: Vec<Fill>,
-    /// qcow2: so many host clusters at the end that nothing refers to. They hold garbage, and are the first to be taken.
+    /// qcow2: so many host clusters at the end that nothing refers to. Two of three hold garbage, the others zeroes; they
+    /// are the first to be taken.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub free: u32,
 }

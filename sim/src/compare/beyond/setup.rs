@@ -38,7 +38,7 @@ pub(super) fn images(rng: &mut Rng, layers: usize) -> Vec<Image> {
         let mut image = plain(rng, &format!("i{layer}.img"), raw, size, cluster);
         if let Some((file, format)) = &below {
             image.backing_file = Some(file.clone());
-            image.backing_format = Some(if *format == Format::Raw { "raw" } else { "qcow2" }.to_owned());
+            image.backing_format = Some(format.driver().to_owned());
         }
         filled(rng, &mut image);
         below = Some((image.file.clone(), image.format));
